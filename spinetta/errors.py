@@ -1,0 +1,84 @@
+"""One exception tree, named by what the caller should do.
+
+::
+
+    SpinettaError
+    ├── UserError            the caller's input: says what is wrong and how to mend it
+    │   ├── NotFound         no such task or node
+    │   └── AlreadyExists    the name or id is taken by something else
+    ├── StoreUnavailable     nothing happened: safe to try again
+    ├── OutcomeUnknown       may have happened: read back first
+    ├── Compacted            the history asked for is gone: list again
+    ├── Fenced               we no longer own this: stop, clean up, forget
+    └── InvariantViolation   a bug: crash loudly, with the whole story
+"""
+
+from __future__ import annotations
+
+
+class SpinettaError(Exception):
+    """Base of all errors of this package."""
+
+
+class UserError(SpinettaError):
+    """The caller's input cannot be used.
+
+    Attributes:
+        field: which part of the input, e.g. ``tasks[3].resources.memory_bytes``; empty when it is the whole.
+        hint: what to do about it; may be empty.
+        reason: a stable word for programs.
+    """
+
+    reason = "invalid"
+
+    def __init__(self, message: str, *, field: str = "", hint: str = "", reason: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.hint = hint
+        if reason is not None:
+            self.reason = reason
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text} ({self.hint})" if self.hint else text
+
+    @property
+    def message(self) -> str:
+        """What is wrong, without the hint."""
+        return super().__str__()
+
+
+class NotFound(UserError):  # noqa: N818 - named by what happened, as the tree above shows
+    """There is no such task or node."""
+
+    reason = "not-found"
+
+
+class AlreadyExists(UserError):  # noqa: N818
+    """The id or name is in use by something else."""
+
+    reason = "already-exists"
+
+
+class StoreUnavailable(SpinettaError):  # noqa: N818
+    """The store did not answer and nothing was changed: safe to try again."""
+
+
+class OutcomeUnknown(SpinettaError):  # noqa: N818
+    """A write was sent and no answer came: it may have happened. Read back before anything else."""
+
+
+class Compacted(SpinettaError):  # noqa: N818
+    """The history from the wanted revision on has been compacted away: list again."""
+
+    def __init__(self, compact_revision: int) -> None:
+        super().__init__(f"history before revision {compact_revision} has been compacted")
+        self.compact_revision = compact_revision
+
+
+class Fenced(SpinettaError):  # noqa: N818
+    """What we held is no longer ours: stop it, clean up, forget it."""
+
+
+class InvariantViolation(SpinettaError):  # noqa: N818
+    """A bug. The message carries all that is needed to understand it."""

@@ -1,0 +1,97 @@
+"""Every etcd key. Nothing else in the project spells one."""
+
+from __future__ import annotations
+
+from spinetta.errors import InvariantViolation
+from spinetta.model import NodeId, TaskId
+
+TASK = "/task/"
+BLOCKED = "/status/blocked/"
+QUEUED = "/status/queued/"
+RUNNING = "/status/running/"
+COMPLETE = "/status/complete/"
+NODE = "/node/"
+INCARNATION = "/incarnation/"
+BEAT = "/beat/"
+LEADER = "/leader/"
+OFFICE = "/leader/office"
+GENERATION = "/generation"
+
+
+def task(task_id: TaskId) -> str:
+    """The record of a task."""
+    return TASK + task_id
+
+
+def blocked(task_id: TaskId) -> str:
+    """Present while the task waits for something other than a node."""
+    return BLOCKED + task_id
+
+
+def queued(task_id: TaskId) -> str:
+    """Present while the task waits for a node."""
+    return QUEUED + task_id
+
+
+def running_on(node: NodeId) -> str:
+    """The prefix of all that a node holds."""
+    return f"{RUNNING}{node}/"
+
+
+def running(node: NodeId, task_id: TaskId) -> str:
+    """Present while `node` holds the task; its create revision is the attempt's token."""
+    return f"{RUNNING}{node}/{task_id}"
+
+
+def complete(task_id: TaskId) -> str:
+    """Present once the task has ended."""
+    return COMPLETE + task_id
+
+
+def node(name: NodeId) -> str:
+    """What a live node says of itself (leased)."""
+    return NODE + name
+
+
+def incarnation(name: NodeId) -> str:
+    """The life-or-death record of a node (not leased)."""
+    return INCARNATION + name
+
+
+def beat(name: NodeId) -> str:
+    """The guarded heartbeat of a node."""
+    return BEAT + name
+
+
+def parse_task(key: str) -> TaskId:
+    """The task of a ``/task/``, ``/status/blocked|queued|complete/`` key."""
+    for prefix in (TASK, QUEUED, COMPLETE, BLOCKED):
+        if key.startswith(prefix):
+            return TaskId(key[len(prefix) :])
+    raise InvariantViolation(f"not the key of a task: {key!r}")
+
+
+def parse_running(key: str) -> tuple[NodeId, TaskId]:
+    """The node and task of a ``/status/running/`` key."""
+    node_name, slash, task_id = key.removeprefix(RUNNING).partition("/")
+    if not key.startswith(RUNNING) or not slash or not node_name or not task_id:
+        raise InvariantViolation(f"not a running key: {key!r}")
+    return NodeId(node_name), TaskId(task_id)
+
+
+def parse_node(key: str) -> NodeId:
+    """The node of a ``/node/``, ``/incarnation/`` or ``/beat/`` key."""
+    for prefix in (NODE, INCARNATION, BEAT):
+        if key.startswith(prefix):
+            return NodeId(key[len(prefix) :])
+    raise InvariantViolation(f"not the key of a node: {key!r}")
+
+
+def prefix_end(prefix: str) -> str:
+    """The first key after all keys that begin with `prefix` (our keys are ASCII and never end in 0xFF)."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+def after(key: str) -> str:
+    """The first key that can follow `key`."""
+    return key + "\0"

@@ -1,0 +1,278 @@
+"""The nouns: tasks, resources, nodes. Plain frozen values with no behaviour beyond their own arithmetic."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NewType
+
+TaskId = NewType("TaskId", str)
+"""A UUID of version 7 in its canonical form, so that key order is submission order."""
+NodeId = NewType("NodeId", str)
+"""A node's name, unique in the cluster."""
+IncarnationId = NewType("IncarnationId", str)
+"""One life of a node, from registration to the end of all it started."""
+Revision = NewType("Revision", int)
+"""An etcd revision."""
+LeaseId = NewType("LeaseId", int)
+
+ATTEMPTS_KEPT_MAX = 16  # in a record: a task passed on for ever must not outgrow etcd's 1.5 MiB a request
+
+
+class State(enum.IntEnum):
+    """Where a task stands. The numbers are those of the stored records."""
+
+    BLOCKED = 1
+    QUEUED = 2
+    RUNNING = 3
+    COMPLETE = 4
+
+
+class Outcome(enum.IntEnum):
+    """How a task, or one attempt of it, ended. NONE: it has not."""
+
+    NONE = 0
+    SUCCEEDED = 1
+    FAILED = 2
+    CANCELLED = 3
+    LOST = 4
+
+
+class Reason(enum.StrEnum):
+    """Why an attempt or a task ended as it did."""
+
+    EXIT = "exit"  # the process ended by itself; see the exit code
+    SIGNAL = "signal"  # a signal that was not ours
+    OUT_OF_MEMORY = "out-of-memory"
+    WALLTIME = "walltime"
+    CANCELLED = "cancelled"
+    NODE_LOST = "node-lost"
+    RELEASED = "released"  # given back by its node (drain, stop)
+    FENCED = "fenced"  # killed because its node no longer owned it
+    SPAWN_FAILED = "spawn-failed"  # the program could not be started
+    SHIM_LOST = "shim-lost"  # the process died with the node's shim
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """An amount of resources: a demand, a capacity or what is free.
+
+    Attributes:
+        cpu_millis: thousandths of a core.
+        memory_bytes: bytes of memory.
+        disk_bytes: bytes of scratch space.
+        countables: named whole things such as ``gpu``, sorted by name, none of them zero.
+    """
+
+    cpu_millis: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    countables: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        cpu_millis: int = 0,
+        memory_bytes: int = 0,
+        disk_bytes: int = 0,
+        countables: Mapping[str, int] | Iterable[tuple[str, int]] = (),
+    ) -> Resources:
+        """Build from any mapping of countables, in normal form."""
+        pairs = countables.items() if isinstance(countables, Mapping) else countables
+        return cls(cpu_millis, memory_bytes, disk_bytes, tuple(sorted((k, v) for k, v in pairs if v)))
+
+    def __add__(self, other: Resources) -> Resources:
+        counts = dict(self.countables)
+        for name, n in other.countables:
+            counts[name] = counts.get(name, 0) + n
+        return Resources.of(
+            self.cpu_millis + other.cpu_millis,
+            self.memory_bytes + other.memory_bytes,
+            self.disk_bytes + other.disk_bytes,
+            counts,
+        )
+
+    def __sub__(self, other: Resources) -> Resources:
+        """Difference; a component may become negative, which the caller must have excluded by `fits_in`."""
+        counts = dict(self.countables)
+        for name, n in other.countables:
+            counts[name] = counts.get(name, 0) - n
+        return Resources.of(
+            self.cpu_millis - other.cpu_millis,
+            self.memory_bytes - other.memory_bytes,
+            self.disk_bytes - other.disk_bytes,
+            counts,
+        )
+
+    def fits_in(self, room: Resources) -> bool:
+        """True when every component is at most that of `room`."""
+        if (
+            self.cpu_millis > room.cpu_millis
+            or self.memory_bytes > room.memory_bytes
+            or self.disk_bytes > room.disk_bytes
+        ):
+            return False
+        if not self.countables:
+            return True
+        counts = dict(room.countables)
+        return all(n <= counts.get(name, 0) for name, n in self.countables)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """What a user asks for. See ``proto/spinetta/v1/record.proto`` for the meaning of each field."""
+
+    id: TaskId
+    command: tuple[str, ...]
+    name: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    working_directory: str = ""
+    resources: Resources = field(default_factory=Resources)
+    walltime_s: float = 0.0
+    tags_required: tuple[str, ...] = ()
+    tags_forbidden: tuple[str, ...] = ()
+    priority: int = 0
+    retries: int = 0
+    retry_backoff_s: float = 0.0
+    restart_on_node_failure: bool = True
+    owner: str = ""
+    grace_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an attempt consumed: CPU seconds and the highest memory use."""
+
+    cpu_user_s: float = 0.0
+    cpu_system_s: float = 0.0
+    memory_peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a task. `token` is the create revision of its running key, known once it is over."""
+
+    number: int
+    node: NodeId
+    incarnation: IncarnationId
+    token: Revision = Revision(0)
+    started_ms: int = 0
+    ended_ms: int = 0
+    outcome: Outcome = Outcome.NONE
+    exit_code: int | None = None
+    signal: int = 0
+    reason: str = ""
+    message: str = ""
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task's record: the specification, where it stands, and its attempts so far (the latest ones)."""
+
+    spec: TaskSpec
+    state: State
+    outcome: Outcome = Outcome.NONE
+    reason: str = ""
+    message: str = ""
+    attempts_started: int = 0
+    attempts: tuple[Attempt, ...] = ()
+    failures: int = 0
+    losses: int = 0
+    submitted_ms: int = 0
+    completed_ms: int = 0
+    submitted_at_node: str = ""
+
+    @property
+    def id(self) -> TaskId:
+        """The task's id."""
+        return self.spec.id
+
+
+@dataclass(frozen=True, slots=True)
+class QueueHint:
+    """The part of a specification that matching needs, stored with the queue key to save a read."""
+
+    resources: Resources
+    tags_required: tuple[str, ...] = ()
+    tags_forbidden: tuple[str, ...] = ()
+    priority: int = 0
+    delay_s: float = 0.0
+
+    @classmethod
+    def of(cls, spec: TaskSpec, delay_s: float = 0.0) -> QueueHint:
+        """The hint for a task."""
+        return cls(spec.resources, spec.tags_required, spec.tags_forbidden, spec.priority, delay_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """The value of a running key: which attempt, under which incarnation, and a request to the holder."""
+
+    attempt: int
+    incarnation: IncarnationId
+    grace_s: float
+    cancel_requested: bool = False
+    cancel_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """What a node says of itself, bound to its lease."""
+
+    name: NodeId
+    address: str
+    incarnation: IncarnationId
+    capacity: Resources
+    free: Resources
+    tags: tuple[str, ...] = ()
+    running: int = 0
+    draining: bool = False
+    leaving: bool = False
+    etcd_client_url: str = ""
+    etcd_peer_url: str = ""
+    etcd_member_id: int = 0
+    candidate: bool = False
+    version: str = ""
+    started_ms: int = 0
+    boot_id: str = ""
+    runtimes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Life(enum.IntEnum):
+    """The state of an incarnation."""
+
+    OPEN = 1
+    CONDEMNED = 2
+    DEAD = 3  # the node itself reports that nothing of it runs any more
+
+
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """The life-or-death record of one life of a node; never leased."""
+
+    id: IncarnationId
+    state: Life
+    boot_id: str
+    lease_ttl_s: float
+    kill_margin_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended, as its runtime reports it.
+
+    Exactly one of `exit_code` and `signal` is meaningful; `exit_code` is None when a signal ended it or when it
+    never started. `reason` names the limit or request that ended it, `Reason.EXIT` or `Reason.SIGNAL` when none did.
+    """
+
+    reason: Reason
+    exit_code: int | None = None
+    signal: int = 0
+    message: str = ""
+    started_ms: int = 0
+    ended_ms: int = 0
+    usage: Usage = field(default_factory=Usage)

@@ -1,0 +1,1 @@
+"""What runs tasks: the shim, cgroups, and the ways to start a process."""

@@ -1,0 +1,118 @@
+"""What a way of running tasks must be able to do. `process` implements it now, containers will."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from spinetta.model import Exit, Usage
+
+AttemptKey = str
+"""Names one attempt on this node for ever: ``TASKID.ATTEMPT``. Also the name of its directory and cgroup."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that is needed to start one attempt.
+
+    Attributes:
+        key: names the attempt.
+        argv: program and arguments.
+        env: the whole environment; nothing is inherited.
+        working_directory: absolute path; empty: a fresh scratch directory, removed when the attempt is forgotten.
+        cpu_millis, memory_bytes, pids_max: limits, 0 for none.
+        walltime_s: 0 for none. Counted from the start of the process.
+        grace_s: how long it may go on after the latest renewal (see `Runtime.renew`).
+        token: the create revision of the running key, kept in the record so that a later daemon knows it.
+        incarnation: of the node that claimed it, kept for the same reason.
+        stop_wait_s: between TERM and KILL.
+    """
+
+    key: AttemptKey
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    working_directory: str
+    cpu_millis: int
+    memory_bytes: int
+    pids_max: int
+    walltime_s: float
+    grace_s: float
+    token: int
+    incarnation: str
+    stop_wait_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An attempt that the shim knows: running when `exit` is None, ended otherwise."""
+
+    key: AttemptKey
+    token: int
+    incarnation: str
+    started_ms: int
+    exit: Exit | None
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """An attempt ended. Repeated until `forget`: after each reconnection all unforgotten exits come again."""
+
+    key: AttemptKey
+    exit: Exit
+
+
+@dataclass(frozen=True, slots=True)
+class ShimLost:
+    """The connection to the shim broke. If the shim itself is dead, so is everything that it held."""
+
+
+class Runtime(Protocol):
+    """Starts, stops, measures and remembers the attempts of one node. Everything outlives the daemon."""
+
+    def capabilities(self) -> tuple[str, ...]:
+        """Names of what this runtime enforces, e.g. ``process``, ``memory-limit``, ``cpu-limit``, ``pid-namespace``."""
+        ...
+
+    async def start(self, launch: Launch) -> Exit | None:
+        """Start an attempt; None when it runs, an `Exit` when it could not be started or its deadline has passed.
+
+        A second start with the same key changes nothing and answers None (or the exit, if it has ended).
+        """
+        ...
+
+    async def stop(self, key: AttemptKey, why: str) -> None:
+        """Ask for the end of an attempt: TERM, then KILL of everything in its cgroup. Its exit will carry `why`.
+
+        `why` is a value of `model.Reason`. Unknown keys are no error. Does not wait for the end.
+        """
+        ...
+
+    async def renew(self, renewed_at_s: float) -> None:
+        """Tell the shim of a committed renewal: the time *before* it was sent, on CLOCK_BOOTTIME.
+
+        An attempt is killed by the shim itself at the latest renewal + its grace - the node's kill margin, and none
+        is started at or after that. Never moves backwards.
+        """
+        ...
+
+    async def forget(self, key: AttemptKey) -> None:
+        """The end has been recorded: remove its record, scratch directory and cgroup. Logs stay. May be repeated."""
+        ...
+
+    async def held(self) -> Sequence[Held]:
+        """All attempts that run or have ended and are not forgotten."""
+        ...
+
+    async def usage(self, key: AttemptKey) -> Usage | None:
+        """What a running attempt has used so far; None when it is unknown or over."""
+        ...
+
+    def events(self) -> AsyncIterator[Exited | ShimLost]:
+        """Ends of attempts as they happen, beginning with those not forgotten yet."""
+        ...
+
+    def log_path(self, key: AttemptKey, stream: str) -> Path:
+        """Where ``stdout`` or ``stderr`` of an attempt is, or would be."""
+        ...

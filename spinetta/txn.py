@@ -1,0 +1,297 @@
+"""Transactions as values: guards, writes, and the transitions of the design built from them.
+
+A transition takes values that are already encoded, so that this module knows keys and revisions but no records.
+What `Committed` and `Conflict` mean is told at each; a lost answer is no value but `errors.OutcomeUnknown`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spinetta import keys
+from spinetta.model import LeaseId, NodeId, Revision, TaskId
+
+NESTED_MAX = 120  # nested transactions of up to three writes: 120 + 3 stay below etcd's 128 along a path
+
+
+# --- guards ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """The key does not exist."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedAt:
+    """The key exists and was created at this revision (later puts do not matter)."""
+
+    key: str
+    revision: Revision
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionIs:
+    """The key was last written at this revision; 0 means that it does not exist."""
+
+    key: str
+    revision: Revision
+
+
+@dataclass(frozen=True, slots=True)
+class NoneUnder:
+    """No key begins with this prefix."""
+
+    prefix: str
+
+
+Guard = Absent | CreatedAt | RevisionIs | NoneUnder
+
+
+# --- writes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Write a key. A put on a leased key must name the lease again, or the key comes loose from it."""
+
+    key: str
+    value: bytes = b""
+    lease: LeaseId = LeaseId(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete a key; no error if it does not exist."""
+
+    key: str
+
+
+Write = Put | Delete
+
+
+@dataclass(frozen=True, slots=True)
+class Txn:
+    """Guards and writes, and nested transactions with guards of their own.
+
+    If all of `when` hold, `then` is written and each of `nested` is tried by itself; one that fails does not spoil
+    the others. All guards see the state before the whole transaction. No key may be put twice in it. `nested` is one
+    level deep, at most `NESTED_MAX` long.
+    """
+
+    when: tuple[Guard, ...] = ()
+    then: tuple[Write, ...] = ()
+    nested: tuple[Txn, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The guards held and the writes were made, at this revision; `nested` tells which nested ones held."""
+
+    revision: Revision
+    nested: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A guard did not hold; nothing was written. `revision` is the store's when it found so."""
+
+    revision: Revision
+
+
+Result = Committed | Conflict
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What a node must still own for its writes to count: every claim and renewal is guarded by it."""
+
+    node: NodeId
+    node_created: Revision
+    incarnation_revision: Revision
+    generation_revision: Revision
+
+    def guards(self) -> tuple[Guard, ...]:
+        """Alive under the same lease, not condemned, and the cluster not restored from a backup since."""
+        return (
+            CreatedAt(keys.node(self.node), self.node_created),
+            RevisionIs(keys.incarnation(self.node), self.incarnation_revision),
+            RevisionIs(keys.GENERATION, self.generation_revision),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OfficeHeld:
+    """Proof that we are the leader: the office key as we created it."""
+
+    created: Revision
+
+    def guard(self) -> Guard:
+        """Holds as long as the office has not been lost since."""
+        return CreatedAt(keys.OFFICE, self.created)
+
+
+# --- transitions of tasks ----------------------------------------------------------------------------------------
+
+
+def submit(task: TaskId, record: bytes, hint: bytes) -> Txn:
+    """A new task enters the queue. Conflict: the id exists; read it and answer with it if it is the same submit."""
+    return Txn(
+        when=(Absent(keys.task(task)),),
+        then=(Put(keys.task(task), record), Put(keys.queued(task), hint)),
+    )
+
+
+def batch(txns: Sequence[Txn], when: Sequence[Guard] = ()) -> Txn:
+    """Many transactions in one proposal, each with its own guards, all under common ones."""
+    return Txn(when=tuple(when), nested=tuple(txns))
+
+
+def claim(node: NodeId, task: TaskId, seen: Revision, record: bytes, holding: bytes) -> Txn:
+    """`node` takes a queued task; to be nested under its `Registration.guards`. Conflict: somebody else was first."""
+    return Txn(
+        when=(RevisionIs(keys.queued(task), seen),),
+        then=(
+            Delete(keys.queued(task)),
+            Put(keys.running(node, task), holding),
+            Put(keys.task(task), record),
+        ),
+    )
+
+
+def finish(node: NodeId, task: TaskId, token: Revision, record: bytes) -> Txn:
+    """The holder records the end. Conflict: the attempt is no longer ours; discard its outputs."""
+    return Txn(
+        when=(CreatedAt(keys.running(node, task), token),),
+        then=(
+            Delete(keys.running(node, task)),
+            Put(keys.complete(task)),
+            Put(keys.task(task), record),
+        ),
+    )
+
+
+def give_back(node: NodeId, task: TaskId, token: Revision, record: bytes, hint: bytes) -> Txn:
+    """The attempt with this token ends and its task is queued again: a retry, a release or a requeue."""
+    return Txn(
+        when=(CreatedAt(keys.running(node, task), token),),
+        then=(
+            Delete(keys.running(node, task)),
+            Put(keys.queued(task), hint),
+            Put(keys.task(task), record),
+        ),
+    )
+
+
+def cancel_waiting(task: TaskId, status_key: str, seen: Revision, record: bytes) -> Txn:
+    """A queued or blocked task is cancelled. Conflict: it has moved on; read again."""
+    return Txn(
+        when=(RevisionIs(status_key, seen),),
+        then=(Delete(status_key), Put(keys.complete(task)), Put(keys.task(task), record)),
+    )
+
+
+def cancel_running(node: NodeId, task: TaskId, seen: Revision, holding: bytes) -> Txn:
+    """Ask the holder to stop. Changes the key's mod revision only, so that it does not fence the holder."""
+    return Txn(
+        when=(RevisionIs(keys.running(node, task), seen),),
+        then=(Put(keys.running(node, task), holding),),
+    )
+
+
+# --- transitions of nodes ----------------------------------------------------------------------------------------
+
+
+def register(node: NodeId, lease: LeaseId, record: bytes, incarnation: bytes, generation: Revision) -> Txn:
+    """A node begins a life. Conflict: the name is alive, or an earlier life of it has not been closed."""
+    return Txn(
+        when=(
+            Absent(keys.node(node)),
+            Absent(keys.incarnation(node)),
+            RevisionIs(keys.GENERATION, generation),
+        ),
+        then=(
+            Put(keys.node(node), record, lease),
+            Put(keys.incarnation(node), incarnation),
+            Put(keys.beat(node)),
+        ),
+    )
+
+
+def reattach(node: NodeId, lease: LeaseId, record: bytes, incarnation: Revision, generation: Revision) -> Txn:
+    """A node whose lease ran out, but that was not condemned, goes on with the same incarnation."""
+    return Txn(
+        when=(
+            Absent(keys.node(node)),
+            RevisionIs(keys.incarnation(node), incarnation),
+            RevisionIs(keys.GENERATION, generation),
+        ),
+        then=(Put(keys.node(node), record, lease),),
+    )
+
+
+def renew(registration: Registration) -> Txn:
+    """The guarded heartbeat. Committed: what runs may go on until the time before sending + grace - kill margin."""
+    return Txn(when=registration.guards(), then=(Put(keys.beat(registration.node)),))
+
+
+def advertise(registration: Registration, lease: LeaseId, record: bytes) -> Txn:
+    """Update what the node says of itself."""
+    return Txn(when=registration.guards(), then=(Put(keys.node(registration.node), record, lease),))
+
+
+def concede(node: NodeId, seen: Revision, incarnation: bytes) -> Txn:
+    """The node itself reports that nothing of this incarnation runs any more: requeue need not wait."""
+    return Txn(
+        when=(RevisionIs(keys.incarnation(node), seen),),
+        then=(Put(keys.incarnation(node), incarnation),),
+    )
+
+
+def deregister(registration: Registration) -> Txn:
+    """A node that holds nothing leaves. Conflict: it still holds something, or was condemned."""
+    node = registration.node
+    return Txn(
+        when=(*registration.guards(), NoneUnder(keys.running_on(node))),
+        then=(Delete(keys.node(node)), Delete(keys.incarnation(node)), Delete(keys.beat(node))),
+    )
+
+
+# --- the leader --------------------------------------------------------------------------------------------------
+
+
+def take_office(lease: LeaseId, record: bytes) -> Txn:
+    """Become leader. Conflict: somebody is."""
+    return Txn(when=(Absent(keys.OFFICE),), then=(Put(keys.OFFICE, record, lease),))
+
+
+def resign(office: OfficeHeld) -> Txn:
+    """Give up the office at once instead of letting the lease run out."""
+    return Txn(when=(office.guard(),), then=(Delete(keys.OFFICE),))
+
+
+def condemn(office: OfficeHeld, node: NodeId, seen: Revision, incarnation: bytes) -> Txn:
+    """After this no renewal or claim of that incarnation can succeed. Conflict: it came back, or we lost office."""
+    return Txn(
+        when=(office.guard(), Absent(keys.node(node)), RevisionIs(keys.incarnation(node), seen)),
+        then=(Put(keys.incarnation(node), incarnation),),
+    )
+
+
+def requeue_guards(office: OfficeHeld, node: NodeId, condemned: Revision) -> tuple[Guard, ...]:
+    """What must hold for the leader to take tasks from a condemned node: to be the outer guards of a batch."""
+    return (office.guard(), RevisionIs(keys.incarnation(node), condemned))
+
+
+def close(office: OfficeHeld, node: NodeId, condemned: Revision) -> Txn:
+    """The condemned incarnation holds nothing any more: the name is free again."""
+    return Txn(
+        when=(
+            *requeue_guards(office, node, condemned),
+            NoneUnder(keys.running_on(node)),
+        ),
+        then=(Delete(keys.incarnation(node)), Delete(keys.beat(node))),
+    )

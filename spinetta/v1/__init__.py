@@ -1,0 +1,1 @@
+"""Generated from proto/spinetta/v1 by scripts/genproto.py."""
