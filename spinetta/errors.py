@@ -48,27 +48,27 @@ class UserError(SpinettaError):
         return super().__str__()
 
 
-class NotFound(UserError):  # noqa: N818 - named by what happened, as the tree above shows
+class NotFound(UserError):
     """There is no such task or node."""
 
     reason = "not-found"
 
 
-class AlreadyExists(UserError):  # noqa: N818
+class AlreadyExists(UserError):
     """The id or name is in use by something else."""
 
     reason = "already-exists"
 
 
-class StoreUnavailable(SpinettaError):  # noqa: N818
+class StoreUnavailable(SpinettaError):
     """The store did not answer and nothing was changed: safe to try again."""
 
 
-class OutcomeUnknown(SpinettaError):  # noqa: N818
+class OutcomeUnknown(SpinettaError):
     """A write was sent and no answer came: it may have happened. Read back before anything else."""
 
 
-class Compacted(SpinettaError):  # noqa: N818
+class Compacted(SpinettaError):
     """The history from the wanted revision on has been compacted away: list again."""
 
     def __init__(self, compact_revision: int) -> None:
@@ -76,9 +76,9 @@ class Compacted(SpinettaError):  # noqa: N818
         self.compact_revision = compact_revision
 
 
-class Fenced(SpinettaError):  # noqa: N818
+class Fenced(SpinettaError):
     """What we held is no longer ours: stop it, clean up, forget it."""
 
 
-class InvariantViolation(SpinettaError):  # noqa: N818
+class InvariantViolation(SpinettaError):
     """A bug. The message carries all that is needed to understand it."""

@@ -1,0 +1,423 @@
+"""Records to bytes and back: the only place where model values and generated messages meet.
+
+Unknown fields written by a newer version are dropped on a rewrite; within one release that cannot happen, and a
+rolling upgrade must therefore add fields one release before it relies on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError, Message
+
+from spinetta import keys
+from spinetta.errors import UserError
+from spinetta.model import (
+    Attempt,
+    Holding,
+    Incarnation,
+    IncarnationId,
+    Life,
+    NodeId,
+    NodeRecord,
+    Outcome,
+    QueueHint,
+    Resources,
+    Revision,
+    State,
+    Task,
+    TaskId,
+    TaskSpec,
+    Usage,
+)
+from spinetta.v1 import record_pb2 as pb
+
+M = TypeVar("M", bound=Message)
+
+
+class CorruptRecord(UserError):
+    """A stored value is not what its key says; it is left as it is."""
+
+    reason = "corrupt"
+
+
+def _parse(message: M, data: bytes, what: str) -> M:
+    try:
+        message.ParseFromString(data)
+    except DecodeError as e:
+        raise CorruptRecord(f"{what} cannot be read: {e}") from e
+    return message
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+def resources_to_pb(r: Resources) -> pb.Resources:
+    """Model to message."""
+    return pb.Resources(
+        cpu_millis=r.cpu_millis,
+        memory_bytes=r.memory_bytes,
+        disk_bytes=r.disk_bytes,
+        countables=dict(r.countables),
+    )
+
+
+def resources_from_pb(m: pb.Resources) -> Resources:
+    """Message to model."""
+    return Resources.of(m.cpu_millis, m.memory_bytes, m.disk_bytes, m.countables)
+
+
+def spec_to_pb(s: TaskSpec) -> pb.TaskSpec:
+    """Model to message."""
+    return pb.TaskSpec(
+        id=s.id,
+        name=s.name,
+        labels=dict(s.labels),
+        command=s.command,
+        env=dict(s.env),
+        working_directory=s.working_directory,
+        resources=resources_to_pb(s.resources),
+        walltime_s=s.walltime_s,
+        tags_required=s.tags_required,
+        tags_forbidden=s.tags_forbidden,
+        priority=s.priority,
+        retries=s.retries,
+        retry_backoff_s=s.retry_backoff_s,
+        restart_on_node_failure=s.restart_on_node_failure,
+        owner=s.owner,
+        grace_s=s.grace_s,
+    )
+
+
+def spec_from_pb(m: pb.TaskSpec) -> TaskSpec:
+    """Message to model; an absent restart_on_node_failure means yes. Maps and tags come out sorted."""
+    return TaskSpec(
+        id=TaskId(m.id),
+        command=tuple(m.command),
+        name=m.name,
+        labels=tuple(sorted(m.labels.items())),
+        env=tuple(sorted(m.env.items())),
+        working_directory=m.working_directory,
+        resources=resources_from_pb(m.resources),
+        walltime_s=m.walltime_s,
+        tags_required=tuple(sorted(m.tags_required)),
+        tags_forbidden=tuple(sorted(m.tags_forbidden)),
+        priority=m.priority,
+        retries=m.retries,
+        retry_backoff_s=m.retry_backoff_s,
+        restart_on_node_failure=m.restart_on_node_failure if m.HasField("restart_on_node_failure") else True,
+        owner=m.owner,
+        grace_s=m.grace_s,
+    )
+
+
+def usage_to_pb(u: Usage) -> pb.Usage:
+    """Model to message."""
+    return pb.Usage(cpu_user_s=u.cpu_user_s, cpu_system_s=u.cpu_system_s, memory_peak_bytes=u.memory_peak_bytes)
+
+
+def usage_from_pb(m: pb.Usage) -> Usage:
+    """Message to model."""
+    return Usage(m.cpu_user_s, m.cpu_system_s, m.memory_peak_bytes)
+
+
+def attempt_to_pb(a: Attempt) -> pb.Attempt:
+    """Model to message."""
+    return pb.Attempt(
+        number=a.number,
+        node=a.node,
+        incarnation=a.incarnation,
+        token=a.token,
+        started_ms=a.started_ms,
+        ended_ms=a.ended_ms,
+        outcome=pb.Outcome.ValueType(a.outcome),
+        exit_code=a.exit_code,
+        signal=a.signal,
+        reason=a.reason,
+        message=a.message,
+        usage=usage_to_pb(a.usage),
+    )
+
+
+def attempt_from_pb(m: pb.Attempt) -> Attempt:
+    """Message to model."""
+    return Attempt(
+        number=m.number,
+        node=NodeId(m.node),
+        incarnation=IncarnationId(m.incarnation),
+        token=Revision(m.token),
+        started_ms=m.started_ms,
+        ended_ms=m.ended_ms,
+        outcome=Outcome(m.outcome),
+        exit_code=m.exit_code if m.HasField("exit_code") else None,
+        signal=m.signal,
+        reason=m.reason,
+        message=m.message,
+        usage=usage_from_pb(m.usage),
+    )
+
+
+def task_to_pb(t: Task) -> pb.Task:
+    """Model to message."""
+    return pb.Task(
+        spec=spec_to_pb(t.spec),
+        state=pb.State.ValueType(t.state),
+        outcome=pb.Outcome.ValueType(t.outcome),
+        reason=t.reason,
+        message=t.message,
+        attempts_started=t.attempts_started,
+        attempts=[attempt_to_pb(a) for a in t.attempts],
+        failures=t.failures,
+        losses=t.losses,
+        submitted_ms=t.submitted_ms,
+        completed_ms=t.completed_ms,
+        submitted_at_node=t.submitted_at_node,
+    )
+
+
+def task_from_pb(m: pb.Task) -> Task:
+    """Message to model."""
+    if m.state == pb.STATE_UNSPECIFIED:
+        raise CorruptRecord(f"the record of task {m.spec.id or '?'} has no state")
+    return Task(
+        spec=spec_from_pb(m.spec),
+        state=State(m.state),
+        outcome=Outcome(m.outcome),
+        reason=m.reason,
+        message=m.message,
+        attempts_started=m.attempts_started,
+        attempts=tuple(attempt_from_pb(a) for a in m.attempts),
+        failures=m.failures,
+        losses=m.losses,
+        submitted_ms=m.submitted_ms,
+        completed_ms=m.completed_ms,
+        submitted_at_node=m.submitted_at_node,
+    )
+
+
+def node_to_pb(n: NodeRecord) -> pb.Node:
+    """Model to message."""
+    return pb.Node(
+        name=n.name,
+        address=n.address,
+        incarnation=n.incarnation,
+        capacity=resources_to_pb(n.capacity),
+        free=resources_to_pb(n.free),
+        tags=n.tags,
+        running=n.running,
+        draining=n.draining,
+        leaving=n.leaving,
+        etcd_client_url=n.etcd_client_url,
+        etcd_peer_url=n.etcd_peer_url,
+        etcd_member_id=n.etcd_member_id,
+        candidate=n.candidate,
+        version=n.version,
+        started_ms=n.started_ms,
+        boot_id=n.boot_id,
+        runtimes=n.runtimes,
+        warnings=n.warnings,
+    )
+
+
+def node_from_pb(m: pb.Node) -> NodeRecord:
+    """Message to model."""
+    return NodeRecord(
+        name=NodeId(m.name),
+        address=m.address,
+        incarnation=IncarnationId(m.incarnation),
+        capacity=resources_from_pb(m.capacity),
+        free=resources_from_pb(m.free),
+        tags=tuple(m.tags),
+        running=m.running,
+        draining=m.draining,
+        leaving=m.leaving,
+        etcd_client_url=m.etcd_client_url,
+        etcd_peer_url=m.etcd_peer_url,
+        etcd_member_id=m.etcd_member_id,
+        candidate=m.candidate,
+        version=m.version,
+        started_ms=m.started_ms,
+        boot_id=m.boot_id,
+        runtimes=tuple(m.runtimes),
+        warnings=tuple(m.warnings),
+    )
+
+
+# --- stored values -----------------------------------------------------------------------------------------------
+
+
+def encode_task(t: Task) -> bytes:
+    """The value of ``/task/UUID``."""
+    return task_to_pb(t).SerializeToString(deterministic=True)
+
+
+def decode_task(data: bytes) -> Task:
+    """The value of ``/task/UUID``.
+
+    Raises:
+        CorruptRecord: it is no task.
+    """
+    return task_from_pb(_parse(pb.Task(), data, "the record of a task"))
+
+
+def encode_hint(h: QueueHint) -> bytes:
+    """The value of ``/status/queued/UUID``."""
+    return pb.QueueHint(
+        resources=resources_to_pb(h.resources),
+        tags_required=h.tags_required,
+        tags_forbidden=h.tags_forbidden,
+        priority=h.priority,
+        delay_s=h.delay_s,
+    ).SerializeToString(deterministic=True)
+
+
+def decode_hint(data: bytes) -> QueueHint | None:
+    """The value of ``/status/queued/UUID``; None when it is empty or unreadable: the task's record says the same."""
+    if not data:
+        return None
+    try:
+        m = _parse(pb.QueueHint(), data, "a queue hint")
+    except CorruptRecord:
+        return None
+    return QueueHint(
+        resources_from_pb(m.resources),
+        tuple(sorted(m.tags_required)),
+        tuple(sorted(m.tags_forbidden)),
+        m.priority,
+        m.delay_s,
+    )
+
+
+def encode_holding(h: Holding) -> bytes:
+    """The value of ``/status/running/NODE/UUID``."""
+    return pb.Holding(
+        attempt=h.attempt,
+        incarnation=h.incarnation,
+        grace_s=h.grace_s,
+        cancel_requested=h.cancel_requested,
+        cancel_reason=h.cancel_reason,
+    ).SerializeToString(deterministic=True)
+
+
+def decode_holding(data: bytes) -> Holding:
+    """The value of ``/status/running/NODE/UUID``."""
+    m = _parse(pb.Holding(), data, "a running key")
+    return Holding(m.attempt, IncarnationId(m.incarnation), m.grace_s, m.cancel_requested, m.cancel_reason)
+
+
+def encode_node(n: NodeRecord) -> bytes:
+    """The value of ``/node/NODE``."""
+    return node_to_pb(n).SerializeToString(deterministic=True)
+
+
+def decode_node(data: bytes) -> NodeRecord:
+    """The value of ``/node/NODE``."""
+    return node_from_pb(_parse(pb.Node(), data, "the record of a node"))
+
+
+def encode_incarnation(i: Incarnation) -> bytes:
+    """The value of ``/incarnation/NODE``."""
+    return pb.Incarnation(
+        id=i.id,
+        state=pb.Incarnation.State.ValueType(i.state),
+        boot_id=i.boot_id,
+        lease_ttl_s=i.lease_ttl_s,
+        kill_margin_s=i.kill_margin_s,
+    ).SerializeToString(deterministic=True)
+
+
+def decode_incarnation(data: bytes) -> Incarnation:
+    """The value of ``/incarnation/NODE``."""
+    m = _parse(pb.Incarnation(), data, "an incarnation")
+    if m.state == pb.Incarnation.INCARNATION_STATE_UNSPECIFIED:
+        raise CorruptRecord("an incarnation has no state")
+    return Incarnation(IncarnationId(m.id), Life(m.state), m.boot_id, m.lease_ttl_s, m.kill_margin_s)
+
+
+def encode_office(node: NodeId) -> bytes:
+    """The value of ``/leader/office``."""
+    return pb.Office(node=node).SerializeToString(deterministic=True)
+
+
+def decode_office(data: bytes) -> NodeId:
+    """The value of ``/leader/office``."""
+    return NodeId(_parse(pb.Office(), data, "the office of the leader").node)
+
+
+def encode_generation(generation: str) -> bytes:
+    """The value of ``/generation``."""
+    return pb.Generation(id=generation).SerializeToString(deterministic=True)
+
+
+def decode_generation(data: bytes) -> str:
+    """The value of ``/generation``."""
+    return _parse(pb.Generation(), data, "the generation").id
+
+
+# --- for people ---------------------------------------------------------------------------------------------------
+
+_BY_PREFIX: tuple[tuple[str, Callable[[], Message]], ...] = (
+    (keys.TASK, pb.Task),
+    (keys.QUEUED, pb.QueueHint),
+    (keys.BLOCKED, pb.QueueHint),
+    (keys.RUNNING, pb.Holding),
+    (keys.NODE, pb.Node),
+    (keys.INCARNATION, pb.Incarnation),
+    (keys.OFFICE, pb.Office),
+    (keys.GENERATION, pb.Generation),
+)
+TYPES: dict[str, Callable[[], Message]] = {
+    "task": pb.Task,
+    "queued": pb.QueueHint,
+    "running": pb.Holding,
+    "node": pb.Node,
+    "incarnation": pb.Incarnation,
+    "office": pb.Office,
+    "generation": pb.Generation,
+}
+
+
+def to_dict(key_or_type: str, data: bytes) -> dict[str, Any]:
+    """A stored value as plain data for printing, by its key or by a name of `TYPES`.
+
+    Raises:
+        UserError: nothing of ours is stored under such a key.
+        CorruptRecord: the value is not of that type.
+    """
+    make = TYPES.get(key_or_type)
+    if make is None:
+        make = next((m for prefix, m in _BY_PREFIX if key_or_type.startswith(prefix)), None)
+    if make is None:
+        raise UserError(
+            f"no record is stored under {key_or_type!r}",
+            field="key",
+            hint=f"a key of ours, or one of {', '.join(TYPES)}",
+        )
+    return message_to_dict(_parse(make(), data, f"the value of {key_or_type}"))
+
+
+def message_to_dict(message: Message) -> dict[str, Any]:
+    """A message as plain data: field names as in the .proto files, 64-bit numbers as numbers, not strings."""
+    plain: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return {k: _numbers(message, k, v) for k, v in plain.items()}
+
+
+_INT64 = frozenset({3, 4, 6, 16, 18})  # descriptor types (U)INT64, FIXED64, SFIXED64, SINT64: strings in JSON
+
+
+def _numbers(message: Message, name: str, value: Any) -> Any:
+    """Undo protobuf's JSON rule of 64-bit integers as strings: Python and jq both read them as they are."""
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        is_number = field.message_type.fields_by_name["value"].type in _INT64
+        return {k: int(v) if is_number else v for k, v in value.items()}
+    if field.message_type is not None:
+        inner = getattr(message, name)
+        if isinstance(value, list):
+            return [{k: _numbers(i, k, x) for k, x in v.items()} for i, v in zip(inner, value, strict=True)]
+        return {k: _numbers(inner, k, x) for k, x in value.items()}
+    if field.type in _INT64:
+        return [int(v) for v in value] if isinstance(value, list) else int(value)
+    return value

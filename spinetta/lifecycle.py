@@ -1,0 +1,175 @@
+"""The life of a task: one table of (state, event) pairs, and the record that each event leaves behind."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from spinetta.errors import InvariantViolation
+from spinetta.model import (
+    ATTEMPTS_KEPT_MAX,
+    Attempt,
+    Exit,
+    IncarnationId,
+    NodeId,
+    Outcome,
+    Reason,
+    Revision,
+    State,
+    Task,
+    TaskSpec,
+)
+
+NODE_LOSSES_MAX = 16  # a task that lost this many nodes is more likely their cause than their victim
+RETRY_DELAY_MAX_S = 3600.0  # back-off doubles up to an hour: longer waits look like a hang
+
+
+class Event(enum.Enum):
+    """What can happen to a task."""
+
+    UNBLOCK = "unblock"
+    CLAIM = "claim"
+    FINISH = "finish"  # the attempt's end is the task's end
+    RETRY = "retry"  # the task failed and has tries left
+    RELEASE = "release"  # its node gives it back unharmed
+    NODE_LOST = "node-lost"  # its node died and it may start again
+    GIVE_UP = "give-up"  # its node died and it may not
+    CANCEL = "cancel"  # while waiting; a running task is cancelled through its holder's FINISH
+
+
+TRANSITIONS: Mapping[tuple[State, Event], State] = {
+    (State.BLOCKED, Event.UNBLOCK): State.QUEUED,
+    (State.BLOCKED, Event.CANCEL): State.COMPLETE,
+    (State.QUEUED, Event.CLAIM): State.RUNNING,
+    (State.QUEUED, Event.CANCEL): State.COMPLETE,
+    (State.RUNNING, Event.FINISH): State.COMPLETE,
+    (State.RUNNING, Event.RETRY): State.QUEUED,
+    (State.RUNNING, Event.RELEASE): State.QUEUED,
+    (State.RUNNING, Event.NODE_LOST): State.QUEUED,
+    (State.RUNNING, Event.GIVE_UP): State.COMPLETE,
+}
+
+
+def after(state: State, event: Event) -> State:
+    """The state that `event` leads to.
+
+    Raises:
+        InvariantViolation: the pair is not in the table; the caller should have looked first.
+    """
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        raise InvariantViolation(f"a task that is {state.name} cannot {event.value}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the end of an attempt means for its task: the event, the new record, and the wait before a retry."""
+
+    event: Event
+    task: Task
+    delay_s: float = 0.0
+
+
+def submitted(spec: TaskSpec, *, now_ms: int, at_node: str) -> Task:
+    """The record of a new task."""
+    return Task(spec=spec, state=State.QUEUED, submitted_ms=now_ms, submitted_at_node=at_node)
+
+
+def claimed(task: Task, node: NodeId, incarnation: IncarnationId, *, now_ms: int) -> Task:
+    """The record once `node` has taken the task: a new attempt has begun."""
+    attempt = Attempt(task.attempts_started + 1, node, incarnation, started_ms=now_ms)
+    return replace(
+        task,
+        state=after(task.state, Event.CLAIM),
+        attempts_started=attempt.number,
+        attempts=(*task.attempts, attempt)[-ATTEMPTS_KEPT_MAX:],
+    )
+
+
+def cancelled_waiting(task: Task, message: str, *, now_ms: int) -> Task:
+    """The record of a task cancelled before any node took it (or between two attempts)."""
+    return replace(
+        task,
+        state=after(task.state, Event.CANCEL),
+        outcome=Outcome.CANCELLED,
+        reason=Reason.CANCELLED.value,
+        message=message,
+        completed_ms=now_ms,
+    )
+
+
+_LOSSES = frozenset({Reason.NODE_LOST, Reason.SHIM_LOST, Reason.FENCED})
+
+
+def ended(task: Task, exit_: Exit, token: Revision, *, cancel_requested: bool, now_ms: int) -> Ended:
+    """What follows from the end of the running attempt.
+
+    A process that ended by itself with exit code 0 has succeeded even if a cancel was on its way: its work is done.
+    Otherwise a requested cancel comes before any retry or requeue. Losses of the node and failures of the task are
+    counted apart, and only failures are paid for out of `TaskSpec.retries`.
+    """
+    if exit_.reason is Reason.EXIT and exit_.exit_code == 0:
+        return _over(task, Event.FINISH, Outcome.SUCCEEDED, exit_, token, now_ms)
+    if cancel_requested or exit_.reason is Reason.CANCELLED:
+        return _over(task, Event.FINISH, Outcome.CANCELLED, exit_, token, now_ms)
+    if exit_.reason is Reason.RELEASED:
+        return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms)
+    if exit_.reason in _LOSSES:
+        task = replace(task, losses=task.losses + 1)
+        if task.spec.restart_on_node_failure and task.losses < NODE_LOSSES_MAX:
+            return _again(task, Event.NODE_LOST, Outcome.LOST, exit_, token, now_ms)
+        return _over(task, Event.GIVE_UP, Outcome.LOST, exit_, token, now_ms)
+    task = replace(task, failures=task.failures + 1)
+    if task.failures <= task.spec.retries:
+        delay_s = min(task.spec.retry_backoff_s * 2.0 ** (task.failures - 1), RETRY_DELAY_MAX_S)
+        return _again(task, Event.RETRY, Outcome.FAILED, exit_, token, now_ms, delay_s)
+    return _over(task, Event.FINISH, Outcome.FAILED, exit_, token, now_ms)
+
+
+def _close_attempt(task: Task, outcome: Outcome, exit_: Exit, token: Revision, now_ms: int) -> Task:
+    if not task.attempts:
+        raise InvariantViolation(f"task {task.id} ends an attempt that never began: {task}")
+    last = replace(
+        task.attempts[-1],
+        token=token,
+        started_ms=exit_.started_ms or task.attempts[-1].started_ms,
+        ended_ms=exit_.ended_ms or now_ms,
+        outcome=outcome,
+        exit_code=exit_.exit_code,
+        signal=exit_.signal,
+        reason=exit_.reason.value,
+        message=exit_.message,
+        usage=exit_.usage,
+    )
+    return replace(task, attempts=(*task.attempts[:-1], last))
+
+
+def _over(task: Task, event: Event, outcome: Outcome, exit_: Exit, token: Revision, now_ms: int) -> Ended:
+    task = _close_attempt(task, outcome, exit_, token, now_ms)
+    reason = Reason.CANCELLED if outcome is Outcome.CANCELLED else exit_.reason
+    return Ended(
+        event,
+        replace(
+            task,
+            state=after(task.state, event),
+            outcome=outcome,
+            reason=reason.value,
+            message=exit_.message,
+            completed_ms=now_ms,
+        ),
+    )
+
+
+def _again(
+    task: Task,
+    event: Event,
+    outcome: Outcome,
+    exit_: Exit,
+    token: Revision,
+    now_ms: int,
+    delay_s: float = 0.0,
+) -> Ended:
+    task = _close_attempt(task, outcome, exit_, token, now_ms)
+    return Ended(event, replace(task, state=after(task.state, event)), delay_s)
