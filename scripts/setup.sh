@@ -1,0 +1,165 @@
+#!/usr/bin/env bash
+# Prepare a Debian 12 machine for Spinetta: Debian packages, a virtual environment, the package in it.
+#
+#   scripts/setup.sh          what a user needs (with the demonstration)
+#   scripts/setup.sh --dev    and what the tests and checks need
+#
+# May be run again at any time: it does only what is missing, and takes a second when nothing is.
+# Works as root, or as a user with sudo. Environment:
+#   SPINETTA_VENV   where the virtual environment is (default: .venv beside this repository's README)
+#   PYTHON          which Python makes it (default: python3; 3.11 or newer)
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${SPINETTA_VENV:-$root/.venv}
+extras=""
+for argument in "$@"; do
+    case $argument in
+        --dev) extras="[dev]" ;;
+        -h | --help)
+            sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+        *)
+            echo "setup: unknown argument $argument (there is --dev)" >&2
+            exit 2
+            ;;
+    esac
+done
+
+say() { printf 'setup: %s\n' "$*"; }
+die() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 1
+}
+
+log=$(mktemp "${TMPDIR:-/tmp}/spinetta-setup.XXXXXX")
+undo=() # what to put back, whatever happens
+finish() {
+    local status=$?
+    for command in "${undo[@]}"; do eval "$command" || true; done
+    rm -f "$log"
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# Run a slow command quietly; when it fails, show the end of what it said.
+quietly() {
+    "$@" >"$log" 2>&1 </dev/null && return 0
+    local status=$?
+    tail -n 25 "$log" >&2
+    return "$status"
+}
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        env DEBIAN_FRONTEND=noninteractive "$@"
+    else
+        sudo env DEBIAN_FRONTEND=noninteractive "$@"
+    fi
+}
+
+# --- Debian packages -----------------------------------------------------------------------------------------
+
+usable_python() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+has() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null; }
+
+# What is missing is judged by what is there, not by package names: an etcd of your own serves as well.
+missing_packages() {
+    has etcd || echo etcd-server
+    has etcdctl || echo etcd-client
+    has runc || echo runc
+    has bowtie2 || echo bowtie2
+    [ -e /usr/share/doc/bowtie2/examples/reads/reads_1.fq.gz ] || echo bowtie2-examples
+    has samtools || echo samtools
+    has bcftools || echo bcftools
+    usable_python "${PYTHON:-python3}" || echo python3-venv
+    if [ -n "$extras" ]; then
+        has shellcheck || echo shellcheck
+        has git || echo git
+    fi
+}
+
+# Debian's etcd-server starts a system service on port 2379 when it is installed and at every boot. Spinetta starts
+# etcd itself, so that service is kept from starting during this installation, and is left disabled. A service
+# that was there before is not touched: then there is nothing to install.
+hold_back_etcd_service() {
+    if [ -d /run/systemd/system ]; then
+        as_root systemctl mask --quiet etcd.service 2>/dev/null || die "could not mask etcd.service"
+        undo+=("as_root systemctl unmask --quiet etcd.service 2>/dev/null")
+        undo+=("as_root systemctl disable --quiet etcd.service 2>/dev/null")
+        say "etcd.service is left disabled; Spinetta starts etcd itself (systemctl enable --now etcd gives you Debian's)"
+    elif [ ! -e /usr/sbin/policy-rc.d ]; then
+        # Asked by Debian's packages before they start a service.
+        as_root tee /usr/sbin/policy-rc.d >/dev/null <<'POLICY'
+#!/bin/sh
+# Temporary, from Spinetta's scripts/setup.sh: start everything but etcd.
+[ "$1" != etcd ] || exit 101
+POLICY
+        as_root chmod 755 /usr/sbin/policy-rc.d
+        undo+=("as_root rm -f /usr/sbin/policy-rc.d")
+    fi
+}
+
+install_packages() {
+    local packages=("$@")
+    has apt-get || die "this is not Debian (no apt-get). Install what these Debian packages hold, then run this again:" \
+        "  ${packages[*]}"
+    if [ "$(id -u)" -ne 0 ] && ! has sudo; then
+        die "these Debian packages are missing, and you are neither root nor have sudo: ${packages[*]}" \
+            "Ask an administrator for: apt-get install ${packages[*]}"
+    fi
+    if [ "$(id -u)" -ne 0 ]; then
+        sudo -n true 2>/dev/null || say "sudo may ask for your password, to install Debian packages"
+        sudo true || die "sudo did not let us in; ask an administrator for: apt-get install ${packages[*]}"
+    fi
+    case " ${packages[*]} " in *" etcd-server "*) hold_back_etcd_service ;; esac
+    say "installing Debian packages: ${packages[*]}"
+    # The package lists may be absent or old, and fetching them is slow: only if it does not work without.
+    # Slim images leave out /usr/share/doc, where bowtie2-examples keeps its data: hence path-include and reinstall.
+    local install=(apt-get install -y --no-install-recommends --reinstall
+        -o "DPkg::Options::=--path-include=/usr/share/doc/bowtie2/examples/*" "${packages[@]}")
+    if ! as_root "${install[@]}" >"$log" 2>&1 </dev/null; then
+        say "fetching the package lists"
+        quietly as_root apt-get update || die "apt-get update failed: is there a network?"
+        quietly as_root "${install[@]}" || die "apt-get could not install: ${packages[*]}"
+    fi
+}
+
+mapfile -t packages < <(missing_packages)
+if [ ${#packages[@]} -gt 0 ]; then
+    install_packages "${packages[@]}"
+    mapfile -t packages < <(missing_packages)
+    [ ${#packages[@]} -eq 0 ] || die "still missing after the installation: ${packages[*]}"
+fi
+
+# --- the virtual environment -----------------------------------------------------------------------------------
+
+python=${PYTHON:-python3}
+usable_python "$python" || python=/usr/bin/python3
+usable_python "$python" || die "Python 3.11 or newer with venv is needed; set PYTHON to one ($("$python" --version 2>&1))"
+
+# Made anew when its Python is gone, brought up to date when what we depend on has changed.
+if [ -e "$venv" ] && ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+    [ -e "$venv/pyvenv.cfg" ] || die "$venv is there and is no virtual environment; set SPINETTA_VENV to another place"
+    say "the virtual environment $venv does not work any more: making it anew"
+    rm -rf "$venv"
+fi
+if [ ! -e "$venv" ]; then
+    say "making the virtual environment $venv ($("$python" --version))"
+    quietly "$python" -m venv "$venv" || die "could not make $venv"
+fi
+
+wanted="$(sha256sum <"$root/pyproject.toml" | cut -d' ' -f1) $root"
+mark=$venv/.spinetta-setup
+if [ -z "$extras" ] && [ -e "${mark}[dev]" ]; then extras="[dev]"; fi # once for development, always
+if [ "$(cat "${mark}${extras}" 2>/dev/null)" != "$wanted" ] || ! "$venv/bin/python" -c 'import spinetta' 2>/dev/null; then
+    say "installing spinetta$extras and what it needs into $venv"
+    quietly "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --editable "$root$extras" ||
+        die "pip could not install spinetta$extras: is there a network?"
+    rm -f "$mark" "${mark}[dev]"
+    printf '%s\n' "$wanted" >"${mark}${extras}"
+fi
+say "ready: $venv/bin/spinetta"
