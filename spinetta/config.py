@@ -1,0 +1,290 @@
+"""Settings as frozen values, each with where it came from: flag > environment variable > file > default.
+
+Pure: the caller reads the files and the environment and passes them in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spinetta import names, units
+from spinetta.errors import UserError
+from spinetta.options import CLIENT_OPTIONS, NODE_OPTIONS, VARIABLE_PREFIX, Option, variable
+
+API_PORT = 7220
+ETCD_CLIENT_PORT = 7221
+ETCD_PEER_PORT = 7222
+DEFAULT_ADDRESS = f"127.0.0.1:{API_PORT}"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that ``spinetta node join`` can be told.
+
+    Attributes:
+        name: of the node, unique in the cluster.
+        address: HOST:PORT of the API; the host is also where etcd listens.
+        data_dir: absolute path; everything the node keeps is below it.
+        peers: API addresses of nodes of the cluster to join; empty: start a new cluster (or the one in data_dir).
+        tags: what this node is; tasks may require or forbid them.
+        cpu_millis, memory_bytes, disk_bytes: what to offer; 0: what is detected.
+        countables: further things to offer, sorted by name.
+        etcd_client_port, etcd_peer_port: 0: choose free ones.
+        etcd_program: path or name on PATH.
+        voters_wanted: how many nodes run an etcd member: 1, 3 or 5.
+        candidate: whether this node may become one of them.
+        lease_ttl_s: after this long without a sign of life the node is suspected.
+        grace_s: how long a task may go on without a renewal, unless it asks for something else.
+        kill_margin_s: how long killing may take; taken off the grace.
+        clock_rate_error: by what fraction the rates of two machines' clocks may differ.
+        drain_timeout_s: how long a leaving node waits for its tasks before it gives them back.
+        on_terminate: what a daemon told to stop does with its tasks: ``keep`` them for the next daemon or ``release``.
+        log_level: debug, info, warning or error.
+        log_keep_bytes, log_keep_s: task logs beyond this, oldest first, are removed; 0: no limit.
+        pids_max: processes and threads of one task; 0: no limit.
+        reconcile_s: between two full comparisons with the store.
+    """
+
+    name: str
+    address: str
+    data_dir: str
+    peers: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    cpu_millis: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    countables: tuple[tuple[str, int], ...] = ()
+    etcd_client_port: int = ETCD_CLIENT_PORT
+    etcd_peer_port: int = ETCD_PEER_PORT
+    etcd_program: str = "etcd"
+    voters_wanted: int = 3
+    candidate: bool = True
+    lease_ttl_s: float = 10.0
+    grace_s: float = 60.0
+    kill_margin_s: float = 5.0
+    clock_rate_error: float = 0.01
+    drain_timeout_s: float = 3600.0
+    on_terminate: str = "keep"
+    log_level: str = "info"
+    log_keep_bytes: int = 10 << 30
+    log_keep_s: float = 30 * 86400.0
+    pids_max: int = 4096
+    reconcile_s: float = 45.0
+
+    @property
+    def host(self) -> str:
+        """The host part of the address."""
+        return self.address.rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        """The port of the API."""
+        return int(self.address.rpartition(":")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """What a client needs: addresses of nodes, tried in this order, and the time one call may take."""
+
+    nodes: tuple[str, ...] = (DEFAULT_ADDRESS,)
+    timeout_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value came from: `kind` is flag, environment, file or default, `where` names it."""
+
+    kind: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        return self.where or self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A node's settings, the origin of each by its field name, and what looked odd."""
+
+    settings: Settings
+    origins: Mapping[str, Origin]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedClient:
+    """A client's settings, and the origin of each by its field name."""
+
+    settings: ClientSettings
+    origins: Mapping[str, Origin]
+
+
+@dataclass(frozen=True, slots=True)
+class FileTable:
+    """The contents of a settings file."""
+
+    path: str
+    tables: Mapping[str, Any]
+
+
+NODE_TABLE, CLIENT_TABLE = "node", "client"
+# Variables that are not settings, some of them given to tasks. Only used to warn of mistyped names.
+OTHER_VARIABLES = frozenset({"SPINETTA_CONFIG", "SPINETTA_NODE", "SPINETTA_TIMEOUT"})
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    files: Sequence[FileTable],
+    defaults: Mapping[str, Any],
+) -> Resolved:
+    """A node's settings from all places.
+
+    Args:
+        flags: by option key; None or absent: not given.
+        environ: the process's environment.
+        files: the earlier overrides the later.
+        defaults: by option key, for what depends on the machine: name, data_dir. Others have theirs in `Settings`.
+
+    Raises:
+        UserError: names the field (``node.memory``), the origin and the mend.
+    """
+    for file in files:
+        _check_tables(file)
+    values, origins = _gather(NODE_OPTIONS, NODE_TABLE, flags, environ, files, defaults)
+    settings = Settings(**{"address": DEFAULT_ADDRESS, **values})
+    for option in NODE_OPTIONS:
+        origins.setdefault(option.attribute, Origin("default"))
+    _check_together(settings, origins)
+    return Resolved(settings, origins, _odd_variables(environ))
+
+
+def resolve_client(flags: Mapping[str, Any], environ: Mapping[str, str], files: Sequence[FileTable]) -> ResolvedClient:
+    """A client's settings from all places; arguments and errors as for `resolve`."""
+    for file in files:
+        _check_tables(file)
+    values, origins = _gather(CLIENT_OPTIONS, CLIENT_TABLE, flags, environ, files, {})
+    for option in CLIENT_OPTIONS:
+        origins.setdefault(option.attribute, Origin("default"))
+    return ResolvedClient(ClientSettings(**values), origins)
+
+
+def _gather(
+    options: Sequence[Option],
+    table: str,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    files: Sequence[FileTable],
+    defaults: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Origin]]:
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for option in options:
+        for raw, origin in _candidates(option, table, flags, environ, files, defaults):
+            values[option.attribute] = _parsed(option, raw, table, origin)
+            origins[option.attribute] = origin
+            break
+    return values, origins
+
+
+def _candidates(
+    option: Option,
+    table: str,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    files: Sequence[FileTable],
+    defaults: Mapping[str, Any],
+) -> list[tuple[Any, Origin]]:
+    """All values given for a setting, the strongest first. An empty variable counts as absent."""
+    found: list[tuple[Any, Origin]] = []
+    if flags.get(option.key) is not None:
+        found.append((flags[option.key], Origin("flag", option.flag)))
+    if environ.get(variable(option)):
+        found.append((environ[variable(option)], Origin("environment", variable(option))))
+    for file in files:
+        entries = file.tables.get(table, {})
+        if option.key in entries:
+            found.append((entries[option.key], Origin("file", f"{file.path}, [{table}] {option.key}")))
+    if option.key in defaults:
+        found.append((defaults[option.key], Origin("default")))
+    return found
+
+
+def _parsed(option: Option, raw: Any, table: str, origin: Origin) -> Any:
+    field_name = f"{table}.{option.key}"
+    try:
+        return option.parse(raw, field_name)
+    except UserError as e:
+        where = origin.where or f"the default of {option.key}"
+        raise UserError(f"{where}: {e.message}", field=field_name, hint=e.hint, reason=e.reason) from e
+
+
+def _check_tables(file: FileTable) -> None:
+    """Refuse what no setting is called: a mistyped name must not pass for a default."""
+    known = {NODE_TABLE: NODE_OPTIONS, CLIENT_TABLE: CLIENT_OPTIONS}
+    for name, entries in file.tables.items():
+        if name not in known:
+            raise UserError(
+                f"{file.path}: unknown table or setting {names.quoted(name)}",
+                field=name,
+                hint="settings stand under [node] or [client]",
+            )
+        if not isinstance(entries, Mapping):
+            raise UserError(f"{file.path}: {name} must be a table", field=name, hint=f"write [{name}]")
+        keys = {option.key for option in known[name]}
+        for key in entries:
+            if key not in keys:
+                raise UserError(
+                    f"{file.path}: unknown setting {names.quoted(key)} in [{name}]",
+                    field=f"{name}.{key}",
+                    hint=names.did_you_mean(key, keys),
+                )
+
+
+def _odd_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Warnings of variables that look like mistyped settings. No error: programs of all kinds may set variables."""
+    known = {variable(option) for option in NODE_OPTIONS} | OTHER_VARIABLES
+    short = [name.removeprefix(VARIABLE_PREFIX) for name in sorted(known)]
+    odd = []
+    for name in sorted(environ):
+        if name.startswith(VARIABLE_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name.removeprefix(VARIABLE_PREFIX), short, n=1, cutoff=0.75)
+            if near:
+                odd.append(f"environment variable {name} is no setting (did you mean {VARIABLE_PREFIX}{near[0]}?)")
+    return tuple(odd)
+
+
+def _check_together(s: Settings, origins: Mapping[str, Origin]) -> None:
+    """Values that are lawful alone and contradict each other."""
+
+    def where(attribute: str) -> str:
+        return str(origins[attribute])
+
+    # The shim kills at renewal + grace - margin. A node is suspected only after lease_ttl_s of silence: killing
+    # earlier than that would end tasks of a node whose registration still stands.
+    shortest_s = s.lease_ttl_s + s.kill_margin_s
+    if s.grace_s <= shortest_s:
+        raise UserError(
+            f"grace of {units.format_duration(s.grace_s)} (from {where('grace_s')}) is not longer than lease_ttl "
+            f"{units.format_duration(s.lease_ttl_s)} (from {where('lease_ttl_s')}) + kill_margin "
+            f"{units.format_duration(s.kill_margin_s)} (from {where('kill_margin_s')})",
+            field="node.grace",
+            hint=f"set grace above {units.format_duration(shortest_s)}, or shorten the other two",
+        )
+    if s.address in s.peers:
+        raise UserError(
+            f"peers (from {where('peers')}) name this node's own address {s.address}",
+            field="node.peers",
+            hint="name another node, or leave --peers away to start a new cluster",
+        )
+    ports: dict[int, str] = {s.port: "address"}
+    for attribute, port in (("etcd_client_port", s.etcd_client_port), ("etcd_peer_port", s.etcd_peer_port)):
+        if port and port in ports:
+            raise UserError(
+                f"{attribute} {port} (from {where(attribute)}) is also the port of {ports[port]}",
+                field=f"node.{attribute}",
+                hint="choose another, or 0 for any free one",
+            )
+        ports[port] = attribute

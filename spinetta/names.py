@@ -1,0 +1,150 @@
+"""The syntax of names: nodes, tags, countables, labels, owners, addresses. One place, so that a name accepted by the
+command line is never refused by a node."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterable
+
+from spinetta.errors import UserError
+
+NODE_NAME_MAX = 63  # characters, as a DNS label: names become parts of keys, paths and certificates
+TAG_MAX = 63
+COUNTABLE_NAME_MAX = 63
+LABEL_KEY_MAX = 128
+LABEL_VALUE_MAX = 256
+OWNER_MAX = 128
+
+_NODE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:=-]{0,62}", re.ASCII)
+_COUNTABLE = re.compile(r"[a-z][a-z0-9._-]{0,62}", re.ASCII)
+_LABEL_KEY = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_])?", re.ASCII)
+_OWNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,127}", re.ASCII)
+_NOT_IN_A_NAME = re.compile(r"[^a-z0-9-]+", re.ASCII)
+
+_RESERVED_COUNTABLES = frozenset({"cpu", "cpus", "memory", "disk"})
+
+LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
+
+
+def check_node_name(name: str, field: str = "") -> str:
+    """The name, if it is one for a node: like a DNS label, at most 63 of ``a-z 0-9 -``, no ``-`` at either end.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not _NODE.fullmatch(name):
+        raise UserError(
+            f"not a name for a node: {quoted(name)}",
+            field=field,
+            hint=f"1 to {NODE_NAME_MAX} of a-z, 0-9 and '-', beginning and ending with a letter or digit",
+        )
+    return name
+
+
+def node_name_from_host(host: str) -> str:
+    """A lawful node name near a host name: its first label in lower case; ``node`` when nothing is left."""
+    label = _NOT_IN_A_NAME.sub("-", host.partition(".")[0].lower()).strip("-")[:NODE_NAME_MAX].strip("-")
+    return label or "node"
+
+
+def check_tag(tag: str, field: str = "") -> str:
+    """The tag, if it is one: at most 63 of letters, digits and ``. _ : = -``, beginning with a letter or digit."""
+    if not _TAG.fullmatch(tag):
+        raise UserError(
+            f"not a tag: {quoted(tag)}",
+            field=field,
+            hint=f"1 to {TAG_MAX} letters, digits and '._:=-', beginning with a letter or digit",
+        )
+    return tag
+
+
+def check_countable_name(name: str, field: str = "") -> str:
+    """The name, if it is one for a countable resource such as ``gpu``; ``cpu``, ``memory``, ``disk`` are taken."""
+    if name in _RESERVED_COUNTABLES:
+        raise UserError(
+            f"{name!r} is no countable: it has an option of its own", field=field, hint="use cpus, memory or disk"
+        )
+    if not _COUNTABLE.fullmatch(name):
+        raise UserError(
+            f"not a name for a countable: {quoted(name)}",
+            field=field,
+            hint=f"1 to {COUNTABLE_NAME_MAX} of a-z, 0-9 and '._-', beginning with a letter, e.g. gpu",
+        )
+    return name
+
+
+def check_label(key: str, value: str, field: str = "") -> None:
+    """Raise UserError unless key and value make a label."""
+    if not _LABEL_KEY.fullmatch(key):
+        raise UserError(
+            f"not a label's key: {quoted(key)}",
+            field=field,
+            hint=f"1 to {LABEL_KEY_MAX} letters, digits and '._/-', beginning and ending with a letter, digit or '_'",
+        )
+    if len(value) > LABEL_VALUE_MAX:
+        raise UserError(
+            f"label {key!r} has {len(value)} characters",
+            field=field,
+            hint=f"at most {LABEL_VALUE_MAX}",
+            reason="too-large",
+        )
+    check_printable(value, f"label {key!r}", field)
+
+
+def check_owner(owner: str, field: str = "") -> None:
+    """Raise UserError unless `owner` is empty or like a login name or mail address."""
+    if owner and not _OWNER.fullmatch(owner):
+        raise UserError(
+            f"not an owner: {quoted(owner)}", field=field, hint=f"1 to {OWNER_MAX} letters, digits and '._@+-'"
+        )
+
+
+def check_printable(text: str, what: str, field: str) -> None:
+    """Raise UserError when `text` holds control characters or halves of surrogate pairs: tables and logs show it."""
+    for c in text:
+        if ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000:
+            raise UserError(f"{what} holds the character U+{ord(c):04X}", field=field, hint="remove control characters")
+
+
+def check_loopback_address(address: str, field: str = "") -> str:
+    """HOST:PORT in canonical form, if the host is an IPv4 address in 127.0.0.0/8 (or ``localhost``).
+
+    Raises:
+        UserError: not HOST:PORT, no such port, or off loopback, with the reason.
+    """
+    host, colon, port_text = address.strip().rpartition(":")
+    hint = "write HOST:PORT, e.g. 127.0.0.1:7220"
+    if not colon or not host:
+        raise UserError(f"not an address: {quoted(address)}", field=field, hint=hint)
+    if not (port_text.isascii() and port_text.isdecimal()) or not 1 <= int(port_text[:6]) <= 65535:
+        raise UserError(f"not a port: {quoted(port_text)} in {quoted(address)}", field=field, hint="1 to 65535")
+    if host == "localhost":
+        host = "127.0.0.1"
+    try:
+        ip = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        ip = None
+    if ip is None or ip not in LOOPBACK:
+        raise UserError(
+            f"address {quoted(address)} is off loopback: traffic between nodes is not encrypted or authenticated yet, "
+            "so anyone on the network could run programs here",
+            field=field,
+            hint="use an address in 127.0.0.0/8, e.g. 127.0.0.1:7220",
+            reason="off-loopback",
+        )
+    return f"{ip}:{int(port_text)}"
+
+
+def quoted(text: str) -> str:
+    """For a message: as Python shows it, shortened."""
+    return repr(text) if len(text) <= 80 else repr(text[:77] + "...")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint naming the nearest known word, or all of them when none is near."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices)}"

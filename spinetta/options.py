@@ -1,0 +1,242 @@
+"""Every setting once: its name, how its text is read, what it means. `config` makes values of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spinetta import names, units
+from spinetta.errors import UserError
+
+PEERS_MAX = 64  # one that answers is enough; more than this is a mistake
+NODE_TAGS_MAX = 64  # they travel with every heartbeat of the node's record
+COUNTABLES_MAX = 32  # the same
+COUNT_MAX = 1_000_000
+PATH_MAX = 4096  # the kernel's own limit
+
+Parse = Callable[[Any, str], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting: `key` as in the file and (with dashes) the flag, `attribute` as in the dataclass."""
+
+    key: str
+    attribute: str
+    parse: Parse
+    help: str
+    metavar: str = "TEXT"
+
+    @property
+    def flag(self) -> str:
+        """E.g. ``--data-dir``."""
+        return "--" + self.key.replace("_", "-")
+
+
+# --- how each kind of value is read ------------------------------------------------------------------------------
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"must be text, not {_kind(value)}", field=where)
+    if "\0" in value:
+        raise UserError("holds a NUL character", field=where)
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "a table", str: "text"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _path(value: Any, where: str) -> str:
+    path = _text(value, where)
+    if not path.startswith("/") or len(path) > PATH_MAX:
+        raise UserError(f"not an absolute path: {names.quoted(path)}", field=where, hint="begin it with /")
+    return path.rstrip("/") or "/"
+
+
+def _program(value: Any, where: str) -> str:
+    program = _text(value, where)
+    if not program.strip() or len(program) > PATH_MAX:
+        raise UserError("names no program", field=where, hint="a path, or a name on PATH, e.g. etcd")
+    return program
+
+
+def _items(value: Any, where: str, limit: int) -> list[str]:
+    """A list from a file, or text with commas from a flag or variable."""
+    if isinstance(value, str):
+        items = [item.strip() for item in value.split(",") if item.strip()]
+    elif isinstance(value, (list, tuple)):
+        items = [_text(item, where) for item in value]
+    else:
+        raise UserError(f"must be a list, not {_kind(value)}", field=where, hint="separate with commas")
+    if len(items) > limit:
+        raise UserError(f"{len(items)} items, at most {limit}", field=where, reason="too-large")
+    return items
+
+
+def _tags(value: Any, where: str) -> tuple[str, ...]:
+    return tuple(sorted({names.check_tag(tag, where) for tag in _items(value, where, NODE_TAGS_MAX)}))
+
+
+def _addresses(value: Any, where: str) -> tuple[str, ...]:
+    found = [names.check_loopback_address(a, where) for a in _items(value, where, PEERS_MAX)]
+    return tuple(dict.fromkeys(found))
+
+
+def _client_addresses(value: Any, where: str) -> tuple[str, ...]:
+    found = _addresses(value, where)
+    if not found:
+        raise UserError("names no node", field=where, hint="HOST:PORT, or several with commas between")
+    return found
+
+
+def _address(value: Any, where: str) -> str:
+    return names.check_loopback_address(_text(value, where), where)
+
+
+def _name(value: Any, where: str) -> str:
+    return names.check_node_name(_text(value, where), where)
+
+
+def parse_countables(value: Any, where: str = "") -> tuple[tuple[str, int], ...]:
+    """Countables from ``gpu=2,fpga=1`` or a table, sorted, without zeros.
+
+    Raises:
+        UserError: a bad name or number, or a name given twice.
+    """
+    pairs: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        pairs = [(str(k), v) for k, v in value.items()]
+    else:
+        for item in _items(value, where, COUNTABLES_MAX):
+            name, equals, number = item.partition("=")
+            if not equals:
+                raise UserError(f"not NAME=NUMBER: {names.quoted(item)}", field=where, hint="e.g. gpu=2")
+            pairs.append((name.strip(), number.strip()))
+    if len(pairs) > COUNTABLES_MAX:
+        raise UserError(f"{len(pairs)} countables, at most {COUNTABLES_MAX}", field=where, reason="too-large")
+    counts: dict[str, int] = {}
+    for name, number in pairs:
+        names.check_countable_name(name, where)
+        if name in counts:
+            raise UserError(f"countable {name!r} is given twice", field=where, hint="give it once")
+        counts[name] = _whole(0, COUNT_MAX)(number, where)
+    return tuple(sorted((k, v) for k, v in counts.items() if v))
+
+
+def _whole(low: int, high: int) -> Callable[[Any, str], int]:
+    def parse(value: Any, where: str) -> int:
+        number = value
+        if isinstance(value, str):
+            digits = value.strip().removeprefix("-")
+            if not (digits.isascii() and digits.isdecimal()) or len(digits) > 18:
+                raise UserError(f"not a whole number: {names.quoted(value)}", field=where)
+            number = int(value)
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise UserError(f"must be a whole number, not {_kind(value)}", field=where)
+        if not low <= number <= high:
+            raise UserError(f"{number} is out of range", field=where, hint=f"{low} to {high}")
+        return number
+
+    return parse
+
+
+def _fraction(low: float, high: float) -> Parse:
+    def parse(value: Any, where: str) -> float:
+        try:
+            number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+        except ValueError:
+            number = None
+        if number is None:
+            raise UserError(f"not a number: {names.quoted(str(value))}", field=where)
+        if not low <= number <= high:
+            raise UserError(f"{number:g} is out of range", field=where, hint=f"{low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def _duration(low_s: float, high_s: float) -> Parse:
+    def parse(value: Any, where: str) -> float:
+        seconds = units.parse_duration(value, where)
+        if not low_s <= seconds <= high_s:
+            low, high = units.format_duration(low_s), units.format_duration(high_s)
+            raise UserError(f"{units.format_duration(seconds)} is out of range", field=where, hint=f"{low} to {high}")
+        return seconds
+
+    return parse
+
+
+def _flag(value: Any, where: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in _YES | _NO:
+        return value.strip().lower() in _YES
+    raise UserError(f"not yes or no: {names.quoted(str(value))}", field=where, hint="yes or no, true or false")
+
+
+_YES = frozenset({"yes", "true", "1", "on"})
+_NO = frozenset({"no", "false", "0", "off"})
+
+
+def _one_of(*choices: str) -> Parse:
+    def parse(value: Any, where: str) -> str:
+        word = _text(value, where).strip().lower()
+        if word not in choices:
+            raise UserError(f"{names.quoted(word)} is none of the choices", field=where, hint=" or ".join(choices))
+        return word
+
+    return parse
+
+
+def _voters(value: Any, where: str) -> int:
+    number = _whole(1, 5)(value, where)
+    if number % 2 == 0:
+        raise UserError(
+            f"{number} voters: an even number survives no more failures than one less", field=where, hint="1, 3 or 5"
+        )
+    return number
+
+
+_PORT = _whole(0, 65535)
+
+NODE_OPTIONS: tuple[Option, ...] = (
+    Option("name", "name", _name, "Name of this node, unique in the cluster.", "NAME"),
+    Option("address", "address", _address, "Where the API listens; loopback only for now.", "HOST:PORT"),
+    Option("data_dir", "data_dir", _path, "Where this node keeps everything.", "PATH"),
+    Option("peers", "peers", _addresses, "API addresses of nodes of the cluster to join.", "HOST:PORT,…"),
+    Option("tags", "tags", _tags, "What this node is; tasks may require or forbid it.", "TAG,…"),
+    Option("cpus", "cpu_millis", units.parse_cpus, "Cores to offer (0: as detected).", "N"),
+    Option("memory", "memory_bytes", units.parse_bytes, "Memory to offer (0: as detected).", "SIZE"),
+    Option("disk", "disk_bytes", units.parse_bytes, "Scratch space to offer (0: as detected).", "SIZE"),
+    Option("countables", "countables", parse_countables, "Further things to offer, e.g. gpu=2.", "NAME=N,…"),
+    Option("etcd_client_port", "etcd_client_port", _PORT, "etcd's port for clients (0: any free one).", "PORT"),
+    Option("etcd_peer_port", "etcd_peer_port", _PORT, "etcd's port for its peers (0: any free one).", "PORT"),
+    Option("etcd_program", "etcd_program", _program, "The etcd to run.", "PROGRAM"),
+    Option("voters_wanted", "voters_wanted", _voters, "How many nodes run an etcd member: 1, 3 or 5.", "N"),
+    Option("candidate", "candidate", _flag, "Whether this node may become a voter.", "yes|no"),
+    Option("lease_ttl", "lease_ttl_s", _duration(2, 300), "Silence after which this node is suspected.", "TIME"),
+    Option("grace", "grace_s", _duration(3, 86400), "How long tasks may run without a renewal.", "TIME"),
+    Option("kill_margin", "kill_margin_s", _duration(0.5, 300), "How long killing may take.", "TIME"),
+    Option("clock_rate_error", "clock_rate_error", _fraction(0, 0.2), "How much clock rates may differ.", "FRACTION"),
+    Option("drain_timeout", "drain_timeout_s", _duration(0, 366 * 86400), "How long leaving waits for tasks.", "TIME"),
+    Option("on_terminate", "on_terminate", _one_of("keep", "release"), "Tasks of a stopped daemon.", "keep|release"),
+    Option("log_level", "log_level", _one_of("debug", "info", "warning", "error"), "How much to say.", "LEVEL"),
+    Option("log_keep", "log_keep_bytes", units.parse_bytes, "Bytes of task logs to keep (0: all).", "SIZE"),
+    Option("log_keep_time", "log_keep_s", units.parse_duration, "How long to keep task logs (0: for ever).", "TIME"),
+    Option("pids_max", "pids_max", _whole(0, 4_194_304), "Processes and threads of one task (0: any).", "N"),
+    Option("reconcile", "reconcile_s", _duration(1, 600), "Between full comparisons with the store.", "TIME"),
+)
+CLIENT_OPTIONS: tuple[Option, ...] = (
+    Option("node", "nodes", _client_addresses, "Nodes to talk to, tried in order.", "HOST:PORT,…"),
+    Option("timeout", "timeout_s", _duration(0.1, 3600), "How long one call may take.", "TIME"),
+)
+VARIABLE_PREFIX = "SPINETTA_"
+
+
+def variable(option: Option) -> str:
+    """The environment variable of a setting, e.g. ``SPINETTA_DATA_DIR``."""
+    return VARIABLE_PREFIX + option.key.upper()
