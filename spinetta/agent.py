@@ -1,0 +1,318 @@
+"""The node's brain: events in, effects out. Pure: time comes in as an argument, and nothing is done here.
+
+Four parts share the work, each a state machine of its own: the session (membership), the holdings (attempts), the
+claims (stealing) and the leadership (repairs, on the node that holds the office). This module passes events to them,
+keeps the mirrors they look at, and asks each what it wants done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from spinetta import keys
+from spinetta.claims import QUEUE, Claims
+from spinetta.codec import decode_node
+from spinetta.errors import InvariantViolation
+from spinetta.events import (
+    AttemptEnded,
+    CaseTag,
+    Changed,
+    CommitDone,
+    Effect,
+    Happening,
+    KeptAlive,
+    LeaseGranted,
+    LeaveWanted,
+    ListDone,
+    ReadDone,
+    Remembered,
+    RenewRuntime,
+    RuntimeListed,
+    SelfChanged,
+    SetCandidate,
+    SetDraining,
+    Started,
+    Tick,
+    WatchLost,
+)
+from spinetta.holdings import Holdings
+from spinetta.mirror import Mirror
+from spinetta.model import IncarnationId, NodeRecord, Reason, Resources
+from spinetta.recover import Leadership
+from spinetta.session import Phase, Session
+from spinetta.settings import AgentSettings
+from spinetta.txn import Registration
+
+POLLS_MAX = 16  # rounds of asking the parts until none has more to do; more would be two parts going in circles
+
+
+class Agent:
+    """One node, as a state machine.
+
+    Call `handle` with whatever has happened, carry out the effects, and call again no later than `next_s`.
+    """
+
+    def __init__(self, settings: AgentSettings, incarnation: IncarnationId | None = None) -> None:
+        self.settings = settings
+        self.session = Session(settings, incarnation)
+        self.holdings = Holdings(settings.name)
+        self.claims = Claims(settings)
+        self.leadership = Leadership(settings)
+        self.draining = settings.record.draining
+        self.leaving = False
+        every_s = settings.reconcile_s
+        self.nodes = Mirror("nodes", keys.NODE, every_s)
+        self.mine = Mirror("mine", keys.running_on(settings.name), every_s)
+        self.offices = Mirror("offices", keys.LEADER, every_s)
+        self.lives = Mirror("lives", keys.INCARNATION, every_s)
+        self._mirrors = {m.tag: m for m in (self.nodes, self.mine, self.offices, self.lives)}
+        self._peers: tuple[NodeRecord, ...] = ()
+        self._begun = False
+
+    # --- outside view ---
+
+    @property
+    def left(self) -> bool:
+        """True once the node has deregistered: the daemon may end."""
+        return self.session.phase is Phase.LEFT
+
+    @property
+    def leading(self) -> bool:
+        """True while this node believes to hold the office."""
+        return self.leadership.leading
+
+    @property
+    def peers(self) -> tuple[NodeRecord, ...]:
+        """The other live nodes, as they last described themselves."""
+        return self._peers
+
+    def free(self) -> Resources:
+        """What is neither held nor reserved by claims under way."""
+        return self.settings.record.capacity - self.holdings.demand() - self.claims.reserved()
+
+    @property
+    def next_s(self) -> float | None:
+        """When to call `handle` again if nothing happens before."""
+        times = [
+            self.session.next_s,
+            self.holdings.next_s,
+            self.claims.next_s,
+            self.leadership.next_s(keys.OFFICE in self.offices.entries) if self._may_lead else None,
+            *(m.next_s for m in self._mirrors.values()),
+        ]
+        return min((t for t in times if t is not None), default=None)
+
+    # --- the turn ---
+
+    def handle(self, now: float, now_ms: int, *events: Happening) -> list[Effect]:
+        """Take in events and say what is to be done.
+
+        Args:
+            now: seconds on a clock that never goes back and also counts while the machine sleeps.
+            now_ms: wall-clock milliseconds, for the records that people read; nothing depends on them.
+            events: in the order in which they happened.
+        """
+        effects: list[Effect] = []
+        if not self._begun:
+            self._begun = True
+            self.session.begin(now)
+            self.mine.open(now)
+            self.nodes.open(now)
+            self.offices.open(now)
+        for event in events:
+            effects += self._take(event, now, now_ms)
+        for _ in range(POLLS_MAX):
+            more = self._poll(now, now_ms)
+            if not more:
+                return effects
+            effects += more
+        raise InvariantViolation(f"the agent of {self.settings.name} has not come to rest at {now}: {effects[-20:]}")
+
+    def _take(self, event: Happening, now: float, now_ms: int) -> list[Effect]:
+        match event:
+            case Tick():
+                return []
+            case CommitDone():
+                return self._committed(event, now)
+            case ReadDone():
+                return self._read(event, now, now_ms)
+            case ListDone():
+                return self._listed(event, now)
+            case Changed():
+                self._changed(event, now)
+                return []
+            case WatchLost():
+                if event.tag == QUEUE:
+                    self.claims.watch_lost(event, now)
+                else:
+                    self._mirrors[event.tag].lost(event, now)
+                return []
+            case LeaseGranted():
+                part = self.session if event.tag == "self" else self.leadership
+                return part.lease_granted(event, now)
+            case KeptAlive():
+                part = self.session if event.tag == "self" else self.leadership
+                return part.kept_alive(event, now)
+            case Remembered():
+                return self.session.remembered(event, now)
+            case Started():
+                self.claims.touch()
+                return self.holdings.started(event, now)
+            case AttemptEnded():
+                return self.holdings.attempt_ended(event)
+            case RuntimeListed():
+                return self._runtime_listed(event)
+            case SelfChanged():
+                self.session.describe(event.record)
+                return []
+            case SetDraining():
+                self.draining = event.draining
+                self.claims.touch()
+                return []
+            case LeaveWanted():
+                self.draining = self.leaving = True
+                if event.release:
+                    self.holdings.release_all(Reason.RELEASED)
+                return []
+            case SetCandidate():
+                self.leadership.candidate = event.candidate
+                return []
+
+    def _committed(self, done: CommitDone, now: float) -> list[Effect]:
+        match done.tag:
+            case "claim":
+                if not self.claims.answered(done, now, self.holdings):
+                    self.session.suspect(now)
+                return []
+            case "finish":
+                self.claims.touch()
+                return self.holdings.finished(done, now)
+            case "office":
+                return self.leadership.office_answered(done, now)
+            case CaseTag(step="condemn", node=node):
+                self.leadership.condemned(node, now)
+                return []
+            case CaseTag() as tag:
+                self.leadership.case_answered(tag, done, now)
+                return []
+            case _:
+                return self.session.commit_done(done, now)
+
+    def _read(self, done: ReadDone, now: float, now_ms: int) -> list[Effect]:
+        match done.tag:
+            case "self":
+                return self.session.read_done(done, now, nothing_runs=self.holdings.nothing_runs)
+            case "held":
+                self.claims.touch()
+                return self.holdings.read_done(done, now)
+            case "doubtful":
+                self.claims.touch()
+                return self.holdings.doubts_read(done, now)
+            case "claim":
+                return self.claims.records_read(done, now, now_ms, self._claim_under)
+            case "claim-doubt":
+                return self.claims.read_back(done, now, self._claim_under, self.holdings)
+            case "hints":
+                self.claims.hints_read(done, now)
+                return []
+            case CaseTag(node=node, revision=revision):
+                return self.leadership.strays_read(node, revision, done, now, now_ms)
+        raise InvariantViolation(f"an answer to a question nobody asked: {done.tag}")
+
+    def _listed(self, done: ListDone, now: float) -> list[Effect]:
+        match done.tag:
+            case "queue":
+                return self.claims.listed(done, now)
+            case CaseTag(node=node, revision=revision):
+                return self.leadership.strays_listed(node, revision, done, now)
+            case tag:
+                return self._mirror_listed(self._mirrors[tag], done, now)
+
+    def _mirror_listed(self, mirror: Mirror, done: ListDone, now: float) -> list[Effect]:
+        deltas, effects = mirror.listed(done, now)
+        if mirror is self.mine and done.listing is not None:
+            self.holdings.follow(deltas)
+            self.holdings.listed(mirror.entries, done.listing.revision)
+        if mirror is self.nodes and deltas:
+            self._peers_changed(membership=True)
+        return effects
+
+    def _changed(self, changed: Changed, now: float) -> None:
+        if changed.tag == QUEUE:
+            self.claims.changed(changed, now)
+            return
+        mirror = self._mirrors[changed.tag]
+        deltas = mirror.changed(changed)
+        if mirror is self.mine and deltas:
+            self.holdings.follow(deltas)
+            self.claims.touch()
+        if mirror is self.nodes and deltas:
+            self._peers_changed(membership=any(d.old is None or d.new is None for d in deltas))
+
+    def _peers_changed(self, *, membership: bool) -> None:
+        records = (decode_node(e.value) for _, e in sorted(self.nodes.entries.items()))
+        self._peers = tuple(r for r in records if r.name != self.settings.name)
+        if membership:
+            self.claims.without_wait()
+
+    def _runtime_listed(self, listed: RuntimeListed) -> list[Effect]:
+        self.holdings.runtime_listed(listed)
+        # A new shim knows of no renewal yet and would refuse to start anything.
+        if self.session.renewed_at_s is None:
+            return []
+        return [RenewRuntime(self.session.renewed_at_s)]
+
+    # --- what the parts want ---
+
+    @property
+    def _claim_under(self) -> Registration | None:
+        return self.session.registration if self.session.may_start else None
+
+    @property
+    def _may_lead(self) -> bool:
+        return self.nodes.synced and self.offices.synced
+
+    def _poll(self, now: float, now_ms: int) -> list[Effect]:
+        effects: list[Effect] = []
+        if self.leading and not self.lives.wanted:
+            self.lives.open(now)
+        elif not self.leading and self.lives.wanted:
+            effects += self.lives.close()
+        for mirror in self._mirrors.values():
+            effects += mirror.poll(now)
+        session = self.session
+        if session.must_stop and self.claims.round is not None:
+            self.claims.life_ended()
+        effects += self.holdings.poll(now, now_ms, may_start=session.may_start, must_stop=session.must_stop)
+        if self.leaving and session.active and self.holdings.empty:
+            effects += self.leadership.resign()
+            effects += session.deregister()
+        self._describe()
+        effects += session.poll(now)
+        if self._may_lead:
+            office = self.offices.entries.get(keys.OFFICE)
+            lives = self.lives.entries if self.lives.synced else None
+            effects += self.leadership.poll(now, office, self.nodes.entries, lives)
+        effects += self.claims.poll(
+            now, self._claim_under, session.incarnation, self._takeable(), self._slots(), self._peers
+        )
+        return effects
+
+    def _takeable(self) -> Resources | None:
+        known = self.holdings.runtime_known and self.holdings.store_known and self.holdings.all_read
+        return self.free() if known and not self.draining else None
+
+    def _slots(self) -> int:
+        return self.settings.attempts_max - len(self.holdings.held)
+
+    def _describe(self) -> None:
+        free = self.free() if self.holdings.all_read else Resources()
+        self.session.describe(
+            replace(
+                self.session.record,
+                free=free,
+                running=len(self.holdings.held),
+                draining=self.draining,
+                leaving=self.leaving,
+            )
+        )

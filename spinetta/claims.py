@@ -1,0 +1,373 @@
+"""Claiming: the window on the queue while there is room, and one batch of claims at a time.
+
+A round reads the records of the tasks it wants, claims them in one transaction, and hands what it got to the holdings.
+Its resources stay reserved until every claim of it is known to have been won or lost: a claim whose answer was lost may
+still commit as long as its queue key has the revision it is guarded by.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from spinetta import codec, keys, lifecycle, steal, txn
+from spinetta.events import (
+    Changed,
+    Commit,
+    CommitDone,
+    Effect,
+    Entry,
+    List,
+    ListDone,
+    Read,
+    ReadDone,
+    Unwatch,
+    Watch,
+    WatchLost,
+)
+from spinetta.holdings import Holdings
+from spinetta.model import Holding, IncarnationId, NodeRecord, QueueHint, Resources, Revision, State, Task, TaskId
+from spinetta.queue import PAGE_KEYS, Waiting, Window
+from spinetta.settings import AgentSettings
+
+RETRY_S = 0.5
+LINGER_S = 10.0  # a full node keeps its window this long: a slot may be free again in a moment
+BATCH_BYTES_MAX = 1_000_000  # of records in one transaction: etcd's limit is 1.5 MiB a request
+QUEUE = "queue"
+
+
+class Stage(enum.Enum):
+    """Where a round of claims stands."""
+
+    READING = "reading"
+    COMMITTING = "committing"
+    DOUBTFUL = "doubtful"  # the answer was lost; to be read back at `act_at_s`
+    READING_BACK = "reading-back"
+
+
+@dataclass(slots=True)
+class Bid:
+    """One claim of a round."""
+
+    waiting: Waiting
+    demand: Resources
+    task: Task | None = None
+    holding: Holding | None = None
+    txn: txn.Txn | None = None
+
+
+@dataclass(slots=True)
+class Round:
+    """The claims under way."""
+
+    stage: Stage
+    incarnation: IncarnationId
+    bids: dict[TaskId, Bid] = field(default_factory=dict)
+    act_at_s: float = 0.0
+
+
+class Claims:
+    """The thief: one node's window on the queue and its claims."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self.settings = settings
+        record = settings.record
+        self.window = Window(record.capacity, frozenset(record.tags))
+        self.round: Round | None = None
+        self._open = False
+        self._watching = False
+        self._serial = 0
+        self._listing_after: str | None = None
+        self._paused = False
+        self._not_before_s = 0.0  # after a failure: a pause, or an unreachable store would be asked in a tight loop
+        self._reconcile_at_s = 0.0
+        self._reading_hints = False
+        self._full_since_s: float | None = None
+        self._look_again_at_s: float | None = None
+        self._stale = True  # something changed since the last plan
+
+    # --- outside view ---
+
+    def reserved(self) -> Resources:
+        """What the claims under way would take."""
+        total = Resources()
+        if self.round is not None:
+            for bid in self.round.bids.values():
+                total = total + bid.demand
+        return total
+
+    @property
+    def next_s(self) -> float | None:
+        """When `poll` has something to do."""
+        times = []
+        if self.round is not None and self.round.stage is Stage.DOUBTFUL:
+            times.append(self.round.act_at_s)
+        if self._paused:
+            times.append(self._not_before_s)
+        if self._open and self._watching and self._listing_after is None:
+            times.append(self._reconcile_at_s)
+        if self._open and self._full_since_s is not None:
+            times.append(self._full_since_s + LINGER_S)
+        if self._open and self.round is None and self._look_again_at_s is not None:
+            times.append(self._look_again_at_s)
+        return min(times, default=None)
+
+    def touch(self) -> None:
+        """Something that a plan depends on has changed (room, peers, the window)."""
+        self._stale = True
+
+    # --- the window ---
+
+    def poll(
+        self,
+        now: float,
+        registration: txn.Registration | None,
+        incarnation: IncarnationId | None,
+        free: Resources | None,
+        slots: int,
+        peers: Sequence[NodeRecord],
+    ) -> list[Effect]:
+        """What time and room ask for. `free` None: do not take anything now (draining, fenced, or not known yet)."""
+        effects: list[Effect] = []
+        if self.round is not None:
+            effects += self._pursue(now)
+        if self._not_before_s > now:
+            return effects
+        self._paused = False
+        hungry = free is not None and registration is not None and slots > 0 and free.cpu_millis > 0
+        effects += self._tend_window(now, hungry)
+        if hungry and registration is not None and incarnation is not None and free is not None and self.round is None:
+            due = self._look_again_at_s is not None and self._look_again_at_s <= now
+            if self._stale or due:
+                effects += self._plan(now, incarnation, free, slots, peers)
+        return effects
+
+    def _tend_window(self, now: float, hungry: bool) -> list[Effect]:
+        if hungry:
+            self._full_since_s = None
+        elif self._open and self._full_since_s is None:
+            self._full_since_s = now
+        if self._full_since_s is not None and now >= self._full_since_s + LINGER_S:
+            return self._close()
+        if hungry and not self._open:
+            self._open = True
+        if not self._open or self._listing_after is not None:
+            return []
+        if not self._watching or self._reconcile_at_s <= now:
+            return self._list("")
+        after = self.window.wants_page_after
+        return self._list(after) if hungry and after is not None else self._read_hints()
+
+    def _list(self, after: str) -> list[Effect]:
+        self._listing_after = after
+        return [List(QUEUE, keys.QUEUED, after, PAGE_KEYS)]
+
+    def _close(self) -> list[Effect]:
+        effects: list[Effect] = [Unwatch(QUEUE)] if self._watching else []
+        self._open = self._watching = False
+        self._full_since_s = None
+        self.window.clear()
+        return effects
+
+    def listed(self, done: ListDone, now: float) -> list[Effect]:
+        """A page of the queue."""
+        after, self._listing_after = self._listing_after, None
+        if not self._open or after is None:
+            return []
+        if done.listing is None:
+            self._pause(now)
+            return []
+        self.window.page(done.listing, after, now)
+        self._stale = True
+        if after == "":
+            self._reconcile_at_s = now + self.settings.reconcile_s
+        if self._watching:
+            return []
+        self._serial += 1
+        self._watching = True
+        return [Watch(QUEUE, self._serial, keys.QUEUED, Revision(done.listing.revision + 1))]
+
+    def changed(self, changed: Changed, now: float) -> None:
+        """Events of the queue."""
+        if self._watching and changed.serial == self._serial:
+            for change in changed.changes:
+                self.window.change(change, now)
+            self._stale = True
+
+    def watch_lost(self, lost: WatchLost, now: float) -> None:
+        """The watch broke: deletions may have been missed, so nothing in the window can be believed."""
+        if self._watching and lost.serial == self._serial:
+            self._watching = False
+            self._pause(now)
+            self.window.clear()
+
+    def _read_hints(self) -> list[Effect]:
+        wanted = () if self._reading_hints else self.window.without_hint()
+        if not wanted:
+            return []
+        self._reading_hints = True
+        return [Read("hints", tuple(keys.task(t) for t in wanted))]
+
+    def hints_read(self, done: ReadDone, now: float) -> None:
+        """Records of tasks whose queue key had no hint. The record is written with the key, at the same revision."""
+        self._reading_hints = False
+        if done.reading is None:
+            self._pause(now)
+            return
+        for key, entry in done.reading.entries.items():
+            if entry is None:
+                self.window.drop(keys.parse_task(key), done.reading.revision)
+            else:
+                self.window.set_hint(
+                    keys.parse_task(key), entry.modified, QueueHint.of(codec.decode_task(entry.value).spec)
+                )
+        self._stale = True
+
+    def _pause(self, now: float) -> None:
+        self._paused = True
+        self._not_before_s = now + RETRY_S
+
+    # --- rounds ---
+
+    def _plan(
+        self, now: float, incarnation: IncarnationId, free: Resources, slots: int, peers: Sequence[NodeRecord]
+    ) -> list[Effect]:
+        self._stale = False
+        plan = steal.plan(self.settings.name, self.window.entries.values(), peers, free, now, slots=slots)
+        self._look_again_at_s = plan.look_again_at_s
+        for w in plan.considered:
+            self.window.entries[w.id] = w
+        if not plan.claims:
+            return []
+        bids = {w.id: Bid(w, w.hint.resources) for w in plan.claims if w.hint is not None}
+        self.round = Round(Stage.READING, incarnation, bids)
+        return [Read("claim", tuple(keys.task(t) for t in bids))]
+
+    def records_read(
+        self, done: ReadDone, now: float, now_ms: int, registration: txn.Registration | None
+    ) -> list[Effect]:
+        """The records of the tasks wanted: claim those that are still as the window showed them."""
+        current = self.round
+        if current is None or current.stage is not Stage.READING:
+            return []
+        if done.reading is None or registration is None:
+            self._pause(now)
+            return self._abandon()
+        size_bytes = 0
+        for task_id, bid in list(current.bids.items()):
+            entry = done.reading.entries.get(keys.task(task_id))
+            if entry is None or entry.modified != bid.waiting.revision:
+                self.window.drop(task_id, bid.waiting.revision)
+                del current.bids[task_id]
+                continue
+            size_bytes += len(entry.value) + 512
+            task = codec.decode_task(entry.value)
+            if task.state is not State.QUEUED or (size_bytes > BATCH_BYTES_MAX and len(current.bids) > 1):
+                del current.bids[task_id]
+                continue
+            self._bid(bid, task, current.incarnation, now_ms)
+        return self._commit(registration)
+
+    def _bid(self, bid: Bid, task: Task, incarnation: IncarnationId, now_ms: int) -> None:
+        me = self.settings.name
+        bid.demand = task.spec.resources
+        bid.task = lifecycle.claimed(task, me, incarnation, now_ms=now_ms)
+        grace_s = task.spec.grace_s or self.settings.grace_s
+        bid.holding = Holding(bid.task.attempts_started, incarnation, grace_s)
+        record, holding = codec.encode_task(bid.task), codec.encode_holding(bid.holding)
+        bid.txn = txn.claim(me, task.id, bid.waiting.revision, record, holding)
+
+    def _commit(self, registration: txn.Registration) -> list[Effect]:
+        assert self.round is not None  # noqa: S101 - the caller looked
+        nested = [b.txn for b in self.round.bids.values() if b.txn is not None]
+        if not nested:
+            return self._abandon()
+        self.round.stage = Stage.COMMITTING
+        return [Commit("claim", txn.batch(nested, registration.guards()))]
+
+    def answered(self, done: CommitDone, now: float, holdings: Holdings) -> bool:
+        """The answer to a batch of claims. False: the registration itself was refused."""
+        current = self.round
+        if current is None or current.stage is not Stage.COMMITTING:
+            return True
+        if done.result is None:
+            current.stage = Stage.DOUBTFUL
+            current.act_at_s = now + RETRY_S
+            return True
+        if isinstance(done.result, txn.Conflict):
+            self._abandon()
+            return False
+        for (task_id, bid), won in zip(list(current.bids.items()), done.result.nested, strict=True):
+            self.window.drop(task_id, bid.waiting.revision)
+            if won and bid.task is not None and bid.holding is not None:
+                holdings.claimed(bid.task, done.result.revision, bid.holding)
+        self._abandon()
+        return True
+
+    def _abandon(self) -> list[Effect]:
+        self.round = None
+        self._stale = True
+        return []
+
+    # --- lost answers ---
+
+    def _pursue(self, now: float) -> list[Effect]:
+        current = self.round
+        if current is None or current.stage is not Stage.DOUBTFUL or current.act_at_s > now:
+            return []
+        current.stage = Stage.READING_BACK
+        me = self.settings.name
+        return [Read("claim-doubt", tuple(k for t in current.bids for k in (keys.running(me, t), keys.queued(t))))]
+
+    def read_back(
+        self, done: ReadDone, now: float, registration: txn.Registration | None, holdings: Holdings
+    ) -> list[Effect]:
+        """What became of claims whose answer was lost.
+
+        A running key of this incarnation: won. A queue key that has changed: lost. Otherwise the proposal may still
+        be under way, and the claim is made again: both carry the same guard, so at most one of them commits.
+        """
+        current = self.round
+        if current is None or current.stage is not Stage.READING_BACK:
+            return []
+        current.stage = Stage.DOUBTFUL
+        current.act_at_s = now + RETRY_S
+        if done.reading is None:
+            return []
+        me = self.settings.name
+        for task_id, bid in list(current.bids.items()):
+            running = done.reading.entries.get(keys.running(me, task_id))
+            queued = done.reading.entries.get(keys.queued(task_id))
+            if running is not None and _is_of(running, bid):
+                assert bid.task is not None and bid.holding is not None  # noqa: S101, PT018 - _is_of looked
+                holdings.claimed(bid.task, running.created, bid.holding)
+            elif queued is not None and queued.modified == bid.waiting.revision:
+                continue
+            self.window.drop(task_id, bid.waiting.revision)
+            del current.bids[task_id]
+        if not current.bids:
+            return self._abandon()
+        if registration is None:
+            return []
+        return self._commit(registration)
+
+    def life_ended(self) -> None:
+        """The incarnation has been condemned or closed: none of its claims can commit any more."""
+        self.round = None
+        self._stale = True
+
+    def without_wait(self) -> None:
+        """Peers came or went: the ranks must be computed anew."""
+        for task_id, w in self.window.entries.items():
+            self.window.entries[task_id] = replace(w, wait_s=None)
+        self._stale = True
+
+
+def _is_of(running: Entry, bid: Bid) -> bool:
+    holding = codec.decode_holding(running.value)
+    return (
+        bid.holding is not None
+        and bid.task is not None
+        and (holding.incarnation, holding.attempt) == (bid.holding.incarnation, bid.holding.attempt)
+    )

@@ -1,0 +1,364 @@
+"""What this node holds: attempts from their claim to the record of their end.
+
+Two truths are brought together: the running keys under this node in the store, each with its token, and the attempts
+that the runtime knows. A key without a process is started (its claim was committed, nothing else happened yet); a
+process without a key has been fenced and is stopped; an end is recorded under the token of its attempt only.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from spinetta import codec, keys, lifecycle, txn
+from spinetta.events import (
+    AttemptEnded,
+    Commit,
+    CommitDone,
+    Effect,
+    Entry,
+    Forget,
+    HeldAttempt,
+    NoAnswer,
+    Read,
+    ReadDone,
+    RuntimeListed,
+    Start,
+    Started,
+    Stop,
+    attempt_key,
+)
+from spinetta.mirror import Delta
+from spinetta.model import Exit, Holding, NodeId, QueueHint, Reason, Resources, Revision, Task, TaskId
+
+RETRY_S = 0.5
+FINISHES_MAX = txn.NESTED_MAX
+READ_MAX = 100  # records read at once: below etcd's 128 operations a transaction
+
+
+class Step(enum.Enum):
+    """How far an attempt has come on this node."""
+
+    UNREAD = "unread"  # the key is known, the record is not
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDED = "ended"  # its end is known and not yet recorded
+    RECORDING = "recording"
+    DOUBTFUL = "doubtful"  # the answer to the record of its end was lost: read back
+
+
+@dataclass(slots=True)
+class Held:
+    """One attempt that the store says is ours."""
+
+    task_id: TaskId
+    token: Revision
+    holding: Holding
+    step: Step
+    task: Task | None = None
+    exit: Exit | None = None
+    stopping: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name on this node."""
+        return attempt_key(self.task_id, self.holding.attempt)
+
+
+class Holdings:
+    """The attempts of one node."""
+
+    def __init__(self, node: NodeId) -> None:
+        self.node = node
+        self.held: dict[TaskId, Held] = {}
+        self.processes: dict[str, Revision] = {}  # attempts that the runtime knows to run or has not forgotten
+        self.runtime_known = False
+        self.store_known = False  # both truths must be known before anything is judged a stray
+        self._ends: dict[str, Exit] = {}
+        self._reading: frozenset[TaskId] = frozenset()
+        self._finishing: tuple[tuple[TaskId, Revision], ...] = ()
+        self._resolving: tuple[tuple[TaskId, Revision], ...] = ()
+        self._retry_at_s: float | None = None
+        self._releasing: Reason | None = None
+        self._stopped: set[str] = set()
+        self._starting: set[str] = set()
+
+    # --- outside view ---
+
+    @property
+    def next_s(self) -> float | None:
+        """When `poll` has something to do that failed before."""
+        return self._retry_at_s
+
+    @property
+    def nothing_runs(self) -> bool:
+        """True once the runtime has said what it holds, none of it runs and nothing is being started."""
+        return self.runtime_known and not self._starting and all(k in self._ends for k in self.processes)
+
+    @property
+    def empty(self) -> bool:
+        """True when neither the store nor the runtime has anything of ours."""
+        return self.runtime_known and not self.held and not self.processes
+
+    def demand(self) -> Resources:
+        """The sum of what all held attempts were promised (those whose record is unread are not counted)."""
+        total = Resources()
+        for h in self.held.values():
+            if h.task is not None:
+                total = total + h.task.spec.resources
+        return total
+
+    @property
+    def all_read(self) -> bool:
+        """True when the demand of everything held is known: only then is it known what is free."""
+        return all(h.task is not None for h in self.held.values())
+
+    # --- from the store ---
+
+    def claimed(self, task: Task, token: Revision, holding: Holding) -> None:
+        """A claim was committed; the watch will say the same."""
+        known = self.held.get(task.id)
+        if known is not None and known.token >= token:
+            if known.task is None and known.token == token:
+                known.task, known.step = task, Step.STARTING
+            return
+        self.held[task.id] = Held(task.id, token, holding, Step.STARTING, task)
+
+    def follow(self, deltas: Iterable[Delta]) -> list[Effect]:
+        """The store's view of what this node holds has changed."""
+        effects: list[Effect] = []
+        for d in deltas:
+            _, task_id = keys.parse_running(d.key)
+            known = self.held.get(task_id)
+            if d.new is None:
+                if known is not None and known.token < d.revision and known.step is not Step.RECORDING:
+                    del self.held[task_id]
+                continue
+            effects += self._see(task_id, d.new, known)
+        return effects
+
+    def listed(self, entries: Mapping[str, Entry], revision: Revision) -> None:
+        """The store was listed: what it did not show, though it is older than the listing, is no longer ours.
+
+        The mirror reports only what changed in it; a claim that was committed and taken away between two of its
+        listings would never appear in it.
+        """
+        self.store_known = True
+        for task_id, h in list(self.held.items()):
+            gone = keys.running(self.node, task_id) not in entries
+            if gone and h.token <= revision and h.step is not Step.RECORDING:
+                del self.held[task_id]
+
+    def _see(self, task_id: TaskId, entry: Entry, known: Held | None) -> list[Effect]:
+        holding = codec.decode_holding(entry.value)
+        if known is None or known.token < entry.created:
+            known = Held(task_id, entry.created, holding, Step.UNREAD)
+            self.held[task_id] = known
+        elif known.token > entry.created:
+            return []
+        known.holding = holding
+        return []
+
+    # --- from the runtime ---
+
+    def runtime_listed(self, listed: RuntimeListed) -> list[Effect]:
+        """The runtime is connected (again): this is all it holds."""
+        self.runtime_known = True
+        self._stopped.clear()
+        self._starting.clear()
+        self.processes = {a.key: a.token for a in listed.held}
+        self._ends = {a.key: a.exit for a in listed.held if a.exit is not None}
+        by_key: dict[str, HeldAttempt] = {a.key: a for a in listed.held}
+        for h in self.held.values():
+            h.stopping = False  # a request that was under way may have been lost: make it again
+            if h.step is Step.RUNNING and h.key not in by_key:
+                h.step = Step.STARTING
+        return []
+
+    def started(self, done: Started, now: float) -> list[Effect]:
+        """The answer to a start."""
+        held = self._by_key(done.key)
+        if isinstance(done.exit, NoAnswer):
+            # It may run. While it is ours it is started again, which is harmless; until then it counts as running.
+            self._retry_at_s = now + RETRY_S
+            if held is None:
+                return [Stop(done.key, Reason.FENCED.value)]
+            if held.step is Step.RUNNING:
+                held.step = Step.STARTING
+            return []
+        self._starting.discard(done.key)
+        self.processes.setdefault(done.key, done.token)
+        if done.exit is not None:
+            self._ends[done.key] = done.exit
+        return []
+
+    def attempt_ended(self, ended: AttemptEnded) -> list[Effect]:
+        """A process is gone. Its end may be told more than once, and before the answer to its start."""
+        held = self._by_key(ended.key)
+        self.processes.setdefault(ended.key, held.token if held is not None else Revision(0))
+        self._ends[ended.key] = ended.exit
+        return []
+
+    # --- what to do ---
+
+    def release_all(self, why: Reason) -> None:
+        """Give everything back: running attempts are stopped, waiting starts are not made."""
+        self._releasing = why
+
+    def poll(self, now: float, now_ms: int, *, may_start: bool, must_stop: bool) -> list[Effect]:
+        """Bring the two truths together; idempotent. Starts, stops, forgets, and records ends in one batch.
+
+        `must_stop`: this life of the node has been ended by others. What ended by itself before may still be recorded
+        while its key stands; all else is stopped and given back.
+        """
+        if not self.runtime_known or not self.store_known:
+            return []
+        if self._retry_at_s is not None and self._retry_at_s <= now:
+            self._retry_at_s = None
+        stop = Reason.FENCED if must_stop else self._releasing
+        effects = self._tend_strays()
+        for h in self.held.values():
+            effects += self._tend(h, now_ms, stop, may_start)
+        effects += self._read_unread()
+        if self._retry_at_s is None:
+            effects += self._record_ends(now_ms)
+            effects += self._resolve_doubts()
+        return effects
+
+    def _tend_strays(self) -> list[Effect]:
+        effects: list[Effect] = []
+        ours = {h.key: h.token for h in self.held.values()}
+        for key, token in list(self.processes.items()):
+            if ours.get(key) == token:
+                continue
+            if key in self._ends:
+                effects.append(Forget(key))
+                del self.processes[key], self._ends[key]
+                self._stopped.discard(key)
+            elif key not in self._stopped:
+                self._stopped.add(key)
+                effects.append(Stop(key, Reason.FENCED.value))
+        return effects
+
+    def _tend(self, h: Held, now_ms: int, stop: Reason | None, may_start: bool) -> list[Effect]:
+        if h.task is None:
+            return []
+        if h.step in (Step.STARTING, Step.RUNNING) and h.key in self._ends:
+            h.exit = self._ends[h.key]
+            h.step = Step.ENDED
+        why = Reason.CANCELLED if h.holding.cancel_requested else stop
+        if h.step is Step.STARTING and h.key in self.processes:
+            h.step = Step.RUNNING
+        if h.step is Step.STARTING:
+            if why is not None:
+                h.exit = Exit(why, message="before it was started", ended_ms=now_ms)
+                h.step = Step.ENDED
+            elif may_start and self._retry_at_s is None:
+                h.step = Step.RUNNING
+                self._starting.add(h.key)
+                return [Start(h.task.spec, h.holding.attempt, h.token, h.holding.incarnation, h.holding.grace_s)]
+        elif h.step is Step.RUNNING and why is not None and not h.stopping:
+            h.stopping = True
+            return [Stop(h.key, why.value)]
+        return []
+
+    def _read_unread(self) -> list[Effect]:
+        wanted = sorted(t for t, h in self.held.items() if h.task is None)[:READ_MAX]
+        if not wanted or self._reading or self._retry_at_s is not None:
+            return []
+        self._reading = frozenset(wanted)
+        return [Read("held", tuple(keys.task(t) for t in wanted))]
+
+    def read_done(self, done: ReadDone, now: float) -> list[Effect]:
+        """Records of attempts that were found in the store."""
+        wanted, self._reading = self._reading, frozenset()
+        if done.reading is None:
+            self._retry_at_s = now + RETRY_S
+            return []
+        for task_id in wanted:
+            held = self.held.get(task_id)
+            entry = done.reading.entries.get(keys.task(task_id))
+            if held is None or held.task is not None:
+                continue
+            task = codec.decode_task(entry.value) if entry is not None else None
+            if task is not None and task.attempts_started == held.holding.attempt:
+                held.task, held.step = task, Step.STARTING
+            else:
+                # The record has moved on, so the key has gone too; the watch or the next listing will say so.
+                self._retry_at_s = now + RETRY_S
+        return []
+
+    def _record_ends(self, now_ms: int) -> list[Effect]:
+        if self._finishing:
+            return []
+        ready = [h for h in self.held.values() if h.step is Step.ENDED][:FINISHES_MAX]
+        if not ready:
+            return []
+        nested = []
+        for h in ready:
+            h.step = Step.RECORDING
+            nested.append(self._end_of(h, now_ms))
+        self._finishing = tuple((h.task_id, h.token) for h in ready)
+        return [Commit("finish", txn.batch(nested))]
+
+    def _end_of(self, h: Held, now_ms: int) -> txn.Txn:
+        assert h.task is not None and h.exit is not None  # noqa: S101, PT018 - step ENDED
+        end = lifecycle.ended(h.task, h.exit, h.token, cancel_requested=h.holding.cancel_requested, now_ms=now_ms)
+        record = codec.encode_task(end.task)
+        if end.event in (lifecycle.Event.FINISH, lifecycle.Event.GIVE_UP):
+            return txn.finish(self.node, h.task_id, h.token, record)
+        hint = codec.encode_hint(QueueHint.of(end.task.spec, end.delay_s))
+        return txn.give_back(self.node, h.task_id, h.token, record, hint)
+
+    def finished(self, done: CommitDone, now: float) -> list[Effect]:
+        """The answer to a batch of ends."""
+        batch, self._finishing = self._finishing, ()
+        if not isinstance(done.result, txn.Committed):
+            self._retry_at_s = now + RETRY_S
+            for task_id, token in batch:
+                held = self._current(task_id, token)
+                if held is not None:
+                    held.step = Step.DOUBTFUL
+            return []
+        # One that did not commit has lost its token: the attempt is no longer ours, and its end counts for nothing.
+        for task_id, token in batch:
+            if self._current(task_id, token) is not None:
+                del self.held[task_id]
+        return []
+
+    def _resolve_doubts(self) -> list[Effect]:
+        if self._resolving:
+            return []
+        doubtful = [h for h in self.held.values() if h.step is Step.DOUBTFUL][:READ_MAX]
+        if not doubtful:
+            return []
+        self._resolving = tuple((h.task_id, h.token) for h in doubtful)
+        return [Read("doubtful", tuple(keys.running(self.node, h.task_id) for h in doubtful))]
+
+    def doubts_read(self, done: ReadDone, now: float) -> list[Effect]:
+        """Whether the ends whose answer was lost were recorded: if the key still has our token, they were not (yet).
+
+        Recording again is safe then: both proposals carry the same guard, so at most one of them commits.
+        """
+        batch, self._resolving = self._resolving, ()
+        if done.reading is None:
+            self._retry_at_s = now + RETRY_S
+            return []
+        for task_id, token in batch:
+            held = self._current(task_id, token)
+            if held is None:
+                continue
+            entry = done.reading.entries.get(keys.running(self.node, task_id))
+            if entry is not None and entry.created == token:
+                held.step = Step.ENDED
+            else:
+                del self.held[task_id]
+        return []
+
+    def _current(self, task_id: TaskId, token: Revision) -> Held | None:
+        held = self.held.get(task_id)
+        return held if held is not None and held.token == token else None
+
+    def _by_key(self, key: str) -> Held | None:
+        return next((h for h in self.held.values() if h.key == key), None)

@@ -1,0 +1,74 @@
+"""May a task run here? None, or the reason why not. The same reasons answer `why`."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from spinetta.model import NodeRecord, QueueHint, Resources
+
+
+class Obstacle(enum.Enum):
+    """Kinds of reasons against running a task on a node."""
+
+    TAG_MISSING = "tag-missing"
+    TAG_FORBIDDEN = "tag-forbidden"
+    TOO_LARGE = "too-large"  # for the node even when it is empty
+    NO_ROOM = "no-room"  # now; later perhaps
+    NOT_TAKING = "not-taking"  # draining or leaving
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a task cannot run on a node. `transient`: waiting may help without anybody changing anything."""
+
+    obstacle: Obstacle
+    detail: str
+
+    @property
+    def transient(self) -> bool:
+        """True when the obstacle may go away by itself."""
+        return self.obstacle is Obstacle.NO_ROOM
+
+
+def why_never(hint: QueueHint, capacity: Resources, tags: frozenset[str]) -> Reason | None:
+    """Why this node could not run the task even when empty; None when it could."""
+    missing = [t for t in hint.tags_required if t not in tags]
+    if missing:
+        return Reason(Obstacle.TAG_MISSING, f"the node lacks the tag {', '.join(missing)}")
+    unwanted = [t for t in hint.tags_forbidden if t in tags]
+    if unwanted:
+        return Reason(Obstacle.TAG_FORBIDDEN, f"the task forbids the node's tag {', '.join(unwanted)}")
+    if not hint.resources.fits_in(capacity):
+        return Reason(Obstacle.TOO_LARGE, shortfall(hint.resources, capacity))
+    return None
+
+
+def why_not_now(hint: QueueHint, free: Resources) -> Reason | None:
+    """Why the task does not fit into what is free; None when it does."""
+    if hint.resources.fits_in(free):
+        return None
+    return Reason(Obstacle.NO_ROOM, shortfall(hint.resources, free))
+
+
+def why_not(hint: QueueHint, node: NodeRecord) -> Reason | None:
+    """Why the task cannot start on a node as that node describes itself; None when it can."""
+    if node.draining or node.leaving:
+        return Reason(Obstacle.NOT_TAKING, "the node is draining")
+    return why_never(hint, node.capacity, frozenset(node.tags)) or why_not_now(hint, node.free)
+
+
+def shortfall(wanted: Resources, room: Resources) -> str:
+    """Which components do not fit, for people."""
+    parts = []
+    if wanted.cpu_millis > room.cpu_millis:
+        parts.append(f"{wanted.cpu_millis} thousandths of a CPU wanted, {room.cpu_millis} there")
+    if wanted.memory_bytes > room.memory_bytes:
+        parts.append(f"{wanted.memory_bytes} bytes of memory wanted, {room.memory_bytes} there")
+    if wanted.disk_bytes > room.disk_bytes:
+        parts.append(f"{wanted.disk_bytes} bytes of disk wanted, {room.disk_bytes} there")
+    counts = dict(room.countables)
+    parts += [
+        f"{n} {name} wanted, {counts.get(name, 0)} there" for name, n in wanted.countables if n > counts.get(name, 0)
+    ]
+    return "; ".join(parts)

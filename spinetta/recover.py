@@ -1,0 +1,334 @@
+"""What must be repaired after a death: the leader's duties, as a state machine.
+
+The leader holds an office under a lease of its own. It condemns the incarnation of a node whose leased key is gone,
+waits until nothing of it can run any more, puts its tasks back, and closes it. Every write is guarded by the office and
+by the record it was decided on, so that two who both believe to be the leader do no harm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from spinetta import codec, keys, lifecycle, txn
+from spinetta.events import (
+    CaseTag,
+    Commit,
+    CommitDone,
+    Effect,
+    Entry,
+    GrantLease,
+    KeepAlive,
+    KeptAlive,
+    LeaseGranted,
+    List,
+    ListDone,
+    NoAnswer,
+    Notice,
+    Read,
+    ReadDone,
+    RevokeLease,
+)
+from spinetta.model import (
+    Exit,
+    Holding,
+    Incarnation,
+    LeaseId,
+    Life,
+    NodeId,
+    QueueHint,
+    Reason,
+    Revision,
+    TaskId,
+)
+from spinetta.settings import AgentSettings
+
+RETRY_S = 1.0
+REQUEUE_MAX = 100  # records read and written at once: below etcd's 128 operations a transaction
+BRAKE_NODES_MIN = 3  # with fewer nodes, one death would be "more than half"
+
+
+def wait_out_s(grace_s: float, kill_margin_s: float, clock_rate_error: float) -> float:
+    """How long after a committed condemnation nothing of an attempt with this grace can still run.
+
+    Its last renewal was sent before the condemnation was committed; its shim kills it at the latest grace - margin
+    after that on its own clock, which may be slow by `clock_rate_error`, and has the margin to do so.
+    """
+    return grace_s * (1 + clock_rate_error) + kill_margin_s
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A running key of a condemned node, and when its task may be put back."""
+
+    task: TaskId
+    token: Revision
+    holding: Holding
+    due_s: float
+
+
+@dataclass(slots=True)
+class Case:
+    """A condemned incarnation that the leader deals with."""
+
+    node: NodeId
+    revision: Revision
+    life: Incarnation
+    since_s: float
+    act_at_s: float
+    busy: bool = False
+    strays: dict[TaskId, Stray] = field(default_factory=dict)
+    batch: tuple[Stray, ...] = ()
+
+
+class Leadership:
+    """The candidate for the office and, while it holds it, the leader's duties."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self.settings = settings
+        self.office: txn.OfficeHeld | None = None
+        self.candidate = settings.candidate
+        self.braking = False
+        self._lease: LeaseId | None = None
+        self._campaigning = False
+        self._campaign_at_s = 0.0
+        self._keep_alive_at_s = 0.0
+        self._keeping_alive = False
+        self._office_until_s = 0.0
+        self._cases: dict[NodeId, Case] = {}
+        self._condemning: dict[NodeId, float] = {}  # until when not to try again
+        self._notice = ""
+
+    # --- outside view ---
+
+    @property
+    def leading(self) -> bool:
+        """True while we believe to hold the office; the guards make a mistake harmless."""
+        return self.office is not None
+
+    def next_s(self, office_taken: bool) -> float | None:
+        """When `poll` has something to do."""
+        times = []
+        if self.office is not None:
+            times += [self._keep_alive_at_s, self._office_until_s]
+            times += [c.act_at_s for c in self._cases.values() if not c.busy]
+        elif self.candidate and not office_taken and not self._campaigning:
+            times.append(self._campaign_at_s)
+        return min(times, default=None)
+
+    # --- office ---
+
+    def poll(
+        self, now: float, office: Entry | None, nodes: Mapping[str, Entry], lives: Mapping[str, Entry] | None
+    ) -> list[Effect]:
+        """What time and the view ask for. `nodes` and `lives` mirror their prefixes; `lives` is None until synced."""
+        if self.office is None:
+            return self._campaign(now, office)
+        if office is not None and office.created > self.office.created:
+            return self._lose()
+        if now >= self._office_until_s:
+            return self._lose()
+        effects: list[Effect] = []
+        if self._keep_alive_at_s <= now and not self._keeping_alive and self._lease is not None:
+            self._keeping_alive = True
+            self._keep_alive_at_s = now + self.settings.renew_every_s
+            effects.append(KeepAlive("office", self._lease))
+        if lives is None:
+            return effects
+        effects += self._condemn_absent(now, nodes, lives)
+        self._open_cases(now, lives)
+        for case in list(self._cases.values()):
+            if not case.busy and case.act_at_s <= now:
+                effects += self._act(case, now)
+        return effects
+
+    def _campaign(self, now: float, office: Entry | None) -> list[Effect]:
+        if not self.candidate or office is not None or self._campaigning or self._campaign_at_s > now:
+            return []
+        self._campaigning = True
+        if self._lease is not None:
+            return [self._take()]
+        return [GrantLease("office", self.settings.lease_ttl_s)]
+
+    def _take(self) -> Effect:
+        assert self._lease is not None  # noqa: S101 - the caller looked
+        return Commit("office", txn.take_office(self._lease, codec.encode_office(self.settings.name)))
+
+    def lease_granted(self, granted: LeaseGranted, now: float) -> list[Effect]:
+        """A lease for the office: try to take it."""
+        if granted.lease is None:
+            self._campaigning = False
+            self._campaign_at_s = now + RETRY_S
+            return []
+        self._lease = granted.lease
+        self._office_until_s = now + self.settings.lease_ttl_s
+        return [self._take()]
+
+    def office_answered(self, done: CommitDone, now: float) -> list[Effect]:
+        """Whether we have become the leader. An unknown outcome is resolved by giving the lease up."""
+        self._campaigning = False
+        self._campaign_at_s = now + RETRY_S
+        if isinstance(done.result, txn.Committed):
+            self.office = txn.OfficeHeld(done.result.revision)
+            self._keep_alive_at_s = now
+            return []
+        lease, self._lease = self._lease, None
+        return [RevokeLease(lease)] if lease is not None else []
+
+    def kept_alive(self, kept: KeptAlive, now: float) -> list[Effect]:
+        """The office's lease was renewed, or is gone."""
+        self._keeping_alive = False
+        if kept.lease != self._lease:
+            return []
+        if kept.ttl_s is None:
+            self._lease = None
+            return self._lose()
+        if not isinstance(kept.ttl_s, NoAnswer):
+            self._office_until_s = now + kept.ttl_s
+        return []
+
+    def resign(self) -> list[Effect]:
+        """Give up the office and do not stand again."""
+        self.candidate = False
+        lease = self._lease
+        self._lose()
+        return [RevokeLease(lease)] if lease is not None else []
+
+    def _lose(self) -> list[Effect]:
+        lease, self._lease = self._lease, None
+        self.office = None
+        self._cases.clear()
+        self._condemning.clear()
+        self.braking = False
+        return [RevokeLease(lease)] if lease is not None else []
+
+    # --- condemning ---
+
+    def _condemn_absent(
+        self, now: float, nodes: Mapping[str, Entry], incarnations: Mapping[str, Entry]
+    ) -> list[Effect]:
+        assert self.office is not None  # noqa: S101 - poll looked
+        lives = {keys.parse_node(k): (e, codec.decode_incarnation(e.value)) for k, e in sorted(incarnations.items())}
+        absent = [n for n, (_, life) in lives.items() if life.state is Life.OPEN and keys.node(n) not in nodes]
+        down = len(absent) + sum(1 for _, life in lives.values() if life.state is not Life.OPEN)
+        self.braking = bool(absent) and len(lives) >= BRAKE_NODES_MIN and 2 * down > len(lives)
+        if self.braking:
+            return self._say(
+                f"{down} of {len(lives)} nodes look dead at once; none is given up until an administrator has looked"
+            )
+        self._notice = ""
+        effects: list[Effect] = []
+        for node in absent:
+            entry, life = lives[node]
+            if node == self.settings.name or self._condemning.get(node, now) > now:
+                continue  # our own registration is our session's business
+            self._condemning[node] = math.inf
+            value = codec.encode_incarnation(replace(life, state=Life.CONDEMNED))
+            effects.append(
+                Commit(CaseTag("condemn", node, entry.modified), txn.condemn(self.office, node, entry.modified, value))
+            )
+        return effects
+
+    def condemned(self, node: NodeId, now: float) -> None:
+        """A condemnation was answered, or not; the mirror will show the new record, and the case begins then."""
+        self._condemning[node] = now + RETRY_S
+
+    def _open_cases(self, now: float, incarnations: Mapping[str, Entry]) -> None:
+        for key, entry in sorted(incarnations.items()):
+            node = keys.parse_node(key)
+            life = codec.decode_incarnation(entry.value)
+            case = self._cases.get(node)
+            if life.state is Life.OPEN:
+                continue
+            if case is None:
+                # The wait counts from when *this* leader saw the condemnation: never too early.
+                self._cases[node] = Case(node, entry.modified, life, now, now)
+            elif case.revision != entry.modified:  # it reported itself dead meanwhile, or is another life
+                since_s = case.since_s if case.life.id == life.id else now
+                self._cases[node] = Case(node, entry.modified, life, since_s, now)
+        for node in list(self._cases):
+            if keys.incarnation(node) not in incarnations:
+                del self._cases[node]
+
+    # --- one condemned node: list, wait, read, requeue, close ---
+
+    def _act(self, case: Case, now: float) -> list[Effect]:
+        assert self.office is not None  # noqa: S101 - poll looked
+        due = sorted((s for s in case.strays.values() if s.due_s <= now), key=lambda s: s.task)[:REQUEUE_MAX]
+        case.busy = True
+        if not due:
+            return [List(CaseTag("list", case.node, case.revision), keys.running_on(case.node))]
+        case.batch = tuple(due)
+        return [Read(CaseTag("read", case.node, case.revision), tuple(keys.task(s.task) for s in due))]
+
+    def _case(self, node: NodeId, revision: Revision) -> Case | None:
+        case = self._cases.get(node)
+        return case if case is not None and case.revision == revision and self.office is not None else None
+
+    def strays_listed(self, node: NodeId, revision: Revision, done: ListDone, now: float) -> list[Effect]:
+        """What a condemned node still holds according to the store."""
+        case = self._case(node, revision)
+        if case is None:
+            return []
+        case.busy = False
+        case.act_at_s = now + RETRY_S
+        if done.listing is None:
+            return []
+        case.strays.clear()
+        for e in done.listing.entries:
+            _, task = keys.parse_running(e.key)
+            holding = codec.decode_holding(e.value)
+            wait_s = wait_out_s(holding.grace_s, case.life.kill_margin_s, self.settings.clock_rate_error)
+            due_s = case.since_s + (0.0 if case.life.state is Life.DEAD else wait_s)
+            case.strays[task] = Stray(task, e.created, holding, due_s)
+        if case.strays:
+            case.act_at_s = max(now, min(s.due_s for s in case.strays.values()))
+            return []
+        case.busy = True
+        assert self.office is not None  # noqa: S101 - _case looked
+        return [Commit(CaseTag("close", node, revision), txn.close(self.office, node, revision))]
+
+    def strays_read(self, node: NodeId, revision: Revision, done: ReadDone, now: float, now_ms: int) -> list[Effect]:
+        """The records of the tasks to be put back."""
+        case = self._case(node, revision)
+        if case is None:
+            return []
+        if done.reading is None:
+            case.busy = False
+            case.act_at_s = now + RETRY_S
+            return []
+        nested = []
+        for stray in case.batch:
+            entry = done.reading.entries.get(keys.task(stray.task))
+            if entry is not None:
+                nested.append(self._put_back(node, stray, entry, now_ms))
+        case.strays.clear()
+        assert self.office is not None  # noqa: S101 - _case looked
+        guards = txn.requeue_guards(self.office, node, revision)
+        return [Commit(CaseTag("requeue", node, revision), txn.batch(nested, guards))]
+
+    def _put_back(self, node: NodeId, stray: Stray, entry: Entry, now_ms: int) -> txn.Txn:
+        task = codec.decode_task(entry.value)
+        lost = Exit(Reason.NODE_LOST, message=f"node {node} was lost", ended_ms=now_ms)
+        cancel = stray.holding.cancel_requested
+        end = lifecycle.ended(task, lost, stray.token, cancel_requested=cancel, now_ms=now_ms)
+        record = codec.encode_task(end.task)
+        if end.event is lifecycle.Event.NODE_LOST:
+            hint = codec.encode_hint(QueueHint.of(task.spec))
+            return txn.give_back(node, stray.task, stray.token, record, hint)
+        return txn.finish(node, stray.task, stray.token, record)
+
+    def case_answered(self, tag: CaseTag, done: CommitDone, now: float) -> None:
+        """A requeue or a close was answered, or not: the next listing says what is left."""
+        case = self._case(tag.node, tag.revision)
+        if case is not None:
+            case.busy = False
+            again = tag.step == "requeue" and isinstance(done.result, txn.Committed)
+            case.act_at_s = now if again else now + RETRY_S
+
+    def _say(self, text: str) -> list[Effect]:
+        if text == self._notice:
+            return []
+        self._notice = text
+        return [Notice(text)]

@@ -1,0 +1,332 @@
+"""A node's membership: registration under a lease, guarded renewals, and what to do when they fail.
+
+The lease is only a hint to others that the node may be dead. What counts is the incarnation: once the leader has
+condemned it, no claim or renewal of it commits, and this node must stop all that it runs before it may begin another.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import replace
+
+from spinetta import codec, keys, txn
+from spinetta.events import (
+    Commit,
+    CommitDone,
+    Effect,
+    Entry,
+    GrantLease,
+    KeepAlive,
+    KeptAlive,
+    LeaseGranted,
+    Notice,
+    Read,
+    ReadDone,
+    Reading,
+    Remember,
+    Remembered,
+    RenewRuntime,
+    RevokeLease,
+)
+from spinetta.model import Incarnation, IncarnationId, LeaseId, Life, NodeRecord, Revision
+from spinetta.settings import AgentSettings
+
+RETRY_S = 0.5
+POLL_S = 1.0  # while waiting for the leader to close an earlier life
+ADVERTISE_S = 1.0  # free resources are a hint to rivals: once a second is fresh enough
+
+
+class Phase(enum.Enum):
+    """Where the membership stands."""
+
+    LOOKING = "looking"  # reading what the store says of us
+    JOINING = "joining"  # lease, intent on disk, registration under way
+    ACTIVE = "active"
+    FENCED = "fenced"  # condemned: everything must stop
+    WAITING = "waiting"  # an earlier life has not been closed yet
+    LEFT = "left"
+
+
+class Session:
+    """The membership of one node, as a state machine."""
+
+    def __init__(self, settings: AgentSettings, incarnation: IncarnationId | None) -> None:
+        self.settings = settings
+        self.phase = Phase.LOOKING
+        self.incarnation = incarnation
+        self.registration: txn.Registration | None = None
+        self.record = settings.record
+        self.lease: LeaseId | None = None
+        self._act_at_s: float | None = None
+        self._busy = False
+        self._renewing_since_s: float | None = None
+        self._keeping_alive = False
+        self._renew_at_s = 0.0
+        self.renewed_at_s: float | None = None  # when the latest renewal that was committed had been sent
+        self._advertised: NodeRecord | None = None
+        self._advertising: NodeRecord | None = None
+        self._advertise_at_s = 0.0
+        self._notice = ""
+        self._deregistering = False
+        self._open_revision = Revision(0)  # of the incarnation to go on with; 0: none, register a new one
+        self._generation = Revision(0)
+
+    # --- outside view ---
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.settings.name
+
+    @property
+    def active(self) -> bool:
+        """True while the registration stands, as far as we know."""
+        return self.phase is Phase.ACTIVE and self.registration is not None
+
+    @property
+    def may_start(self) -> bool:
+        """True once a renewal was committed: before that the runtime has no deadline and would refuse to start."""
+        return self.active and self.renewed_at_s is not None
+
+    @property
+    def next_s(self) -> float | None:
+        """When `poll` has something to do."""
+        times = []
+        if self._act_at_s is not None and not self._busy:
+            times.append(self._act_at_s)
+        if self.active:
+            times.append(self._renew_at_s)
+            if self.record != self._advertised and self._advertising is None:
+                times.append(self._advertise_at_s)
+        return min(times, default=None)
+
+    def begin(self, now: float) -> None:
+        """Start by reading what the store says of this node."""
+        self._look(now)
+
+    def poll(self, now: float) -> list[Effect]:
+        """What time asks for."""
+        effects: list[Effect] = []
+        if self._act_at_s is not None and self._act_at_s <= now and not self._busy:
+            self._act_at_s = None
+            self._busy = True
+            effects.append(Read("self", self._self_keys()))
+        if self.active and self._renew_at_s <= now:
+            effects += self._renew(now)
+        if self.active and self._advertising is None and self._advertise_at_s <= now:
+            effects += self._advertise(now)
+        return effects
+
+    @property
+    def must_stop(self) -> bool:
+        """True when nothing of this node may run on: its life has been ended by others."""
+        return self.phase in (Phase.FENCED, Phase.WAITING)
+
+    def describe(self, record: NodeRecord) -> None:
+        """New facts for what this node says of itself; sent when it is time."""
+        self.record = replace(record, incarnation=self.incarnation or IncarnationId(""))
+
+    # --- answers ---
+
+    def read_done(self, done: ReadDone, now: float, *, nothing_runs: bool) -> list[Effect]:
+        """The store's word on this node."""
+        self._busy = False
+        if done.reading is None:
+            self._act_at_s = now + RETRY_S
+            return []
+        return self._decide(done.reading, now, nothing_runs)
+
+    def lease_granted(self, granted: LeaseGranted, now: float) -> list[Effect]:
+        """A lease for the node key: first remember the incarnation on disk, then register."""
+        if granted.lease is None:
+            self._look(now + RETRY_S)
+            return []
+        self.lease = granted.lease
+        if self.incarnation is None:
+            self.incarnation = IncarnationId(f"{granted.lease:016x}")
+            return [Remember(self.incarnation)]
+        return self._commit_registration()
+
+    def remembered(self, done: Remembered, now: float) -> list[Effect]:
+        """The incarnation is on disk: it may be registered."""
+        if not done.done:
+            self.incarnation = None
+            self._look(now + POLL_S)
+            return self._say("the node's state cannot be written to disk; it cannot join until that is mended")
+        return self._commit_registration()
+
+    def commit_done(self, done: CommitDone, now: float) -> list[Effect]:
+        """The answer to a registration, renewal, description, or word of one's own death."""
+        match done.tag:
+            case "renew":
+                return self._renewed(done, now)
+            case "advertise":
+                sent, self._advertising = self._advertising, None
+                if isinstance(done.result, txn.Committed):
+                    self._advertised = sent
+                elif isinstance(done.result, txn.Conflict):
+                    self.suspect(now)
+                return []
+            case "deregister":
+                self._deregistering = False
+                if isinstance(done.result, txn.Committed):
+                    self.phase = Phase.LEFT
+                    self.registration = None
+                    self.incarnation = None
+                    return [RevokeLease(self.lease)] if self.lease else []
+                self.suspect(now)
+                return []
+            case _:  # register, reattach, concede: what the store says next decides, whatever the answer was
+                self._look(now if done.result is not None else now + RETRY_S)
+                return []
+
+    def kept_alive(self, kept: KeptAlive, now: float) -> list[Effect]:
+        """The lease's time to live, or its end."""
+        self._keeping_alive = False
+        if kept.lease == self.lease and kept.ttl_s is None:
+            self.suspect(now)
+        return []
+
+    def deregister(self) -> list[Effect]:
+        """Leave, holding nothing."""
+        if self.registration is None or self._deregistering:
+            return []
+        self._deregistering = True
+        return [Commit("deregister", txn.deregister(self.registration))]
+
+    # --- inside ---
+
+    def _self_keys(self) -> tuple[str, ...]:
+        name = self.settings.name
+        return keys.node(name), keys.incarnation(name), keys.GENERATION
+
+    def _look(self, at_s: float) -> None:
+        self._act_at_s = at_s if self._act_at_s is None else min(at_s, self._act_at_s)
+
+    def suspect(self, now: float) -> None:
+        """A guarded write failed: claim nothing until the store has said why."""
+        self.registration = None
+        if self.phase is Phase.ACTIVE:
+            self.phase = Phase.LOOKING
+        self._look(now)
+
+    def _decide(self, reading: Reading, now: float, nothing_runs: bool) -> list[Effect]:
+        name = self.settings.name
+        node = reading.entries[keys.node(name)]
+        inc = reading.entries[keys.incarnation(name)]
+        generation = reading.entries[keys.GENERATION]
+        self._generation = generation.modified if generation else Revision(0)
+        self._open_revision = inc.modified if inc else Revision(0)
+        if inc is None:
+            return self._begin_life(node, now, nothing_runs)
+        life = codec.decode_incarnation(inc.value)
+        if life.id != self.incarnation:
+            return self._wait_for_other(node is not None, now)
+        if life.state is Life.OPEN:
+            if node is None:
+                self.phase = Phase.JOINING
+                return [GrantLease("self", self.settings.lease_ttl_s)]
+            record = codec.decode_node(node.value)
+            if record.incarnation != self.incarnation:
+                return self._wait_for_other(True, now)
+            self.lease = node.lease
+            return self._activate(txn.Registration(name, node.created, inc.modified, self._generation), now)
+        return self._condemned_by(inc.modified, life, now, nothing_runs)
+
+    def _begin_life(self, node: Entry | None, now: float, nothing_runs: bool) -> list[Effect]:
+        if not nothing_runs:  # leftovers of a life that has been closed: stop them before beginning another
+            self.phase = Phase.FENCED
+            self._look(now + POLL_S)
+            return []
+        if node is not None:
+            self.phase = Phase.WAITING
+            self._look(now + POLL_S)
+            return [RevokeLease(node.lease)] if node.lease == self.lease else []
+        if self.phase is not Phase.JOINING:
+            # While joining the id is kept: a registration whose answer was lost may commit after this reading, and
+            # must then be recognised as ours.
+            self.incarnation = None
+        self.phase = Phase.JOINING
+        return [GrantLease("self", self.settings.lease_ttl_s)]
+
+    def _wait_for_other(self, alive: bool, now: float) -> list[Effect]:
+        self.phase = Phase.WAITING
+        self.registration = None
+        self._look(now + POLL_S)
+        if alive:
+            return self._say(f"the name {self.name} is alive in this cluster elsewhere: choose another with --name")
+        return self._say(f"waiting until the leader has closed an earlier life of {self.name}")
+
+    def _condemned_by(self, seen: Revision, life: Incarnation, now: float, nothing_runs: bool) -> list[Effect]:
+        self.phase = Phase.FENCED
+        self.registration = None
+        if not nothing_runs or life.state is Life.DEAD:
+            self._look(now + POLL_S)
+            return self._say("this node has been given up by the others; it stops what it runs and begins again")
+        dead = codec.encode_incarnation(replace(life, state=Life.DEAD))
+        return [Commit("concede", txn.concede(self.settings.name, seen, dead))]
+
+    def _commit_registration(self) -> list[Effect]:
+        assert self.incarnation is not None and self.lease is not None  # noqa: S101, PT018 - set by lease_granted
+        self._advertised = replace(self.record, incarnation=self.incarnation)
+        record = codec.encode_node(self._advertised)
+        name = self.settings.name
+        if self._open_revision:
+            body = txn.reattach(name, self.lease, record, self._open_revision, self._generation)
+            return [Commit("reattach", body)]
+        life = Incarnation(
+            self.incarnation,
+            Life.OPEN,
+            self.settings.boot_id,
+            self.settings.lease_ttl_s,
+            self.settings.kill_margin_s,
+        )
+        body = txn.register(name, self.lease, record, codec.encode_incarnation(life), self._generation)
+        return [Commit("register", body)]
+
+    def _activate(self, registration: txn.Registration, now: float) -> list[Effect]:
+        self.phase = Phase.ACTIVE
+        self.registration = registration
+        self.record = replace(self.record, incarnation=self.incarnation or IncarnationId(""))
+        self._advertise_at_s = now
+        self._renew_at_s = now
+        self._notice = ""
+        return []
+
+    def _renew(self, now: float) -> list[Effect]:
+        assert self.registration is not None and self.lease is not None  # noqa: S101, PT018 - active
+        self._renew_at_s = now + self.settings.renew_every_s
+        effects: list[Effect] = []
+        if not self._keeping_alive:
+            self._keeping_alive = True
+            effects.append(KeepAlive("self", self.lease))
+        if self._renewing_since_s is None:
+            self._renewing_since_s = now
+            effects.append(Commit("renew", txn.renew(self.registration)))
+        return effects
+
+    def _renewed(self, done: CommitDone, now: float) -> list[Effect]:
+        sent_at_s, self._renewing_since_s = self._renewing_since_s, None
+        if isinstance(done.result, txn.Committed) and sent_at_s is not None:
+            self.renewed_at_s = sent_at_s
+            return [RenewRuntime(sent_at_s)]
+        if isinstance(done.result, txn.Conflict):
+            self.suspect(now)
+        else:
+            self._renew_at_s = min(self._renew_at_s, now + RETRY_S)
+        return []
+
+    def _advertise(self, now: float) -> list[Effect]:
+        if self.record == self._advertised:
+            return []
+        assert self.registration is not None and self.lease is not None  # noqa: S101, PT018 - active
+        self._advertise_at_s = now + ADVERTISE_S
+        self._advertising = self.record
+        body = txn.advertise(self.registration, self.lease, codec.encode_node(self.record))
+        return [Commit("advertise", body)]
+
+    def _say(self, text: str) -> list[Effect]:
+        if text == self._notice:
+            return []
+        self._notice = text
+        return [Notice(text)]
