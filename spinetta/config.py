@@ -62,7 +62,7 @@ class Settings:
     etcd_program: str = "etcd"
     voters_wanted: int = 3
     candidate: bool = True
-    lease_ttl_s: float = 10.0
+    lease_ttl_s: int = 10
     grace_s: float = 60.0
     kill_margin_s: float = 5.0
     clock_rate_error: float = 0.01

@@ -73,7 +73,7 @@ def _items(value: Any, where: str, limit: int) -> list[str]:
     else:
         raise UserError(f"must be a list, not {_kind(value)}", field=where, hint="separate with commas")
     if len(items) > limit:
-        raise UserError(f"{len(items)} items, at most {limit}", field=where, reason="too-large")
+        raise UserError(f"{len(items)} items, at most {limit}", field=where, hint="give fewer", reason="too-large")
     return items
 
 
@@ -170,6 +170,16 @@ def _duration(low_s: float, high_s: float) -> Parse:
     return parse
 
 
+def _whole_seconds(low_s: int, high_s: int) -> Parse:
+    def parse(value: Any, where: str) -> int:
+        seconds = _duration(low_s, high_s)(value, where)
+        if seconds != int(seconds):
+            raise UserError("etcd's leases count whole seconds", field=where, hint="e.g. 10s")
+        return int(seconds)
+
+    return parse
+
+
 def _flag(value: Any, where: str) -> bool:
     if isinstance(value, bool):
         return value
@@ -218,7 +228,7 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("etcd_program", "etcd_program", _program, "The etcd to run.", "PROGRAM"),
     Option("voters_wanted", "voters_wanted", _voters, "How many nodes run an etcd member: 1, 3 or 5.", "N"),
     Option("candidate", "candidate", _flag, "Whether this node may become a voter.", "yes|no"),
-    Option("lease_ttl", "lease_ttl_s", _duration(2, 300), "Silence after which this node is suspected.", "TIME"),
+    Option("lease_ttl", "lease_ttl_s", _whole_seconds(2, 300), "Silence after which this node is suspected.", "TIME"),
     Option("grace", "grace_s", _duration(3, 86400), "How long tasks may run without a renewal.", "TIME"),
     Option("kill_margin", "kill_margin_s", _duration(0.5, 300), "How long killing may take.", "TIME"),
     Option("clock_rate_error", "clock_rate_error", _fraction(0, 0.2), "How much clock rates may differ.", "FRACTION"),

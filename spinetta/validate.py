@@ -46,9 +46,9 @@ WAIT_TIMEOUT_MAX_S = 366 * 86400.0
 LOG_CHUNK_BYTES = 64 << 10
 REASON_MAX = 1024  # characters of a cancel's reason
 
+ID_CHARS = 36
 FRAGMENT_PREFIX_MIN = 4  # characters of an id's beginning
 FRAGMENT_SUFFIX_MIN = 6  # characters of an id's end: 24 random bits, so that a slip hardly finds another task
-SUFFIX_SCAN_MAX = 10_000  # newest tasks that a node searches for a suffix: nothing indexes the ends of keys
 
 _UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", re.ASCII)
 _FRAGMENT = re.compile(r"[0-9a-f-]+", re.ASCII)
@@ -75,7 +75,7 @@ def check_task_id(text: str, field: str) -> None:
         )
 
 
-def resolve_prefix(prefix: str, field: str = "") -> str:
+def id_fragment(text: str, field: str = "") -> str:
     """The normal form of what a user may write for an id: the whole id, its beginning, or its end.
 
     Ids of tasks submitted within the same minute begin alike (their first digits are a time), so the end, which is
@@ -84,15 +84,15 @@ def resolve_prefix(prefix: str, field: str = "") -> str:
     Raises:
         UserError: it cannot be a part of an id.
     """
-    text = prefix.strip().lower()
+    fragment = text.strip().lower()
     hint = f"a task id, its first {FRAGMENT_PREFIX_MIN} or more, or its last {FRAGMENT_SUFFIX_MIN} or more characters"
-    if not _FRAGMENT.fullmatch(text) or len(text) > 36:
-        raise UserError(f"not a task id: {names.quoted(prefix)}", field=field, hint=hint)
-    if len(text.replace("-", "")) < FRAGMENT_PREFIX_MIN:
-        raise UserError(f"too short for a task id: {names.quoted(prefix)}", field=field, hint=hint)
-    if len(text) == 36 and not is_task_id(text):
-        raise UserError(f"not a task id: {names.quoted(prefix)}", field=field, hint=hint)
-    return text
+    if not _FRAGMENT.fullmatch(fragment) or len(fragment) > ID_CHARS:
+        raise UserError(f"not a task id: {names.quoted(text)}", field=field, hint=hint)
+    if len(fragment.replace("-", "")) < FRAGMENT_PREFIX_MIN:
+        raise UserError(f"too short for a task id: {names.quoted(text)}", field=field, hint=hint)
+    if len(fragment) == ID_CHARS and not is_task_id(fragment):
+        raise UserError(f"not a task id: {names.quoted(text)}", field=field, hint=hint)
+    return fragment
 
 
 def may_be_suffix(fragment: str) -> bool:
@@ -103,7 +103,7 @@ def may_be_suffix(fragment: str) -> bool:
 def matches(fragment: str, task_id: str) -> bool:
     """True when a fragment in normal form names this id: by its beginning, or, if long enough, by its end.
 
-    A node looks for beginnings first (a range of keys) and for ends (among the newest `SUFFIX_SCAN_MAX` tasks) only
+    A node looks for beginnings first (a range of keys) and for ends (among the newest tasks) only
     when there is none; more than one match is an error with reason ``ambiguous``.
     """
     return task_id.startswith(fragment) or (may_be_suffix(fragment) and task_id.endswith(fragment))
@@ -117,7 +117,7 @@ def check_fragments(ids: Sequence[str], field: str, limit: int) -> list[str]:
         raise UserError(
             f"{len(ids)} ids in one request", field=field, hint=f"at most {limit}; split them", reason="too-large"
         )
-    return [resolve_prefix(text, f"{field}[{i}]") for i, text in enumerate(ids)]
+    return [id_fragment(text, f"{field}[{i}]") for i, text in enumerate(ids)]
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------
