@@ -59,6 +59,7 @@ class Agent:
         self.claims = Claims(settings)
         self.leadership = Leadership(settings)
         self.draining = settings.record.draining
+        self.leaving_soon = False
         self.leaving = False
         every_s = settings.reconcile_s
         self.nodes = Mirror("nodes", keys.NODE, every_s)
@@ -166,7 +167,9 @@ class Agent:
                 self.session.describe(event.record)
                 return []
             case SetDraining():
-                self.draining = event.draining
+                self.draining, self.leaving_soon = event.draining, event.leaving
+                if event.release:
+                    self.holdings.release_all(Reason.RELEASED)
                 self.claims.touch()
                 return []
             case LeaveWanted():
@@ -175,8 +178,10 @@ class Agent:
                     self.holdings.release_all(Reason.RELEASED)
                 return []
             case SetCandidate():
-                self.leadership.candidate = event.candidate
-                return []
+                if event.candidate:
+                    self.leadership.candidate = True
+                    return []
+                return self.leadership.resign()
 
     def _committed(self, done: CommitDone, now: float) -> list[Effect]:
         match done.tag:
@@ -313,6 +318,6 @@ class Agent:
                 free=free,
                 running=len(self.holdings.held),
                 draining=self.draining,
-                leaving=self.leaving,
+                leaving=self.leaving or self.leaving_soon,
             )
         )

@@ -7,6 +7,7 @@
     │   ├── NotFound         no such task or node
     │   └── AlreadyExists    the name or id is taken by something else
     ├── StoreUnavailable     nothing happened: safe to try again
+    ├── RuntimeUnavailable   the shim does not answer; every request to it may be made twice: try again
     ├── OutcomeUnknown       may have happened: read back first
     ├── Compacted            the history asked for is gone: list again
     ├── Fenced               we no longer own this: stop, clean up, forget
@@ -62,6 +63,10 @@ class AlreadyExists(UserError):
 
 class StoreUnavailable(SpinettaError):
     """The store did not answer and nothing was changed: safe to try again."""
+
+
+class RuntimeUnavailable(SpinettaError):
+    """The shim did not answer. Every request to it may be made twice, so: safe to try again."""
 
 
 class OutcomeUnknown(SpinettaError):

@@ -330,14 +330,20 @@ class SelfChanged:
 
 @dataclass(frozen=True, slots=True)
 class SetDraining:
-    """An administrator wants no more tasks taken, or again."""
+    """An administrator wants no more tasks taken, or again.
+
+    `leaving`: the node is about to leave, so that its seat may be given to another. `release`: running tasks are given
+    back now instead of being waited for.
+    """
 
     draining: bool
+    leaving: bool = False
+    release: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LeaveWanted:
-    """Drain, then deregister. `release`: give running tasks back now instead of waiting for them."""
+    """Drain, then deregister once nothing is held. `release`: give running tasks back now instead of waiting."""
 
     release: bool
 

@@ -1,0 +1,342 @@
+"""Turns the agent: gathers events, lets it decide, carries out the effects. Decides nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinetta.agent import Agent
+from spinetta.errors import Compacted, OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
+from spinetta.events import (
+    AttemptEnded,
+    Change,
+    Changed,
+    Commit,
+    CommitDone,
+    Effect,
+    Entry,
+    Forget,
+    GrantLease,
+    Happening,
+    HeldAttempt,
+    KeepAlive,
+    KeptAlive,
+    LeaseGranted,
+    List,
+    ListDone,
+    Listing,
+    NoAnswer,
+    Notice,
+    Read,
+    ReadDone,
+    Reading,
+    Remember,
+    Remembered,
+    RenewRuntime,
+    RevokeLease,
+    RuntimeListed,
+    Start,
+    Started,
+    Stop,
+    Tick,
+    Unwatch,
+    Watch,
+    WatchLost,
+    attempt_key,
+)
+from spinetta.model import IncarnationId, Revision, TaskSpec
+from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimLost
+from spinetta.store.protocol import KeyValue, Store
+
+log = logging.getLogger("spinetta.node")
+
+INBOX_EVENTS_MAX = 4096  # about a second at several kHz; watches wait when it is full, answers are bounded by questions
+TURN_EVENTS_MAX = 512  # handled in one turn, so that a flood does not keep effects waiting
+IDLE_S = 5.0  # the longest sleep, in case a wake-up was forgotten
+RUNTIME_RETRY_S = 0.5
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def boot_time_s() -> float:
+    """Seconds on CLOCK_BOOTTIME: never goes back, and counts while the machine sleeps, as the shim's deadlines do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def wall_ms() -> int:
+    """Milliseconds of the wall clock, for people only."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSettings:
+    """What every task of this node is started with."""
+
+    node: str
+    pids_max: int
+    api_address: str
+
+
+def task_environment(spec: TaskSpec, attempt: int, settings: LaunchSettings) -> dict[str, str]:
+    """The whole environment of a task: nothing of the daemon's own gets in."""
+    return {
+        "PATH": DEFAULT_PATH,
+        "LANG": "C.UTF-8",
+        "SPINETTA_TASK_ID": spec.id,
+        "SPINETTA_ATTEMPT": str(attempt),
+        "SPINETTA_NODE": settings.node,
+        "SPINETTA_API": settings.api_address,
+        **dict(spec.env),
+    }
+
+
+def launch_of(start: Start, settings: LaunchSettings) -> Launch:
+    """What the runtime needs to start an attempt."""
+    spec = start.spec
+    return Launch(
+        key=attempt_key(spec.id, start.attempt),
+        argv=spec.command,
+        env=task_environment(spec, start.attempt, settings),
+        working_directory=spec.working_directory,
+        cpu_millis=spec.resources.cpu_millis,
+        memory_bytes=spec.resources.memory_bytes,
+        pids_max=settings.pids_max,
+        walltime_s=spec.walltime_s,
+        grace_s=start.grace_s,
+        token=start.token,
+        incarnation=start.incarnation,
+    )
+
+
+def entry_of(kv: KeyValue | None) -> Entry | None:
+    """A stored key as the agent sees it."""
+    return None if kv is None else Entry(kv.key, kv.value, kv.created, kv.modified, kv.lease)
+
+
+class Driver:
+    """Owns the agent and all that is done for it; nothing of it outlives `run`."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        store: Store,
+        runtime: Runtime,
+        launch: LaunchSettings,
+        *,
+        remember: Callable[[IncarnationId], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        self.agent = agent
+        self._store = store
+        self._runtime = runtime
+        self._launch = launch
+        self._remember = remember
+        self._notice = notice
+        self._inbox: asyncio.Queue[Happening] = asyncio.Queue(INBOX_EVENTS_MAX)
+        self._tasks: asyncio.TaskGroup | None = None
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Condition()
+        self._busy_s = agent.settings.renew_every_s
+
+    async def tell(self, event: Happening) -> None:
+        """Give the agent an event from outside."""
+        await self._inbox.put(event)
+
+    async def until(self, condition: Callable[[Agent], bool], timeout_s: float) -> bool:
+        """Wait until something is true of the agent; False when the time is over first."""
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: condition(self.agent))
+        except TimeoutError:
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Turn until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            tasks.create_task(self._follow_runtime(), name="runtime events")
+            while True:
+                events = await self._gather()
+                for effect in self.agent.handle(boot_time_s(), wall_ms(), *events):
+                    self._carry_out(effect)
+                async with self._changed:
+                    self._changed.notify_all()
+
+    async def _gather(self) -> list[Happening]:
+        next_s = self.agent.next_s
+        wait_s = IDLE_S if next_s is None else min(max(0.0, next_s - boot_time_s()), IDLE_S)
+        events: list[Happening] = []
+        try:
+            async with asyncio.timeout(wait_s):
+                events.append(await self._inbox.get())
+        except TimeoutError:
+            events.append(Tick())
+        while len(events) < TURN_EVENTS_MAX and not self._inbox.empty():
+            events.append(self._inbox.get_nowait())
+        return events
+
+    # --- effects ---
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Commit():
+                self._spawn(self._commit(effect))
+            case Read():
+                self._spawn(self._read(effect))
+            case List():
+                self._spawn(self._list(effect))
+            case Watch():
+                self._end_watch(effect.tag)
+                self._watches[effect.tag] = self._spawn(self._watch(effect))
+            case Unwatch():
+                self._end_watch(effect.tag)
+            case GrantLease():
+                self._spawn(self._grant(effect))
+            case KeepAlive():
+                self._spawn(self._keep_alive(effect))
+            case RevokeLease():
+                self._spawn(self._revoke(effect))
+            case Remember():
+                self._spawn(self._write_down(effect))
+            case Start():
+                self._spawn(self._start(effect))
+            case Stop():
+                self._spawn(self._quietly(self._runtime.stop(effect.key, effect.why)))
+            case Forget():
+                self._spawn(self._quietly(self._runtime.forget(effect.key)))
+            case RenewRuntime():
+                self._spawn(self._quietly(self._runtime.renew(effect.renewed_at_s)))
+            case Notice():
+                log.warning("%s", effect.text)
+                self._notice(effect.text)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        assert self._tasks is not None  # noqa: S101 - only called from run
+        return self._tasks.create_task(work)
+
+    def _end_watch(self, tag: str) -> None:
+        task = self._watches.pop(tag, None)
+        if task is not None:
+            task.cancel()
+
+    async def _commit(self, effect: Commit) -> None:
+        # A renewal or description that takes longer than until the next one is worth nothing.
+        timeout_s = self._busy_s if effect.tag in ("renew", "advertise") else 5.0
+        try:
+            result = await self._store.commit(effect.txn, timeout_s=timeout_s)
+        except (OutcomeUnknown, StoreUnavailable) as e:
+            log.info("no answer to %s: %s", effect.tag, e)
+            result = None
+        except UserError as e:  # the store refuses: out of space, too large
+            log.error("the store refuses %s: %s", effect.tag, e)
+            await asyncio.sleep(1.0)
+            result = None
+        await self.tell(CommitDone(effect.tag, result))
+
+    async def _read(self, effect: Read) -> None:
+        try:
+            snapshot = await self._store.read(effect.keys)
+        except StoreUnavailable as e:
+            log.info("no answer to reading %s: %s", effect.tag, e)
+            await self.tell(ReadDone(effect.tag, None))
+            return
+        entries = {k: entry_of(v) for k, v in snapshot.entries.items()}
+        await self.tell(ReadDone(effect.tag, Reading(snapshot.revision, entries)))
+
+    async def _list(self, effect: List) -> None:
+        try:
+            page = await self._store.list(effect.prefix, after=effect.after, limit=effect.limit)
+        except StoreUnavailable as e:
+            log.info("no answer to listing %s: %s", effect.prefix, e)
+            await self.tell(ListDone(effect.tag, None))
+            return
+        entries = tuple(e for kv in page.entries if (e := entry_of(kv)) is not None)
+        await self.tell(ListDone(effect.tag, Listing(page.revision, entries, page.more)))
+
+    async def _watch(self, effect: Watch) -> None:
+        try:
+            async for changes in self._store.watch(effect.prefix, start=effect.start):
+                told = tuple(Change(c.key, entry_of(c.value), c.revision) for c in changes.events)
+                if told:
+                    await self.tell(Changed(effect.tag, effect.serial, told, changes.revision))
+        except (Compacted, StoreUnavailable) as e:
+            log.info("the watch of %s ended: %s", effect.prefix, e)
+        await self.tell(WatchLost(effect.tag, effect.serial))
+
+    async def _grant(self, effect: GrantLease) -> None:
+        try:
+            lease = await self._store.grant_lease(effect.ttl_s)
+        except (OutcomeUnknown, StoreUnavailable) as e:
+            log.info("no lease: %s", e)
+            lease = None
+        await self.tell(LeaseGranted(effect.tag, lease))
+
+    async def _keep_alive(self, effect: KeepAlive) -> None:
+        ttl_s: float | None | NoAnswer
+        try:
+            ttl_s = await self._store.keep_alive(effect.lease, timeout_s=self._busy_s)
+        except (OutcomeUnknown, StoreUnavailable) as e:
+            log.info("no answer to keeping a lease alive: %s", e)
+            ttl_s = NoAnswer.UNKNOWN
+        await self.tell(KeptAlive(effect.tag, effect.lease, ttl_s))
+
+    async def _revoke(self, effect: RevokeLease) -> None:
+        try:
+            await self._store.revoke_lease(effect.lease)
+        except (OutcomeUnknown, StoreUnavailable) as e:
+            log.info("a lease was not revoked and will run out: %s", e)
+
+    async def _write_down(self, effect: Remember) -> None:
+        try:
+            await asyncio.to_thread(self._remember, effect.incarnation)
+        except OSError as e:
+            log.error("cannot write the node's state: %s", e)
+            await self.tell(Remembered(effect.incarnation, done=False))
+        else:
+            await self.tell(Remembered(effect.incarnation, done=True))
+
+    # --- the runtime ---
+
+    async def _start(self, effect: Start) -> None:
+        launch = launch_of(effect, self._launch)
+        try:
+            ended = await self._runtime.start(launch)
+        except RuntimeUnavailable as e:
+            log.warning("%s: the runtime does not answer: %s", launch.key, e)
+            await self.tell(Started(launch.key, effect.token, NoAnswer.UNKNOWN))
+        else:
+            await self.tell(Started(launch.key, effect.token, ended))
+
+    async def _quietly(self, request: Coroutine[Any, Any, None]) -> None:
+        try:
+            await request
+        except RuntimeUnavailable as e:
+            log.info("the runtime did not take a request; it is made again when it is back: %s", e)
+
+    async def _follow_runtime(self) -> None:
+        """List what is held, then pass on the ends; again after every loss, and now and then for safety."""
+        while True:
+            try:
+                held = await self._runtime.held()
+                now_held = (HeldAttempt(h.key, Revision(h.token), IncarnationId(h.incarnation), h.exit) for h in held)
+                await self.tell(RuntimeListed(tuple(now_held)))
+                async for event in self._runtime.events():
+                    match event:
+                        case Exited(key, exit_):
+                            await self.tell(AttemptEnded(key, exit_))
+                        case ShimLost():
+                            log.warning("the shim is gone, and with it all that it held")
+                            break
+            except RuntimeUnavailable as e:
+                log.warning("the runtime does not answer: %s", e)
+            await asyncio.sleep(RUNTIME_RETRY_S)
+
+
+def log_directory(state: Path) -> Path:
+    """Where the logs of a node's attempts are."""
+    return state / "logs"

@@ -1,0 +1,58 @@
+"""One daemon per data directory: a lock that ends with its holder, and the holder's process id for `node stop`."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from spinetta.errors import UserError
+
+
+class DirectoryLock:
+    """Holds a data directory for the life of a daemon."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._path = data_dir / "daemon.lock"
+        self._fd: int | None = None
+
+    def __enter__(self) -> DirectoryLock:
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = holder(self._path.parent)
+            os.close(fd)
+            raise UserError(
+                f"a daemon runs on {self._path.parent} already{f' (process {pid})' if pid else ''}",
+                field="node.data_dir",
+                hint="give this node a --data-dir of its own, or stop the other with: spinetta node stop",
+                reason="already-exists",
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        self._fd = fd
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def holder(data_dir: Path) -> int | None:
+    """The process id of the daemon that holds a data directory; None when there is none."""
+    try:
+        fd = os.open(data_dir / "daemon.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        return int(text) if text.isdigit() else None
+    else:
+        return None
+    finally:
+        os.close(fd)
