@@ -1,0 +1,353 @@
+#!/usr/bin/env bash
+# A cluster on this machine, to develop and try things with: nodes n1, n2, … on 127.0.0.1, 127.0.0.2, …
+#
+#   devcluster.sh up [N]       start N nodes (3), or those of an existing cluster that are not running
+#   devcluster.sh status       which nodes there are, and what they say of themselves
+#   devcluster.sh demo [ARGS]  run the demonstration on it (examples/variants; ARGS go to demo.py)
+#   devcluster.sh logs NODE    follow a node's log
+#   devcluster.sh kill NODE    crash a node: kill -9 of its daemon and shim, and with the shim etcd and all tasks
+#   devcluster.sh start NODE   start a node that was killed
+#   devcluster.sh down         stop everything and remove what it left
+#   devcluster.sh env          print what to put in the environment to talk to it
+#
+# Options, before or after the command:
+#   --state DIR     where everything is (default $SPINETTA_DEVCLUSTER, else ./.devcluster)
+# and for the first `up`, which remembers them:
+#   --base PREFIX   addresses are PREFIX1, PREFIX2, … (default 127.0.0.); another one for a second cluster
+#   --port PORT     of the API on each address; etcd takes the two after it (default 7220)
+#   --cpus N        what each node offers (default 2, so that tasks spread), and
+#   --memory SIZE   (default 2GiB)
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+READY_LIMIT_S=90 # a three-node cluster takes about ten seconds; a busy machine several times that
+STOP_LIMIT_S=30
+
+die() {
+    printf 'devcluster: %s\n' "$@" >&2
+    exit 1
+}
+say() { printf 'devcluster: %s\n' "$*"; }
+usage() { sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+# --- arguments -------------------------------------------------------------------------------------------------
+
+state=${SPINETTA_DEVCLUSTER:-$PWD/.devcluster}
+base="" port="" cpus="" memory=""
+words=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --state | --base | --port | --cpus | --memory)
+            [ $# -ge 2 ] || die "$1 needs a value"
+            printf -v "${1#--}" '%s' "$2"
+            shift 2
+            ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        demo) # the rest is for the demonstration
+            words+=("$@")
+            break
+            ;;
+        -*) die "unknown option $1 (--help lists them)" ;;
+        *)
+            words+=("$1")
+            shift
+            ;;
+    esac
+done
+command=${words[0]:-}
+argument=${words[1]:-}
+[ -n "$command" ] || {
+    usage >&2
+    exit 2
+}
+case $state in /*) ;; *) state=$PWD/$state ;; esac
+settings=$state/devcluster.settings
+
+for candidate in "${SPINETTA_VENV:-$root/.venv}/bin" "$(dirname "$(command -v spinetta || echo /)")"; do
+    if [ -x "$candidate/spinetta" ]; then
+        bin=$candidate
+        break
+    fi
+done
+[ -n "${bin:-}" ] || die "spinetta is not installed; run $root/scripts/setup.sh"
+spinetta=$bin/spinetta
+
+# --- what a cluster is -----------------------------------------------------------------------------------------
+
+load() {
+    [ -f "$settings" ] || return 1
+    local key value
+    while IFS='=' read -r key value; do
+        case $key in
+            size | made) printf -v "$key" '%s' "$value" ;;
+            base | port | cpus | memory)
+                # An option that contradicts the running cluster would otherwise be ignored in silence.
+                [ -z "${!key}" ] || [ "${!key}" = "$value" ] ||
+                    die "the cluster in $state has --$key $value; take it down first, or use another --state"
+                printf -v "$key" '%s' "$value"
+                ;;
+        esac
+    done <"$settings"
+}
+need_cluster() { load || die "no cluster in $state; start one with: devcluster.sh up"; }
+save() { printf '%s\n' "size=$size" "made=$made" "base=$base" "port=$port" "cpus=$cpus" "memory=$memory" >"$settings"; }
+
+names() {
+    local i
+    for ((i = 1; i <= size; i++)); do echo "n$i"; done
+}
+address() { echo "$base${1#n}:$port"; }
+all_addresses() {
+    local name found=()
+    for name in $(names); do found+=("$(address "$name")"); done
+    (IFS=, && echo "${found[*]}")
+}
+check_name() {
+    [ -n "$argument" ] || die "which node? there are: $(names | xargs)"
+    names | grep -qxF -- "$argument" || die "no node $argument; there are: $(names | xargs)"
+}
+
+# --- processes -------------------------------------------------------------------------------------------------
+
+# A pid alone may come to mean another process; together with the time of its start it cannot.
+started() {
+    local stat
+    stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+    stat=${stat##*) } # the name, which may hold anything, ends with the last parenthesis
+    read -ra stat <<<"$stat"
+    [ "${stat[0]}" != Z ] && echo "${stat[19]}"
+}
+same_process() { [ -n "${2:-}" ] && [ "$(started "$1")" = "$2" ]; }
+
+# daemon NODE, shim NODE: its pid if it runs.
+daemon() {
+    local pid since
+    read -r pid since 2>/dev/null <"$state/$1.pid" && same_process "$pid" "$since" && echo "$pid"
+}
+shim() {
+    local pid since
+    read -r pid since 2>/dev/null <"$state/$1/SHIM_FILE" && same_process "$pid" "$since" && echo "$pid"
+}
+gone() { [ -z "$(daemon "$1")$(shim "$1")" ]; }
+
+start_node() {
+    local name=$1 other peers="" pid
+    # One that has been in the cluster knows the others; a new one needs to be told.
+    for other in $(names); do
+        if [ "$other" != "$name" ] && [ -n "$(daemon "$other")" ]; then peers+=,$(address "$other"); fi
+    done
+    local options=(--name "$name" --address "$(address "$name")" --data-dir "$state/$name"
+        --etcd-client-port $((port + 1)) --etcd-peer-port $((port + 2)) --cpus "$cpus" --memory "$memory")
+    if [ -n "$peers" ]; then options+=(--peers "${peers#,}"); fi
+    printf '\n--- %s devcluster.sh starts %s\n' "$(date -u +%FT%TZ)" "$name" >>"$state/$name.log"
+    # A session of its own: a Ctrl-C at this terminal is not meant for it.
+    (cd / && exec setsid "$spinetta" node join "${options[@]}" >>"$state/$name.log" 2>&1 </dev/null 9<&-) &
+    pid=$!
+    echo "$pid $(started "$pid")" >"$state/$name.pid" || die "$name ended at once; see $state/$name.log"
+}
+
+# Crash a node. The shim is PID 1 of its PID namespace: the kernel ends all that is in there with it.
+kill_node() {
+    local pid
+    for pid in $(daemon "$1") $(shim "$1"); do kill -KILL "$pid" 2>/dev/null || true; done
+    wait_until 10 gone "$1" || die "$1 is still there 10 s after kill -9"
+}
+
+stop_node() {
+    "$spinetta" node stop --data-dir "$state/$1" >>"$state/$1.log" 2>&1 || true
+    wait_until "$STOP_LIMIT_S" gone "$1" || {
+        say "$1 did not stop within $STOP_LIMIT_S s: killing it"
+        kill_node "$1"
+    }
+}
+
+# wait_until LIMIT_S COMMAND…: until the command is true; false when it is not within the limit.
+wait_until() {
+    local limit=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ $SECONDS -lt $limit ] || return 1
+        sleep 0.1 # between two looks
+    done
+}
+
+# --- readiness -------------------------------------------------------------------------------------------------
+
+node_list() { SPINETTA_NODE=$(all_addresses) SPINETTA_TIMEOUT=5s "$spinetta" node list "$@" 2>/dev/null; }
+
+# Prints the nodes among the arguments that are not ready yet, and "voters" while there are fewer than there will be.
+unready() {
+    node_list --json | "$bin/python" -c '
+import json, sys
+size, wanted = int(sys.argv[1]), sys.argv[2:]
+try:
+    nodes = {n["name"]: n for n in json.load(sys.stdin)["nodes"]}
+except ValueError:  # nobody answers
+    nodes = {}
+missing = [name for name in wanted if nodes.get(name, {}).get("status") != "ready"]
+if sum(bool(n["voter"]) for n in nodes.values()) < (3 if size >= 3 else 1):
+    missing.append("voters")
+print(" ".join(missing))
+' "$size" "$@"
+}
+
+# Wait until these nodes are ready. When one ends, or none of it comes to pass within the limit, show its log.
+await_ready() {
+    local limit=$((SECONDS + READY_LIMIT_S)) name missing
+    while missing=$(unready "$@") && [ -n "$missing" ]; do
+        for name in "$@"; do
+            [ -n "$(daemon "$name")" ] || show_failure "$name" "$name ended instead of getting ready"
+        done
+        [ $SECONDS -lt $limit ] || {
+            case $missing in n*) name=${missing%% *} ;; *) name=$1 ;; esac
+            show_failure "$name" "not ready within $READY_LIMIT_S s: $missing"
+        }
+        sleep 0.1 # between two looks
+    done
+}
+await_all() {
+    local all
+    mapfile -t all < <(names)
+    await_ready "${all[@]}"
+}
+# The first node answers, though it is alone yet.
+await_first() {
+    local limit=$((SECONDS + READY_LIMIT_S))
+    while [[ " $(unready n1) " == *" n1 "* ]]; do
+        [ -n "$(daemon n1)" ] || show_failure n1 "n1 ended instead of getting ready"
+        [ $SECONDS -lt $limit ] || show_failure n1 "n1 did not answer within $READY_LIMIT_S s"
+        sleep 0.1 # between two looks
+    done
+}
+show_failure() {
+    printf 'devcluster: %s. The end of %s:\n' "$2" "$state/$1.log" >&2
+    tail -n 30 "$state/$1.log" >&2 || true
+    exit 1
+}
+
+# One at a time may change a cluster. The lock is on the directory, so it leaves no file, and ends with this process.
+lock() {
+    exec 9<"$state"
+    flock --timeout 120 9 || die "another devcluster.sh is at work in $state"
+}
+
+# --- commands --------------------------------------------------------------------------------------------------
+
+up() {
+    local name new=() old=() began=$SECONDS
+    case $argument in *[!0-9]* | 0*) die "up takes a number of nodes, not $argument" ;; esac
+    local fresh=no
+    [ -d "$state" ] || fresh=yes
+    mkdir -p "$state"
+    lock
+    if load; then
+        [ -z "$argument" ] || [ "$argument" -ge "$size" ] || die "the cluster has $size nodes; it can grow, not shrink"
+        size=${argument:-$size}
+    else
+        size=${argument:-3} base=${base:-127.0.0.} port=${port:-7220} cpus=${cpus:-2} memory=${memory:-2GiB}
+        [ -z "$(ls -A "$state")" ] || die "$state is not empty and holds no cluster of mine"
+        made=$fresh # `down` removes only what we made
+    fi
+    [ "$size" -le 32 ] || die "$size nodes are too many for one machine (32)"
+    save
+    for name in $(names); do
+        if [ -n "$(daemon "$name")" ]; then continue; fi
+        if [ -e "$state/$name" ]; then old+=("$name"); else new+=("$name"); fi
+    done
+    if [ ${#new[@]} -eq 0 ] && [ ${#old[@]} -eq 0 ]; then
+        await_all
+        say "$size nodes are up (state in $state)"
+        return
+    fi
+    # Nodes with a past come first, and together: etcd may need several of them before any of them can answer.
+    for name in "${old[@]}"; do
+        say "starting $name again at $(address "$name")"
+        start_node "$name"
+    done
+    for name in "${new[@]}"; do
+        # A cluster begins with one node; it must answer before others can join it.
+        if [ "$name" = n2 ]; then await_first; fi
+        say "starting $name at $(address "$name")"
+        start_node "$name"
+    done
+    await_all
+    say "$size nodes are up after $((SECONDS - began)) s (state in $state)"
+}
+
+status() {
+    local name pid
+    need_cluster
+    echo "state: $state"
+    for name in $(names); do
+        pid=$(daemon "$name" || true)
+        printf '%-4s %-18s daemon %-8s shim %s\n' "$name" "$(address "$name")" "${pid:-down}" "$(shim "$name" || echo down)"
+    done
+    echo
+    node_list || {
+        echo "no node answers"
+        return 1
+    }
+}
+
+down() {
+    local name pids=()
+    if ! load; then
+        say "no cluster in $state"
+        return
+    fi
+    lock
+    for name in $(names); do
+        stop_node "$name" &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || true; done
+    for name in $(names); do gone "$name" || die "$name is still running; see $state/$name.log"; done
+    for name in $(names); do rm -rf "${state:?}/$name" "$state/$name.log" "$state/$name.pid"; done
+    rm -rf "${state:?}/demo" "$settings"
+    if [ "$made" = yes ]; then rmdir "$state" 2>/dev/null || say "$state holds things of yours and stays"; fi
+    say "$size nodes are down"
+}
+
+case $command in
+    up) up ;;
+    status) status ;;
+    down) down ;;
+    demo)
+        need_cluster
+        SPINETTA_NODE=$(all_addresses) exec "$bin/python" "$root/examples/variants/demo.py" --work "$state/demo" "${words[@]:1}"
+        ;;
+    logs)
+        need_cluster
+        check_name
+        exec tail -n 100 -F "$state/$argument.log"
+        ;;
+    kill)
+        need_cluster
+        check_name
+        lock
+        ! gone "$argument" || die "$argument is not running"
+        kill_node "$argument"
+        say "$argument is dead; its tasks go back to the queue when the cluster is sure of it"
+        ;;
+    start)
+        need_cluster
+        check_name
+        lock
+        [ -z "$(daemon "$argument")" ] || {
+            say "$argument is running"
+            exit 0
+        }
+        start_node "$argument"
+        await_ready "$argument"
+        say "$argument is up"
+        ;;
+    env)
+        need_cluster
+        echo "export SPINETTA_NODE=$(all_addresses)"
+        echo "export PATH=$bin:\$PATH"
+        ;;
+    *) die "no command $command (--help lists them)" ;;
+esac
