@@ -3,8 +3,9 @@
 isort:skip_file
 The public API, served by every node.
 
-Errors carry a gRPC status and, for bad input, google.rpc-style details in the trailing metadata key
-"spinetta-error-bin": a serialized ErrorDetail.
+Errors carry a gRPC status and details in the trailing metadata key "spinetta-error-bin": a serialized
+ErrorDetail. UNAVAILABLE: nothing was changed, try again. ABORTED: it may have happened, read back first (the same
+holds for DEADLINE_EXCEEDED and CANCELLED of a call that writes).
 """
 
 from collections import abc as _abc
@@ -146,7 +147,7 @@ class CancelRequest(_message.Message):
     reason: _builtins.str
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """ids or unique prefixes"""
+        """ids or unique fragments"""
 
     def __init__(
         self,
@@ -215,7 +216,7 @@ class GetRequest(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """ids or unique prefixes"""
+        """ids or unique fragments"""
 
     def __init__(
         self,
@@ -240,10 +241,15 @@ class TaskView(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
+    SPEC_OMITTED_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """where it runs, or ran last"""
     revision: _builtins.int
+    """at which the record was last written"""
     cancel_requested: _builtins.bool
+    """in Get and List only: a Watch sees the record, which a request does not change"""
+    spec_omitted: _builtins.bool
+    """the answer would have been too large: of the specification only id and name are here"""
     @_builtins.property
     def task(self) -> _record_pb2.Task: ...
     def __init__(
@@ -253,10 +259,11 @@ class TaskView(_message.Message):
         node: _builtins.str = ...,
         revision: _builtins.int = ...,
         cancel_requested: _builtins.bool = ...,
+        spec_omitted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "node", b"node", "revision", b"revision", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "node", b"node", "revision", b"revision", "spec_omitted", b"spec_omitted", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -379,7 +386,9 @@ class ListResponse(_message.Message):
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """may come with an empty page: the work for one page is limited, so go on"""
     revision: _builtins.int
+    """of this page; to follow on, watch from that of the first page + 1"""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskView]: ...
     def __init__(
@@ -427,26 +436,41 @@ Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
 @_typing.final
 class WatchResponse(_message.Message):
+    """Tasks that match the filter, as they are now. States in between may be skipped for a client that reads slowly;
+    the record keeps its attempts. A task that was sent and no longer matches is sent once more.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TASKS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     INITIAL_DONE_FIELD_NUMBER: _builtins.int
+    RESTARTED_FIELD_NUMBER: _builtins.int
+    REMOVED_IDS_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
+    """once the present state has been sent whole: resume with from_revision = revision + 1"""
     initial_done: _builtins.bool
     """the present state has been sent whole"""
+    restarted: _builtins.bool
+    """changes were lost: forget what you have, the present state follows from its beginning"""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskView]: ...
+    @_builtins.property
+    def removed_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """complete tasks that have left the cluster's store"""
+
     def __init__(
         self,
         *,
         tasks: _abc.Iterable[Global___TaskView] | None = ...,
         revision: _builtins.int = ...,
         initial_done: _builtins.bool = ...,
+        restarted: _builtins.bool = ...,
+        removed_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_done", b"initial_done", "revision", b"revision", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_done", b"initial_done", "removed_ids", b"removed_ids", "restarted", b"restarted", "revision", b"revision", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -537,7 +561,9 @@ class WaitRequest(_message.Message):
     """0: as long as the call's deadline allows"""
     any: _builtins.bool
     @_builtins.property
-    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """ids or unique fragments"""
+
     def __init__(
         self,
         *,
@@ -606,8 +632,9 @@ class NodeView(_message.Message):
     """holds the office"""
     etcd_leader: _builtins.bool
     status: _builtins.str
-    """ready, draining, leaving, lost, condemned"""
+    """ready, draining, leaving, lost, condemned, dead"""
     beat_age_ms: _builtins.int
+    """since the answering node saw its heartbeat change; -1: not seen yet"""
     @_builtins.property
     def node(self) -> _record_pb2.Node: ...
     def __init__(

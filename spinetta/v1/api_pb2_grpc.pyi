@@ -3,8 +3,9 @@
 isort:skip_file
 The public API, served by every node.
 
-Errors carry a gRPC status and, for bad input, google.rpc-style details in the trailing metadata key
-"spinetta-error-bin": a serialized ErrorDetail.
+Errors carry a gRPC status and details in the trailing metadata key "spinetta-error-bin": a serialized
+ErrorDetail. UNAVAILABLE: nothing was changed, try again. ABORTED: it may have happened, read back first (the same
+holds for DEADLINE_EXCEEDED and CANCELLED of a call that writes).
 """
 
 from collections import abc as _abc

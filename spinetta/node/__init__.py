@@ -1,0 +1,1 @@
+"""The daemon: wiring, effects, gRPC services."""

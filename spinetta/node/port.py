@@ -1,0 +1,101 @@
+"""How the services see the daemon they are part of: as little of it as they can do with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from spinetta.model import NodeId, TaskId, Usage
+from spinetta.store.protocol import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One etcd member."""
+
+    name: str
+    member_id: int
+    client_url: str
+    peer_url: str
+    learner: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """What etcd says of itself.
+
+    Attributes:
+        cluster_id: etcd's, hexadecimal.
+        leader_member_id: 0 when there is none.
+        alarms: such as ``NOSPACE`` or ``CORRUPT``, each with the member that raised it, ready to be shown.
+    """
+
+    cluster_id: str
+    leader_member_id: int
+    members: tuple[Member, ...]
+    alarms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveStep:
+    """Progress of a node that leaves: what it does now, and how many tasks still run there."""
+
+    step: str
+    running: int = 0
+    done: bool = False
+
+
+class NodePort(Protocol):
+    """The daemon, as its services use it. Errors are those of `spinetta.errors`."""
+
+    @property
+    def name(self) -> NodeId:
+        """This node."""
+        ...
+
+    @property
+    def store(self) -> Store:
+        """The cluster's truth."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Of the software."""
+        ...
+
+    def wall_ms(self) -> int:
+        """The wall clock, for people and for a joining node to compare with."""
+        ...
+
+    def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:
+        """Where ``stdout`` or ``stderr`` of an attempt made on this node is, or would be."""
+        ...
+
+    async def running_usage(self, task_id: TaskId) -> Usage | None:
+        """What a task that runs on this node has used so far; None when it is unknown or does not run here."""
+        ...
+
+    async def membership(self) -> Membership:
+        """etcd's members, leader and alarms."""
+        ...
+
+    async def set_draining(self, draining: bool) -> None:
+        """Stop, or start again, taking tasks. Answers when the node's record says so; may be repeated."""
+        ...
+
+    def leave(self, timeout_s: float) -> AsyncIterator[LeaveStep]:
+        """Drain, wait at most `timeout_s` for the running tasks, give the rest back, give up the seat, deregister.
+
+        Goes on when the caller stops listening; asked again while it runs, reports the same progress.
+        """
+        ...
+
+    async def take_seat(self, member_id: int, initial_cluster: str, cluster_id: str) -> None:
+        """Start an etcd member with exactly these settings. May be repeated."""
+        ...
+
+    async def give_up_seat(self, member_id: int) -> None:
+        """Stop the etcd member, which has been removed, and put its data away. May be repeated."""
+        ...

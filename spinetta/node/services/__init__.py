@@ -1,0 +1,1 @@
+"""The gRPC services that every node offers. `server.serve` starts them."""

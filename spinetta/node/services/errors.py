@@ -1,0 +1,154 @@
+"""The one place where errors become answers.
+
+===================  =====================  ===========================================================
+error                status                 the caller should
+===================  =====================  ===========================================================
+UserError            INVALID_ARGUMENT       mend the input (or another status, by its reason: see below)
+NotFound             NOT_FOUND
+AlreadyExists        ALREADY_EXISTS
+StoreUnavailable     UNAVAILABLE            try again: nothing was changed
+OutcomeUnknown       ABORTED                read back: it may have happened
+Compacted            OUT_OF_RANGE           list again
+Fenced               UNAVAILABLE            ask another node
+InvariantViolation   INTERNAL               report it; the node's log has the whole story
+anything else        INTERNAL               the same
+===================  =====================  ===========================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import grpc
+import grpc.aio
+
+from spinetta.errors import (
+    AlreadyExists,
+    Compacted,
+    Fenced,
+    InvariantViolation,
+    NotFound,
+    OutcomeUnknown,
+    SpinettaError,
+    StoreUnavailable,
+    UserError,
+)
+from spinetta.node.hub import closing
+from spinetta.v1 import api_pb2 as api
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+DETAIL_KEY = "spinetta-error-bin"
+_TEXT_CHARS_MAX = 1000  # gRPC refuses trailers beyond 8 kB
+
+BY_REASON = {
+    "ambiguous": grpc.StatusCode.FAILED_PRECONDITION,
+    "no-log": grpc.StatusCode.NOT_FOUND,
+    "not-started": grpc.StatusCode.FAILED_PRECONDITION,
+    "log-unreadable": grpc.StatusCode.FAILED_PRECONDITION,
+    "log-truncated": grpc.StatusCode.DATA_LOSS,
+    "out-of-range": grpc.StatusCode.OUT_OF_RANGE,
+    "corrupt": grpc.StatusCode.DATA_LOSS,
+    "node-unreachable": grpc.StatusCode.UNAVAILABLE,
+    "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+class Context(Protocol):
+    """What is used of a gRPC context."""
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[tuple[str, bytes], ...] = ()
+    ) -> NoReturn:
+        """End the call with an error."""
+        ...
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _TEXT_CHARS_MAX else text[: _TEXT_CHARS_MAX - 1] + "…"
+
+
+def describe(error: SpinettaError) -> tuple[grpc.StatusCode, api.ErrorDetail]:
+    """The status and the detail of an error."""
+    code, reason = _code(error)
+    if isinstance(error, UserError):
+        return code, api.ErrorDetail(
+            field=_short(error.field), reason=reason, message=_short(error.message), hint=_short(error.hint)
+        )
+    hint = {
+        "unavailable": "nothing was changed: try again",
+        "outcome-unknown": "it may have happened: read back before trying again",
+        "compacted": "list again, and watch from the revision of that list",
+        "fenced": "ask another node",
+        "bug": "please report it with the log of the node",
+    }[reason]
+    return code, api.ErrorDetail(reason=reason, message=_short(str(error)), hint=hint)
+
+
+def _code(error: SpinettaError) -> tuple[grpc.StatusCode, str]:
+    match error:
+        case NotFound():
+            return grpc.StatusCode.NOT_FOUND, error.reason
+        case AlreadyExists():
+            return grpc.StatusCode.ALREADY_EXISTS, error.reason
+        case UserError():
+            return BY_REASON.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), error.reason
+        case StoreUnavailable():
+            return grpc.StatusCode.UNAVAILABLE, "unavailable"
+        case OutcomeUnknown():
+            return grpc.StatusCode.ABORTED, "outcome-unknown"
+        case Compacted():
+            return grpc.StatusCode.OUT_OF_RANGE, "compacted"
+        case Fenced():
+            return grpc.StatusCode.UNAVAILABLE, "fenced"
+        case _:
+            return grpc.StatusCode.INTERNAL, "bug"
+
+
+async def refuse(context: Context, error: Exception) -> NoReturn:
+    """End the call with what `error` means for the caller."""
+    if isinstance(error, grpc.aio.AioRpcError):  # another node's answer, passed on as it is
+        detail = next((v for k, v in error.trailing_metadata() or () if k == DETAIL_KEY), None)
+        extra = ((DETAIL_KEY, detail),) if isinstance(detail, bytes) else ()
+        await context.abort(error.code(), error.details() or "", extra)
+    if not isinstance(error, SpinettaError):
+        log.error("a call failed in a way nobody thought of", exc_info=error)
+        error = InvariantViolation("the node met an error nobody thought of")
+    elif isinstance(error, InvariantViolation):
+        log.critical("invariant violated: %s", error, exc_info=error)
+        error = InvariantViolation("the node found a contradiction in the cluster's records")
+    code, detail_message = describe(error)
+    text = detail_message.message
+    if detail_message.field:
+        text = f"{detail_message.field}: {text}"
+    if detail_message.hint:
+        text = f"{text} ({detail_message.hint})"
+    await context.abort(code, _short(text), ((DETAIL_KEY, detail_message.SerializeToString()),))
+
+
+def busy(what: str, limit: int) -> UserError:
+    """A limit on what is open at once has been reached."""
+    return UserError(
+        f"this node already serves {limit} {what}", reason="busy", hint="try again later or at another node"
+    )
+
+
+async def answer(context: Any, call: Awaitable[T]) -> T:
+    """Await a call; its errors end the RPC with a status."""
+    try:
+        return await call
+    except Exception as error:  # noqa: BLE001 - the boundary: whatever it is, the client gets a status, the log the rest
+        await refuse(context, error)
+
+
+async def stream(context: Any, items: AsyncIterator[T]) -> AsyncIterator[T]:
+    """Pass on a stream; its errors end the RPC with a status."""
+    try:
+        async with closing(items):
+            async for item in items:
+                yield item
+    except Exception as error:  # noqa: BLE001 - as in `answer`
+        await refuse(context, error)

@@ -1,0 +1,26 @@
+"""Limits of the API's work on a node, each with its reason. What a request may hold is in `spinetta.validate`."""
+
+from __future__ import annotations
+
+ANSWER_BYTES_MAX = 3 * 2**20  # clients that were not told otherwise, grpcurl for one, receive at most 4 MiB
+BATCH_BYTES_MAX = 1_000_000  # of records in one etcd request, whose limit is 1.5 MiB with all its framing
+SCAN_MAX = 5000  # tasks looked at for one page of a List: about a quarter of a second
+SCAN_STEP = 100  # records in one read: 100 of 10 kB are 1 MB
+RUNNING_KEYS_MAX = 50_000  # read for a List of running tasks: 1,000 nodes with 50 each
+FRAGMENT_SCAN_MAX = 10_000  # newest tasks searched for the end of an id: nothing indexes the ends of keys
+CANDIDATES_MAX = 5  # shown when a fragment fits several tasks
+TRIES_MAX = 8  # of one read-decide-write round: a task changes hands a few times a second at most
+TRY_WAIT_S = 0.02  # before the second of them; doubles
+WAIT_MAX_S = 24 * 3600.0  # then Wait answers "timed out" and the client asks again
+WAIT_MARGIN_S = 0.25  # before the caller's deadline, so that an answer still arrives
+REREAD_S = 45.0  # between full readings of what a stream waits for: events can be missed (see DESIGN on watches)
+WATCHED_MAX = 100_000  # unfinished tasks that a Watch remembers having sent: about 150 B each
+REREAD_TASKS_MAX = 1200  # of them, read again every REREAD_S, the longest unchanged first: ten reads
+RPCS_MAX = 4000  # calls at once; streams count too
+LOG_STREAMS_MAX = 500  # each reads a file and uses a thread now and then
+LOG_POLL_MIN_S = 0.02
+LOG_POLL_MAX_S = 0.25
+LOG_RECONNECT_S = 30.0  # how long a followed log survives the restart of the daemon that has it
+FORWARD_TIMEOUT_S = 15.0  # of a call passed on to another node
+CHANNELS_MAX = 64  # to other nodes, kept open
+BEAT_POLL_S = 5.0  # heartbeats carry no time: their age is measured from when we saw them change

@@ -1,0 +1,96 @@
+"""Finding tasks by id or by a unique fragment of one, with bounded work."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from spinetta import codec, keys, validate
+from spinetta.errors import NotFound, UserError
+from spinetta.model import NodeId, TaskId
+from spinetta.node.services import limits, views
+from spinetta.store.protocol import READ_KEYS_MAX, KeyValue, Store
+from spinetta.v1 import api_pb2 as api
+from spinetta.v1 import record_pb2 as pb
+
+
+async def read_all(store: Store, wanted: Collection[str]) -> dict[str, KeyValue]:
+    """Those of the keys that exist. Read in groups, each at its own revision."""
+    todo = list(wanted)
+    found: dict[str, KeyValue] = {}
+    for i in range(0, len(todo), READ_KEYS_MAX):
+        snapshot = await store.read(todo[i : i + READ_KEYS_MAX])
+        found.update((k, entry) for k, entry in snapshot.entries.items() if entry is not None)
+    return found
+
+
+def missing(fragment: str, field: str) -> NotFound:
+    """The error for a task that is not there."""
+    return NotFound(
+        f"there is no task {fragment}", field=field, hint="tasks are removed from the store some time after their end"
+    )
+
+
+async def resolve(store: Store, texts: Sequence[str], *, limit: int, field: str = "ids") -> dict[TaskId, str]:
+    """The ids that these ids or fragments mean, in their order, each once, with the field that named it.
+
+    Whole ids are not looked up.
+
+    Raises:
+        NotFound: a fragment fits no task.
+        UserError: a fragment fits several, cannot be part of an id, or there are none or too many.
+    """
+    fragments = validate.check_fragments(texts, field, limit)
+    return await _resolve(store, {f"{field}[{i}]": f for i, f in enumerate(fragments)})
+
+
+async def resolve_one(store: Store, text: str, *, field: str = "id") -> TaskId:
+    """As `resolve`, for a single one."""
+    return next(iter(await _resolve(store, {field: validate.id_fragment(text, field)})))
+
+
+async def _resolve(store: Store, fragments: Mapping[str, str]) -> dict[TaskId, str]:
+    out: dict[TaskId, str] = {}
+    recent: list[TaskId] | None = None
+    for where, fragment in fragments.items():
+        if validate.is_task_id(fragment):
+            out.setdefault(TaskId(fragment), where)
+            continue
+        page = await store.list(keys.TASK + fragment, limit=limits.CANDIDATES_MAX + 1, keys_only=True)
+        hits = [keys.parse_task(e.key) for e in page.entries]
+        if not hits and validate.may_be_suffix(fragment):
+            if recent is None:
+                recent = await _recent(store)
+            hits = [t for t in recent if validate.matches(fragment, t)]
+        if not hits:
+            raise missing(fragment, where)
+        if len(hits) > 1:
+            shown = ", ".join(hits[: limits.CANDIDATES_MAX])
+            more = " and more" if len(hits) > limits.CANDIDATES_MAX else ""
+            raise UserError(
+                f"{fragment} fits {shown}{more}", field=where, reason="ambiguous", hint="give more of the id"
+            )
+        out.setdefault(hits[0], where)
+    return out
+
+
+async def _recent(store: Store) -> list[TaskId]:
+    """The latest ids, for fragments that are not the beginning of one."""
+    page = await store.list(keys.TASK, limit=limits.FRAGMENT_SCAN_MAX, keys_only=True, newest_first=True)
+    return [keys.parse_task(e.key) for e in page.entries]
+
+
+async def read_views(store: Store, ids: Collection[TaskId]) -> dict[TaskId, api.TaskView]:
+    """Those of the tasks that exist, with whether a cancel has been requested of those that run."""
+    records = await read_all(store, [keys.task(i) for i in ids])
+    out = {i: views.view(records[keys.task(i)]) for i in ids if keys.task(i) in records}
+    await add_holdings(store, out.values())
+    return out
+
+
+async def add_holdings(store: Store, shown: Collection[api.TaskView]) -> None:
+    """Fill in `cancel_requested` of running tasks. One that has moved on since keeps False."""
+    running = {
+        keys.running(NodeId(v.node), TaskId(v.task.spec.id)): v for v in shown if v.task.state == pb.RUNNING and v.node
+    }
+    for key, entry in (await read_all(store, running)).items():
+        running[key].cancel_requested = codec.decode_holding(entry.value).cancel_requested

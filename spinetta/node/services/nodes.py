@@ -1,0 +1,205 @@
+"""Nodes and the cluster: who is there, how they are, and leaving them in peace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from spinetta import codec, keys, names, validate
+from spinetta.errors import StoreUnavailable, UserError
+from spinetta.model import Life, NodeId, Revision
+from spinetta.node.hub import closing
+from spinetta.node.port import Membership, NodePort
+from spinetta.node.services import limits
+from spinetta.node.services.peers import FORWARDED, Peers
+from spinetta.store.protocol import KeyValue
+from spinetta.v1 import api_pb2 as api
+from spinetta.v1 import api_pb2_grpc as rpc
+from spinetta.v1 import record_pb2 as pb
+
+LEAVE_TIMEOUT_MAX_S = validate.WALLTIME_MAX_S  # to wait for running tasks: as long as one may run
+
+
+class Beats:
+    """How long ago each node's heartbeat was seen to change. They carry no time, and clocks differ anyway."""
+
+    def __init__(self, port: NodePort, clock: Callable[[], float] = time.monotonic) -> None:
+        self._port = port
+        self._clock = clock
+        self._seen: dict[NodeId, tuple[Revision, float | None]] = {}
+
+    async def run(self) -> None:
+        """Look now and then, so that the first question gets a useful answer. Runs until it is cancelled."""
+        while True:
+            with contextlib.suppress(StoreUnavailable):  # an age that grows meanwhile is the truth
+                await self.look()
+            await asyncio.sleep(limits.BEAT_POLL_S)
+
+    async def look(self) -> None:
+        """Read all heartbeats."""
+        page = await self._port.store.list(keys.BEAT, keys_only=True)
+        first = not self._seen
+        seen: dict[NodeId, tuple[Revision, float | None]] = {}
+        for entry in page.entries:
+            name = keys.parse_node(entry.key)
+            before = self._seen.get(name)
+            if before is not None and before[0] == entry.modified:
+                seen[name] = before
+            else:  # when we look for the first time it may be of any age
+                seen[name] = (entry.modified, None if first else self._clock())
+        self._seen = seen
+
+    def age_ms(self, name: NodeId) -> int:
+        """Milliseconds since the change was seen; -1 when none has been."""
+        at = self._seen.get(name, (0, None))[1]
+        return -1 if at is None else int((self._clock() - at) * 1000)
+
+
+class Nodes:
+    """Answers about nodes, and passes on what is meant for another one."""
+
+    def __init__(self, port: NodePort, peers: Peers, beats: Beats) -> None:
+        self._port = port
+        self._peers = peers
+        self._beats = beats
+
+    async def list_nodes(self) -> api.ListNodesResponse:
+        """All nodes: those alive, and those whose earlier life has not been closed yet."""
+        store = self._port.store
+        alive = {keys.parse_node(e.key): e for e in (await store.list(keys.NODE)).entries}
+        lives = {keys.parse_node(e.key): e for e in (await store.list(keys.INCARNATION)).entries}
+        office = (await store.read([keys.OFFICE])).entries[keys.OFFICE]
+        leader = codec.decode_office(office.value) if office is not None else None
+        await self._beats.look()
+        notices: list[str] = []
+        try:
+            membership = await self._port.membership()
+        except StoreUnavailable as e:
+            membership = Membership("", 0, ())
+            notices.append(f"etcd's members are not known: {e}")
+        views = [
+            self._view(name, alive.get(name), lives.get(name), membership, leader=leader)
+            for name in sorted(alive.keys() | lives.keys())
+        ]
+        if leader is None:
+            notices.append("no node holds the office of the leader at the moment")
+        notices += _notices(views, membership)
+        return api.ListNodesResponse(nodes=views, notices=notices)
+
+    def _view(
+        self,
+        name: NodeId,
+        record: KeyValue | None,
+        life: KeyValue | None,
+        membership: Membership,
+        *,
+        leader: NodeId | None,
+    ) -> api.NodeView:
+        node = codec.node_to_pb(codec.decode_node(record.value)) if record is not None else pb.Node(name=name)
+        incarnation = codec.decode_incarnation(life.value) if life is not None else None
+        if incarnation is not None:
+            node.incarnation = incarnation.id
+        if incarnation is not None and incarnation.state is not Life.OPEN:
+            status = incarnation.state.name.lower()
+        elif record is None:
+            status = "lost"
+        else:
+            status = "leaving" if node.leaving else "draining" if node.draining else "ready"
+        member = next((m for m in membership.members if _is_member(node, m.member_id, m.name)), None)
+        return api.NodeView(
+            node=node,
+            voter=member is not None and not member.learner,
+            leader=name == leader,
+            etcd_leader=member is not None and member.member_id == membership.leader_member_id,
+            status=status,
+            beat_age_ms=self._beats.age_ms(name),
+        )
+
+    async def drain(self, name: str, *, draining: bool, metadata: Mapping[str, object]) -> None:
+        """Stop a node taking tasks, or let it take them again."""
+        if self._is_me(name, metadata):
+            await self._port.set_draining(draining)
+            return
+        stub = await self._other(name)
+        if draining:
+            await stub.Drain(api.DrainRequest(node=name), timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
+        else:
+            await stub.Undrain(api.UndrainRequest(node=name), timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
+
+    async def leave(
+        self, request: api.LeaveRequest, metadata: Mapping[str, object]
+    ) -> AsyncIterator[api.LeaveProgress]:
+        """Make a node leave; ends with `done`."""
+        if not 0 <= request.timeout_s <= LEAVE_TIMEOUT_MAX_S:
+            raise UserError(
+                f"{request.timeout_s:g} s is out of range", field="timeout_s", hint=f"0 to {LEAVE_TIMEOUT_MAX_S:g} s"
+            )
+        if self._is_me(request.node, metadata):
+            async with closing(self._port.leave(request.timeout_s)) as steps:
+                async for step in steps:
+                    yield api.LeaveProgress(step=step.step, running=step.running, done=step.done)
+            return
+        call = (await self._other(request.node)).Leave(request, metadata=(FORWARDED,))
+        try:
+            async for progress in call:
+                yield progress
+        finally:
+            call.cancel()
+
+    async def describe(self) -> api.DescribeClusterResponse:
+        """What a joining node needs to know."""
+        membership = await self._port.membership()
+        generation = (await self._port.store.read([keys.GENERATION])).entries[keys.GENERATION]
+        return api.DescribeClusterResponse(
+            cluster_id=membership.cluster_id,
+            voters=[
+                api.Voter(
+                    name=m.name,
+                    member_id=m.member_id,
+                    client_url=m.client_url,
+                    peer_url=m.peer_url,
+                    learner=m.learner,
+                )
+                for m in membership.members
+            ],
+            node=self._port.name,
+            wall_ms=self._port.wall_ms(),
+            version=self._port.version,
+            generation=codec.decode_generation(generation.value) if generation is not None else "",
+        )
+
+    def _is_me(self, name: str, metadata: Mapping[str, object]) -> bool:
+        if name in ("", self._port.name):
+            return True
+        if metadata.get(FORWARDED[0]):  # the address it was sent to was that of another node until lately
+            raise UserError(
+                f"this is node {self._port.name}, not {name}", field="node", reason="node-unreachable", hint="try again"
+            )
+        return False
+
+    async def _other(self, name: str) -> rpc.SpinettaAsyncStub:
+        names.check_node_name(name, "node")
+        return await self._peers.stub((await self._peers.record(NodeId(name))).address)
+
+
+def _is_member(node: pb.Node, member_id: int, name: str) -> bool:
+    return node.etcd_member_id == member_id if node.etcd_member_id else node.name == name
+
+
+def _notices(views: list[api.NodeView], membership: Membership) -> list[str]:
+    """What an administrator should know: alarms, and how many more voters may be lost."""
+    notices = [f"etcd alarm: {alarm}" for alarm in membership.alarms]
+    voters = [m for m in membership.members if not m.learner]
+    if not voters:
+        return notices
+    here = sum(1 for v in views if v.voter and v.status in ("ready", "draining", "leaving"))
+    margin = here - (len(voters) // 2 + 1)
+    if len(voters) == 1:
+        notices.append("there is one voter only: if it is lost, so is the cluster's record")
+    elif margin < 0:
+        notices.append(f"only {here} of {len(voters)} voters are alive: fewer than a majority")
+    elif margin == 0:
+        notices.append(f"{here} of {len(voters)} voters are alive: if one more is lost, the cluster stands still")
+    return notices
