@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,7 +63,7 @@ class Store(Protocol):
     """
 
     async def commit(self, txn: Txn, *, timeout_s: float = 5.0) -> Result:
-        """Try a transaction. A lost race is a value, `Conflict`.
+        """Try a transaction. A lost race is a value, `Conflict`; so is a put under a lease that is gone.
 
         Raises:
             StoreUnavailable: it was certainly not carried out.
@@ -89,14 +89,15 @@ class Store(Protocol):
         """Keys that begin with `prefix`, in key order, those beyond `after` only.
 
         `after` is exclusive; with `newest_first` the order is reversed and only keys *before* `after` are returned.
-        `limit` 0 means all. `revision` 0 means now.
+        `limit` 0 means all. `revision` 0 means now; an older one may raise `Compacted`.
         """
         ...
 
-    def watch(self, prefix: str, *, start: Revision) -> AsyncIterator[Changes]:
+    def watch(self, prefix: str, *, start: Revision) -> AsyncGenerator[Changes, None]:
         """Events of keys that begin with `prefix`, from revision `start` on, for ever.
 
-        Never yields half a revision. The first item comes at once and is empty: it says that the watch stands.
+        Never yields half a revision. The first item comes at once and is empty: it says that the watch stands, and
+        that nothing from `start` on has been lost. Close it (``contextlib.aclosing``) when leaving it early.
 
         Raises:
             Compacted: `start` is no longer to be had; list again and watch from there.

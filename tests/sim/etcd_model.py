@@ -182,7 +182,7 @@ class EtcdModel:
         entries = (live[key] for key in found)
         if keys_only:
             entries = (KeyValue(e.key, b"", e.created, e.modified, e.lease) for e in entries)
-        return Page(self.revision, tuple(entries), more)
+        return Page(revision or self.revision, tuple(entries), more)
 
     def _at(self, revision: Revision) -> tuple[dict[str, KeyValue], KeyOrder]:
         """The keys as they were, found by undoing: slow, for the few reads of the past."""
