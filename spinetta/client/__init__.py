@@ -1,0 +1,86 @@
+"""Spinetta in Python: `Client` and `AsyncClient`.
+
+::
+
+    from spinetta.client import Client
+
+    with Client("127.0.0.1:7220,127.0.0.2:7220") as client:
+        task = client.submit(["bowtie2", "-x", "lambda", "-U", "reads.fq"], cpus=2, memory="2GiB", time="1h")
+        print(task.wait().task.outcome)
+
+Errors are those of `spinetta.errors`. Names are imported when first used: gRPC takes a while to load, and what only
+makes specifications does not need it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spinetta.client.aio import AsyncClient, AsyncTaskHandle
+    from spinetta.client.specs import make_spec, new_id
+    from spinetta.client.sync import Client, TaskHandle
+    from spinetta.client.views import (
+        CancelResult,
+        ClusterInfo,
+        LeaveStep,
+        LogChunk,
+        NodeInfo,
+        NodeList,
+        Submitted,
+        TaskChanges,
+        TaskFilter,
+        TaskInfo,
+        VoterInfo,
+        WaitResult,
+    )
+
+_HOMES = {
+    "AsyncClient": "aio",
+    "AsyncTaskHandle": "aio",
+    "Client": "sync",
+    "TaskHandle": "sync",
+    "make_spec": "specs",
+    "new_id": "specs",
+    "CancelResult": "views",
+    "ClusterInfo": "views",
+    "LeaveStep": "views",
+    "LogChunk": "views",
+    "NodeInfo": "views",
+    "NodeList": "views",
+    "Submitted": "views",
+    "TaskChanges": "views",
+    "TaskFilter": "views",
+    "TaskInfo": "views",
+    "VoterInfo": "views",
+    "WaitResult": "views",
+}
+
+__all__ = [
+    "AsyncClient",
+    "AsyncTaskHandle",
+    "CancelResult",
+    "Client",
+    "ClusterInfo",
+    "LeaveStep",
+    "LogChunk",
+    "NodeInfo",
+    "NodeList",
+    "Submitted",
+    "TaskChanges",
+    "TaskFilter",
+    "TaskHandle",
+    "TaskInfo",
+    "VoterInfo",
+    "WaitResult",
+    "make_spec",
+    "new_id",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

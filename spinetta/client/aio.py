@@ -1,0 +1,448 @@
+"""The client for asyncio. `spinetta.client.sync` is the same for everyone else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time as clock
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from spinetta import codec, names, validate
+from spinetta.client import views
+from spinetta.client.channels import RETRY_WAIT_MAX_S, Nodes
+from spinetta.client.specs import make_spec
+from spinetta.config import DEFAULT_ADDRESS, ClientSettings
+from spinetta.errors import Compacted, StoreUnavailable, UserError
+from spinetta.model import State, TaskId, TaskSpec
+from spinetta.v1 import api_pb2 as api
+
+T = TypeVar("T")
+
+WAIT_POLL_S = 30.0  # one Wait call: longer ones would notice a frozen node too late
+WAIT_MARGIN_S = 5.0
+STREAM_PATIENCE_S = 60.0  # how long log and watch look for a node that answers before they give up
+_STREAMS = {"stdout": api.STDOUT, "stderr": api.STDERR}
+
+
+def parse_nodes(nodes: str | Sequence[str]) -> tuple[str, ...]:
+    """Addresses from ``"HOST:PORT,HOST:PORT"`` or a sequence.
+
+    Raises:
+        UserError: none, or one that is no address on loopback.
+    """
+    parts = nodes.split(",") if isinstance(nodes, str) else list(nodes)
+    found = tuple(dict.fromkeys(names.check_loopback_address(p, "nodes") for p in parts if p.strip()))
+    if not found:
+        raise UserError("no node is named", field="nodes", hint="HOST:PORT, or several with commas between")
+    return found
+
+
+class AsyncClient:
+    """Talks to a cluster through any of its nodes.
+
+    Every call is tried at the other nodes, too, while there is time. Errors: `UserError` (with `NotFound` and
+    `AlreadyExists`) for what the cluster refuses, `StoreUnavailable` when no node could answer and nothing was
+    changed, `OutcomeUnknown` when something may have been.
+
+    Args:
+        nodes: addresses, in order of preference.
+        timeout_s: for one call with all its retries; waiting and following have limits of their own.
+    """
+
+    def __init__(self, nodes: str | Sequence[str] = DEFAULT_ADDRESS, *, timeout_s: float = 20.0) -> None:
+        self._nodes = Nodes(parse_nodes(nodes), timeout_s)
+
+    @classmethod
+    def from_settings(cls, settings: ClientSettings) -> Self:
+        """A client as the settings say."""
+        return cls(settings.nodes, timeout_s=settings.timeout_s)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections. May be called twice."""
+        await self._nodes.close()
+
+    # --- tasks -------------------------------------------------------------------------------------------------
+
+    async def submit(self, command: str | Sequence[str] | TaskSpec, **options: Any) -> AsyncTaskHandle:
+        """Submit one task; options are those of `make_spec`. Trying again never makes two of it."""
+        spec = command if isinstance(command, TaskSpec) else make_spec(command, **options)
+        done = await self.submit_many([spec])
+        return AsyncTaskHandle(self, done[0].id)
+
+    async def submit_many(self, specs: Iterable[TaskSpec]) -> list[views.Submitted]:
+        """Submit tasks, in as few requests as their sizes allow; the answers are in order.
+
+        Checked as a whole before anything is sent. When a later request fails, the tasks of those before it are
+        submitted: try again with the same ids, which changes nothing for them.
+        """
+        checked = list(specs)
+        seen: dict[str, int] = {}
+        for i, spec in enumerate(checked):
+            validate.check_spec(spec, f"tasks[{i}]")
+            if seen.setdefault(spec.id, i) != i:
+                raise UserError(
+                    f"the id of tasks[{seen[spec.id]}] is given again",
+                    field=f"tasks[{i}].id",
+                    hint="give each task its own id",
+                )
+        done: list[views.Submitted] = []
+        for request in _requests(checked):
+            answer = await self._submit(request, first=len(done))
+            done += [views.Submitted(TaskId(t.id), t.existed) for t in answer.tasks]
+        return done
+
+    async def _submit(self, request: api.SubmitRequest, first: int) -> api.SubmitResponse:
+        try:
+            return await self._nodes.call(lambda stub: stub.Submit, request, writes=True)
+        except UserError as e:
+            # The node counts within the request, the caller within all of them.
+            if first and e.field.startswith("tasks["):
+                index, bracket, rest = e.field.removeprefix("tasks[").partition("]")
+                if bracket and index.isdecimal():
+                    e.field = f"tasks[{int(index) + first}]{rest}"
+            raise
+
+    def task(self, task_id: str) -> AsyncTaskHandle:
+        """A handle for a task by its id or a unique fragment of it; asks nobody yet."""
+        return AsyncTaskHandle(self, TaskId(validate.id_fragment(task_id, "id")))
+
+    async def get(self, task_id: str) -> views.TaskInfo:
+        """One task by its id or a unique fragment of it."""
+        return (await self.get_many([task_id]))[0]
+
+    async def get_many(self, ids: Sequence[str]) -> list[views.TaskInfo]:
+        """Tasks by ids or unique fragments, in order. Raises NotFound when any is missing."""
+        found: list[views.TaskInfo] = []
+        for part in _parts(_fragments(ids), validate.GET_IDS_MAX):
+            answer = await self._get(part)
+            for m in answer.tasks:
+                # One alone always fits.
+                whole = m if not m.spec_omitted else (await self._get([m.task.spec.id])).tasks[0]
+                found.append(views.task_info(whole))
+        return found
+
+    async def _get(self, ids: Sequence[str]) -> api.GetResponse:
+        request = api.GetRequest(ids=ids)
+        return await self._nodes.call(lambda stub: stub.Get, request)
+
+    async def cancel(self, ids: Sequence[str], reason: str = "") -> list[views.CancelResult]:
+        """Cancel tasks: waiting ones are over when this answers, of running ones the node has been asked."""
+        validate.check_reason(reason)
+        done: list[views.CancelResult] = []
+        for part in _parts(_fragments(ids), validate.GET_IDS_MAX):
+            answer = await self._cancel(api.CancelRequest(ids=part, reason=reason))
+            done += [views.CancelResult(TaskId(c.id), State(c.state), c.was_complete) for c in answer.tasks]
+        return done
+
+    async def _cancel(self, request: api.CancelRequest) -> api.CancelResponse:
+        return await self._nodes.call(lambda stub: stub.Cancel, request, writes=True)
+
+    async def wait(self, ids: Sequence[str], *, timeout_s: float | None = None, any_: bool = False) -> views.WaitResult:
+        """Wait until all (or any) of the tasks have ended; `timeout_s` None: for as long as it takes.
+
+        Goes on at another node when the one that was asked goes away.
+        """
+        fragments = _fragments(ids)
+        if any_ and len(fragments) > validate.WAIT_IDS_MAX:
+            raise UserError(
+                f"{len(fragments)} tasks to wait for any of", field="ids", hint=f"at most {validate.WAIT_IDS_MAX}"
+            )
+        if timeout_s is not None:
+            validate.check_wait_timeout(timeout_s)
+        end_s = None if timeout_s is None else clock.monotonic() + timeout_s
+        found: list[views.TaskInfo] = []
+        timed_out = False
+        for part in _parts(fragments, validate.WAIT_IDS_MAX):
+            answer = await self._wait(part, end_s, any_=any_)
+            found += [views.task_info(m) for m in answer.tasks]
+            timed_out = timed_out or answer.timed_out
+        return views.WaitResult(tuple(found), timed_out)
+
+    async def _wait(self, ids: Sequence[str], end_s: float | None, *, any_: bool) -> api.WaitResponse:
+        while True:
+            left_s = WAIT_POLL_S if end_s is None else end_s - clock.monotonic()
+            # 0 would mean: as long as you like.
+            poll_s = max(min(left_s, WAIT_POLL_S), 0.001)
+            request = api.WaitRequest(ids=ids, timeout_s=poll_s, any=any_)
+            answer = await self._nodes.call(
+                lambda stub: stub.Wait,
+                request,
+                timeout_s=poll_s + max(WAIT_MARGIN_S, self._nodes.timeout_s),
+                attempt_s=poll_s + WAIT_MARGIN_S,
+            )
+            if not answer.timed_out or (end_s is not None and clock.monotonic() >= end_s):
+                return answer
+
+    async def watch(
+        self,
+        wanted: views.TaskFilter = views.ALL_TASKS,
+        *,
+        ids: Sequence[str] = (),
+    ) -> AsyncGenerator[views.TaskChanges, None]:
+        """The tasks that match, then their changes, for ever; goes on at another node when one goes away."""
+        revision, begun = 0, False
+        patience = _Patience()
+        while True:
+            request = api.WatchRequest(
+                filter=views.filter_to_pb(wanted), ids=_fragments(ids) if ids else [], from_revision=revision
+            )
+            restarted = begun and not revision  # broken within the first state: it comes again, whole
+            try:
+                stream = self._nodes.stream(lambda stub: stub.Watch, request)
+                async with contextlib.aclosing(stream) as answers:
+                    async for m in answers:
+                        patience.reset()
+                        begun = True
+                        if m.restarted:
+                            revision = 0
+                        elif m.revision:
+                            revision = m.revision + 1
+                        yield views.TaskChanges(
+                            tuple(views.task_info(t) for t in m.tasks),
+                            tuple(TaskId(i) for i in m.removed_ids),
+                            m.initial_done,
+                            m.restarted or restarted,
+                        )
+                        restarted = False
+            except Compacted:
+                revision = 0
+            except StoreUnavailable:
+                patience.check()
+            await patience.pause()
+
+    async def log(
+        self,
+        task_id: str,
+        *,
+        stream: str = "stdout",
+        follow: bool = False,
+        attempt: int = 0,
+        offset: int = 0,
+        limit_bytes: int = 0,
+        tail_bytes: int = 0,
+    ) -> AsyncGenerator[views.LogChunk, None]:
+        """A task's log, chunk by chunk.
+
+        With `follow` until the task has ended (over all attempts, when `attempt` is 0), going on at the same byte
+        through another node when one goes away.
+
+        Args:
+            task_id: id or unique fragment.
+            stream: ``stdout`` or ``stderr``.
+            follow: wait for more.
+            attempt: which; 0: the latest.
+            offset: bytes to skip.
+            limit_bytes: 0: none.
+            tail_bytes: > 0: begin this many bytes before the end.
+        """
+        if stream not in _STREAMS:
+            raise UserError(f"there is no stream {stream!r}", field="stream", hint="stdout or stderr")
+        request = api.LogRequest(
+            id=validate.id_fragment(task_id, "id"),
+            stream=_STREAMS[stream],
+            offset=offset,
+            follow=follow,
+            attempt=attempt,
+            limit_bytes=limit_bytes,
+            tail_bytes=tail_bytes,
+        )
+        patience = _Patience()
+        resumed = False
+        while True:
+            try:
+                answers = self._nodes.stream(lambda stub: stub.Log, request)
+                async with contextlib.aclosing(answers) as chunks:
+                    async for m in chunks:
+                        patience.reset()
+                        # From here on a new call must continue: same attempt, the byte after the last one.
+                        resumed = resumed or bool(m.attempt)
+                        request.attempt, request.offset = m.attempt, m.offset + len(m.data)
+                        request.tail_bytes = 0
+                        if limit_bytes:
+                            request.limit_bytes = max(request.limit_bytes - len(m.data), 0)
+                        if m.data:
+                            yield views.LogChunk(m.data, m.offset, m.attempt, m.node)
+                        if limit_bytes and not request.limit_bytes:
+                            return
+            except StoreUnavailable:
+                patience.check()
+                await patience.pause()
+                continue
+            if not follow or attempt or not resumed or not await self._next_attempt(request):
+                return
+
+    async def _next_attempt(self, request: api.LogRequest) -> bool:
+        """Whether a followed task has gone on to a further attempt; if so the request is set to its beginning."""
+        info = await self.get(request.id)
+        if info.task.attempts_started <= request.attempt:
+            return False
+        request.attempt, request.offset = request.attempt + 1, 0
+        return True
+
+    # --- nodes -------------------------------------------------------------------------------------------------
+
+    async def nodes(self) -> views.NodeList:
+        """All nodes, and notices for their administrators."""
+        request = api.ListNodesRequest()
+        answer = await self._nodes.call(lambda stub: stub.ListNodes, request)
+        found = sorted((views.node_info(m) for m in answer.nodes), key=lambda n: n.record.name)
+        return views.NodeList(tuple(found), tuple(answer.notices))
+
+    async def cluster(self) -> views.ClusterInfo:
+        """The cluster, as the node that answers sees it."""
+        request = api.DescribeClusterRequest()
+        answer = await self._nodes.call(lambda stub: stub.DescribeCluster, request)
+        return views.cluster_info(answer, self._nodes.answered_by())
+
+    async def drain(self, node: str = "") -> None:
+        """A node takes no more tasks; running ones go on. Empty: the node that is asked."""
+        request = api.DrainRequest(node=_node(node))
+        await self._nodes.call(lambda stub: stub.Drain, request, writes=True)
+
+    async def undrain(self, node: str = "") -> None:
+        """A drained node takes tasks again."""
+        request = api.UndrainRequest(node=_node(node))
+        await self._nodes.call(lambda stub: stub.Undrain, request, writes=True)
+
+    async def leave(self, node: str = "", *, timeout_s: float = 3600.0) -> AsyncGenerator[views.LeaveStep, None]:
+        """A node drains, gives up its seat, deregisters and ends. After `timeout_s` its tasks go back to the queue.
+
+        Ends after the step that is `done`. When the connection breaks before it: `OutcomeUnknown`; ask `nodes`.
+        """
+        validate.check_wait_timeout(timeout_s)
+        request = api.LeaveRequest(node=_node(node), timeout_s=timeout_s)
+        answers = self._nodes.stream(lambda stub: stub.Leave, request, writes=True)
+        async with contextlib.aclosing(answers) as steps:
+            async for m in steps:
+                yield views.LeaveStep(m.step, m.running, m.done)
+                if m.done:
+                    return
+
+    # Last, because within the class its name hides the type's.
+    async def list(
+        self,
+        wanted: views.TaskFilter = views.ALL_TASKS,
+        *,
+        newest_first: bool = False,
+        limit: int = 0,
+        page_size: int = 0,
+    ) -> AsyncGenerator[views.TaskInfo, None]:
+        """Tasks in order of submission, page by page; `limit` 0: all."""
+        token, left = "", limit
+        while True:
+            size = min(left, validate.LIST_PAGE_MAX) if limit and not page_size else page_size
+            request = api.ListRequest(
+                filter=views.filter_to_pb(wanted), page_size=size, page_token=token, newest_first=newest_first
+            )
+            answer = await self._list(request)
+            for m in answer.tasks:
+                yield views.task_info(m)
+                left -= 1
+                if limit and left <= 0:
+                    return
+            token = answer.next_page_token
+            if not token:
+                return
+
+    async def _list(self, request: api.ListRequest) -> api.ListResponse:
+        return await self._nodes.call(lambda stub: stub.List, request)
+
+
+class AsyncTaskHandle:
+    """A submitted task."""
+
+    def __init__(self, client: AsyncClient, task_id: TaskId) -> None:
+        self._client = client
+        self.id = task_id
+
+    def __repr__(self) -> str:
+        return f"<task {self.id}>"
+
+    async def status(self) -> views.TaskInfo:
+        """The task as it is now."""
+        return await self._client.get(self.id)
+
+    async def wait(self, timeout_s: float | None = None) -> views.TaskInfo:
+        """The task once it has ended.
+
+        Raises:
+            TimeoutError: it has not within `timeout_s`.
+        """
+        result = await self._client.wait([self.id], timeout_s=timeout_s)
+        if result.timed_out:
+            raise TimeoutError(f"task {self.id} has not ended within {timeout_s} s")
+        return result.tasks[0]
+
+    async def cancel(self, reason: str = "") -> views.CancelResult:
+        """Cancel it."""
+        return (await self._client.cancel([self.id], reason))[0]
+
+    def log(self, **options: Any) -> AsyncIterator[views.LogChunk]:
+        """Its log; options are those of `AsyncClient.log`."""
+        return self._client.log(self.id, **options)
+
+
+class _Patience:
+    """How long a stream looks for a node that answers, and how it waits between."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+        self._wait_s = 0.05
+
+    def reset(self) -> None:
+        """Something came."""
+        self._since_s, self._wait_s = None, 0.05
+
+    def check(self) -> None:
+        """Called while an error is handled: raise it again when it has lasted too long."""
+        now_s = clock.monotonic()
+        self._since_s = now_s if self._since_s is None else self._since_s
+        if now_s - self._since_s >= STREAM_PATIENCE_S:
+            raise  # the error being handled
+
+    async def pause(self) -> None:
+        """Longer each time."""
+        await asyncio.sleep(self._wait_s)
+        self._wait_s = min(self._wait_s * 2, RETRY_WAIT_MAX_S)
+
+
+def _node(name: str) -> str:
+    return names.check_node_name(name, "node") if name else ""
+
+
+def _fragments(ids: Sequence[str]) -> list[str]:
+    if isinstance(ids, str):
+        raise UserError("ids must be a list, not text", field="ids", hint=f"[{ids!r}]")
+    return validate.check_fragments(ids, "ids", max(len(ids), 1))
+
+
+def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+def _requests(specs: Sequence[TaskSpec]) -> Iterator[api.SubmitRequest]:
+    """Requests that hold the tasks in order, each within the limits of number and size."""
+    request, size = api.SubmitRequest(), 0
+    for spec in specs:
+        m = codec.spec_to_pb(spec)
+        bytes_ = m.ByteSize() + 8
+        if request.tasks and (
+            len(request.tasks) == validate.SUBMIT_TASKS_MAX or size + bytes_ > validate.SUBMIT_BYTES_TARGET
+        ):
+            yield request
+            request, size = api.SubmitRequest(), 0
+        request.tasks.append(m)
+        size += bytes_
+    if request.tasks:
+        yield request

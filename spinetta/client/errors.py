@@ -1,0 +1,81 @@
+"""gRPC's statuses as our errors."""
+
+from __future__ import annotations
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from spinetta.errors import (
+    AlreadyExists,
+    Compacted,
+    InvariantViolation,
+    NotFound,
+    OutcomeUnknown,
+    SpinettaError,
+    StoreUnavailable,
+    UserError,
+)
+from spinetta.v1 import api_pb2 as api
+
+DETAIL_KEY = "spinetta-error-bin"
+_Code = grpc.StatusCode
+
+_USERS = frozenset(
+    {
+        _Code.INVALID_ARGUMENT,
+        _Code.FAILED_PRECONDITION,
+        _Code.OUT_OF_RANGE,
+        _Code.RESOURCE_EXHAUSTED,
+        _Code.DATA_LOSS,
+        _Code.PERMISSION_DENIED,
+        _Code.UNAUTHENTICATED,
+    }
+)
+
+
+def detail_of(error: grpc.aio.AioRpcError) -> api.ErrorDetail | None:
+    """What the node said about the error; None when it was not the node that answered."""
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAIL_KEY and isinstance(value, bytes):
+            try:
+                return api.ErrorDetail.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> SpinettaError:
+    """What a failed call means for the caller.
+
+    Args:
+        error: as raised by gRPC.
+        address: of the node that was asked.
+        writes: the call would have changed something, so that an answer that never came leaves open whether it did.
+    """
+    code, detail = error.code(), detail_of(error)
+    text = detail.message if detail else (error.details() or code.name)
+    where = f"node at {address}"
+    if code is _Code.NOT_FOUND and detail:
+        return NotFound(text, field=detail.field, hint=detail.hint, reason=detail.reason)
+    if code is _Code.ALREADY_EXISTS and detail:
+        return AlreadyExists(text, field=detail.field, hint=detail.hint, reason=detail.reason)
+    if detail and detail.reason == "compacted":
+        return Compacted(0)
+    if detail and detail.reason == "busy":
+        return StoreUnavailable(f"{where}: {text}")
+    if code in _USERS and detail:
+        return UserError(text, field=detail.field, hint=detail.hint, reason=detail.reason)
+    if code is _Code.ABORTED:
+        return OutcomeUnknown(f"{where}: {text}")
+    if code is _Code.UNAVAILABLE and detail:
+        return StoreUnavailable(f"{where}: {text}")
+    if code in (_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.CANCELLED):
+        # No word from the node itself: the connection broke or the time is over after the request had gone out.
+        what = "did not answer in time" if code is _Code.DEADLINE_EXCEEDED else "went away during the call"
+        return OutcomeUnknown(f"{where} {what}") if writes else StoreUnavailable(f"{where} {what}")
+    if code is _Code.RESOURCE_EXHAUSTED:
+        return UserError(f"{where}: {text}", hint="send less at once", reason="too-large")
+    if code is _Code.UNIMPLEMENTED:
+        return UserError(f"{where} does not know this call: {text}", hint="is it a Spinetta node, of the same version?")
+    return InvariantViolation(f"{where} failed: {text}")

@@ -1,0 +1,177 @@
+"""The client for programs without asyncio: `AsyncClient` on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from spinetta import validate
+from spinetta.client import views
+from spinetta.client.aio import AsyncClient
+from spinetta.config import DEFAULT_ADDRESS, ClientSettings
+from spinetta.model import TaskId, TaskSpec
+
+T = TypeVar("T")
+
+
+class Client:
+    """Talks to a cluster through any of its nodes. Methods, arguments and errors are those of `AsyncClient`.
+
+    May be used from several threads. Close it, or use it in a ``with`` statement. After a fork make a new one.
+    """
+
+    def __init__(self, nodes: str | Sequence[str] = DEFAULT_ADDRESS, *, timeout_s: float = 20.0) -> None:
+        self._client = AsyncClient(nodes, timeout_s=timeout_s)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="spinetta-client", daemon=True)
+        self._thread.start()
+        self._closed = False
+
+    @classmethod
+    def from_settings(cls, settings: ClientSettings) -> Self:
+        """A client as the settings say."""
+        return cls(settings.nodes, timeout_s=settings.timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections and end the thread. May be called twice."""
+        if self._closed:
+            return
+        self._run(self._client.close())
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            work.close()
+            raise RuntimeError("this client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C in the caller's thread must end the call, too
+            raise
+
+    def _iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
+        try:
+            while True:
+                try:
+                    yield self._run(anext(items))
+                except StopAsyncIteration:
+                    return
+        finally:
+            with contextlib.suppress(RuntimeError):  # the client was closed before the iterator: all has ended
+                self._run(items.aclose())
+
+    def submit(self, command: str | Sequence[str] | TaskSpec, **options: Any) -> TaskHandle:
+        """Submit one task; options are those of `make_spec`. Trying again never makes two of it."""
+        return TaskHandle(self, self._run(self._client.submit(command, **options)).id)
+
+    def submit_many(self, specs: Iterable[TaskSpec]) -> list[views.Submitted]:
+        """Submit tasks, in as few requests as their sizes allow; the answers are in order."""
+        return self._run(self._client.submit_many(specs))
+
+    def task(self, task_id: str) -> TaskHandle:
+        """A handle for a task by its id or a unique fragment of it; asks nobody yet."""
+        return TaskHandle(self, TaskId(validate.id_fragment(task_id, "id")))
+
+    def get(self, task_id: str) -> views.TaskInfo:
+        """One task by its id or a unique fragment of it."""
+        return self._run(self._client.get(task_id))
+
+    def get_many(self, ids: Sequence[str]) -> list[views.TaskInfo]:
+        """Tasks by ids or unique fragments, in order."""
+        return self._run(self._client.get_many(ids))
+
+    def watch(
+        self,
+        wanted: views.TaskFilter = views.ALL_TASKS,
+        *,
+        ids: Sequence[str] = (),
+    ) -> Iterator[views.TaskChanges]:
+        """The tasks that match, then their changes, for ever."""
+        return self._iterate(self._client.watch(wanted, ids=ids))
+
+    def log(self, task_id: str, **options: Any) -> Iterator[views.LogChunk]:
+        """A task's log, chunk by chunk; options are those of `AsyncClient.log`."""
+        return self._iterate(self._client.log(task_id, **options))
+
+    def wait(self, ids: Sequence[str], *, timeout_s: float | None = None, any_: bool = False) -> views.WaitResult:
+        """Wait until all (or any) of the tasks have ended."""
+        return self._run(self._client.wait(ids, timeout_s=timeout_s, any_=any_))
+
+    def cancel(self, ids: Sequence[str], reason: str = "") -> list[views.CancelResult]:
+        """Cancel tasks: waiting ones are over when this answers, of running ones the node has been asked."""
+        return self._run(self._client.cancel(ids, reason))
+
+    def nodes(self) -> views.NodeList:
+        """All nodes, and notices for their administrators."""
+        return self._run(self._client.nodes())
+
+    def cluster(self) -> views.ClusterInfo:
+        """The cluster, as the node that answers sees it."""
+        return self._run(self._client.cluster())
+
+    def drain(self, node: str = "") -> None:
+        """A node takes no more tasks; running ones go on."""
+        self._run(self._client.drain(node))
+
+    def undrain(self, node: str = "") -> None:
+        """A drained node takes tasks again."""
+        self._run(self._client.undrain(node))
+
+    def leave(self, node: str = "", *, timeout_s: float = 3600.0) -> Iterator[views.LeaveStep]:
+        """A node drains, gives up its seat, deregisters and ends."""
+        return self._iterate(self._client.leave(node, timeout_s=timeout_s))
+
+    # Last, because within the class its name hides the type's.
+    def list(self, wanted: views.TaskFilter = views.ALL_TASKS, **options: Any) -> Iterator[views.TaskInfo]:
+        """Tasks in order of submission; options ``newest_first``, ``limit``, ``page_size``."""
+        return self._iterate(self._client.list(wanted, **options))
+
+
+class TaskHandle:
+    """A submitted task."""
+
+    def __init__(self, client: Client, task_id: TaskId) -> None:
+        self._client = client
+        self.id = task_id
+
+    def __repr__(self) -> str:
+        return f"<task {self.id}>"
+
+    def status(self) -> views.TaskInfo:
+        """The task as it is now."""
+        return self._client.get(self.id)
+
+    def wait(self, timeout_s: float | None = None) -> views.TaskInfo:
+        """The task once it has ended.
+
+        Raises:
+            TimeoutError: it has not within `timeout_s`.
+        """
+        result = self._client.wait([self.id], timeout_s=timeout_s)
+        if result.timed_out:
+            raise TimeoutError(f"task {self.id} has not ended within {timeout_s} s")
+        return result.tasks[0]
+
+    def cancel(self, reason: str = "") -> views.CancelResult:
+        """Cancel it."""
+        return self._client.cancel([self.id], reason)[0]
+
+    def log(self, **options: Any) -> Iterator[views.LogChunk]:
+        """Its log; options are those of `AsyncClient.log`."""
+        return self._client.log(self.id, **options)
