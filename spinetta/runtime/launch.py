@@ -1,0 +1,97 @@
+"""Starting a shim, and reaching one that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+from spinetta.errors import RuntimeUnavailable
+from spinetta.runtime.shim.wire import SOCKET_NAME
+
+SHIM_DIR = Path(__file__).parent / "shim"
+START_LIMIT_S = 40.0  # waiting for the remains of an earlier shim (15 s), killing leftovers (10 s), a slow disk
+CONNECT_LIMIT_S = 5.0
+
+
+async def open_socket(state_dir: Path) -> socket.socket:
+    """A connection to the shim of `state_dir`. OSError when none listens there.
+
+    An address holds 108 bytes only and data directories may be deep, so the way goes through a descriptor.
+    """
+    folder = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            async with asyncio.timeout(CONNECT_LIMIT_S):
+                await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{folder}/{SOCKET_NAME}")
+        except BaseException:
+            sock.close()
+            raise
+    finally:
+        os.close(folder)
+    return sock
+
+
+async def launch(state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool = True) -> bool:
+    """Start a shim for `state_dir`; False when there is one already (or another is just starting it).
+
+    Without `isolate`, or where the kernel refuses a pid namespace, it runs as a child subreaper only and says so in its
+    warnings. RuntimeUnavailable tells why none could be started.
+    """
+    refused = "" if isolate else "switched off"
+    while True:
+        said = await _run_launcher(state_dir, node, kill_margin_s, refused)
+        if "ready" in said:
+            return True
+        if "busy" in said:
+            return False
+        if "refused" in said and not refused:
+            refused = f"the kernel refuses it: {said['refused']}"
+            continue
+        why = said.get("failed") or said.get("refused") or "it said nothing"
+        raise RuntimeUnavailable(f"the shim for {state_dir} could not be started: {why}")
+
+
+def _open_log(state_dir: Path) -> BinaryIO:
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return (state_dir / "shim.log").open("ab")
+    except OSError as error:
+        raise RuntimeUnavailable(f"cannot use {state_dir}: {error.strerror}") from None
+
+
+async def _run_launcher(state_dir: Path, node: str, kill_margin_s: float, refused: str) -> dict[str, str]:
+    """Run the program that becomes the shim until it has said what came of it."""
+    config = {"state_dir": str(state_dir), "node": node, "kill_margin_s": kill_margin_s, "isolate": refused}
+    with _open_log(state_dir) as errors:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", "-X", "utf8", str(SHIM_DIR), json.dumps(config)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+            env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+            start_new_session=True,
+        )
+    assert process.stdout is not None  # noqa: S101 - asked for above
+    try:
+        async with asyncio.timeout(START_LIMIT_S):
+            line = await process.stdout.readline()
+            await process.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise RuntimeUnavailable(f"the shim for {state_dir} was not ready after {START_LIMIT_S:.0f} s") from None
+    try:
+        said = json.loads(line)
+    except ValueError:
+        said = {}
+    if not isinstance(said, dict) or not said:
+        return {"failed": f"see {state_dir / 'shim.log'}"}
+    return {str(name): str(value) for name, value in said.items()}

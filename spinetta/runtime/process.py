@@ -1,0 +1,357 @@
+"""The `process` runtime: plain processes, held by the shim."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal as signals
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from spinetta.errors import RuntimeUnavailable, SpinettaError, UserError
+from spinetta.model import Exit, Usage
+from spinetta.runtime.client import REQUEST_LIMIT_S, Hello, ShimClient, open_client, parse_exit, parse_usage
+from spinetta.runtime.feed import Hub
+from spinetta.runtime.launch import launch
+from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
+from spinetta.runtime.shim.wire import KEY, Message
+
+START_LIMIT_S = 30.0  # includes writing the intent, on a slow disk
+RETRY_FIRST_S = 0.02
+RETRY_MOST_S = 2.0
+ATTACH_LIMIT_S = 60.0  # from `connect` to a shim that answers
+_LOST = ""  # subject of ShimLost; no attempt has this key
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A long-running program of the node itself, such as etcd: running when `exit` is None.
+
+    `pid` is as the daemon sees it; 0 when it did not start.
+    """
+
+    name: str
+    pid: int
+    started_ms: int
+    exit: Exit | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceExited:
+    """A service ended. Repeated after each reconnection until the service is started again."""
+
+    name: str
+    started_ms: int
+    exit: Exit
+
+
+class ProcessRuntime:
+    """Runs attempts as plain processes through the node's shim; implements `protocol.Runtime`. See `connect`.
+
+    While the shim cannot be reached, requests wait for it as long as their limit, then raise RuntimeUnavailable. All
+    of them may be repeated. If the shim has died another is started at once.
+    """
+
+    def __init__(self, state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool) -> None:
+        self._state_dir = state_dir.absolute()
+        self._node = node
+        self._kill_margin_s = kill_margin_s
+        self._isolate = isolate
+        self._client: ShimClient | None = None
+        self._hello: Hello | None = None
+        self._up = asyncio.Event()
+        self._settled = asyncio.Event()  # the first try to connect has come to an end
+        self._failure: SpinettaError | None = None
+        self._closing = False
+        self._ended: dict[AttemptKey, Exited] = {}
+        self._services_ended: dict[str, ServiceExited] = {}
+        self._hub: Hub[Exited | ShimLost] = Hub()
+        self._service_hub: Hub[ServiceExited] = Hub()
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool = True
+    ) -> AsyncIterator[ProcessRuntime]:
+        """Attach to the shim of `state_dir`, starting one when none is alive. Leaving the block leaves it running.
+
+        `kill_margin_s` is the time before the end of its grace at which the shim kills an attempt; a shim that runs
+        with a wider one keeps it. `isolate=False` does without a pid namespace. RuntimeUnavailable: no shim could be
+        started or reached; UserError: one of another version runs.
+        """
+        runtime = cls(state_dir, node=node, kill_margin_s=kill_margin_s, isolate=isolate)
+        supervising = asyncio.create_task(runtime._supervise())
+        try:
+            await runtime._settled.wait()
+            if runtime._failure is not None:
+                raise runtime._failure
+            yield runtime
+        finally:
+            runtime._closing = True
+            supervising.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await supervising
+
+    # protocol.Runtime --------------------------------------------------------------------------------------------
+
+    def capabilities(self) -> tuple[str, ...]:
+        """Names of what is enforced here; `warnings` tells why others are missing."""
+        return self._hello.capabilities if self._hello else ()
+
+    async def start(self, launch: Launch) -> Exit | None:
+        """Start an attempt; see `protocol.Runtime.start`."""
+        if not KEY.match(launch.key):
+            raise UserError(f"{launch.key!r} cannot be the name of a directory and a cgroup", field="key")
+        answer = await self._ask(
+            "start",
+            START_LIMIT_S,
+            key=launch.key,
+            argv=list(launch.argv),
+            env=dict(launch.env),
+            cwd=launch.working_directory,
+            cpu_millis=launch.cpu_millis,
+            memory_bytes=launch.memory_bytes,
+            pids_max=launch.pids_max,
+            walltime_s=launch.walltime_s,
+            grace_s=_finite(launch.grace_s),
+            stop_wait_s=_finite(launch.stop_wait_s),
+            token=launch.token,
+            incarnation=launch.incarnation,
+        )
+        return parse_exit(answer["exit"])
+
+    async def stop(self, key: AttemptKey, why: str) -> None:
+        """Ask for the end of an attempt; see `protocol.Runtime.stop`."""
+        await self._ask("stop", key=key, why=str(why))
+
+    async def renew(self, renewed_at_s: float) -> None:
+        """Tell of a committed renewal; see `protocol.Runtime.renew`."""
+        await self._ask("renew", renewed_at_s=renewed_at_s)
+
+    async def forget(self, key: AttemptKey) -> None:
+        """Remove all but the logs of an ended attempt; see `protocol.Runtime.forget`."""
+        await self._ask("forget", key=key)
+        self._ended.pop(key, None)
+        self._hub.drop(key)
+
+    async def held(self) -> Sequence[Held]:
+        """All attempts that run or have ended and are not forgotten, by key."""
+        held: list[Held] = []
+        more = True
+        while more:
+            answer = await self._ask("held", after=held[-1].key if held else "")
+            held += [
+                Held(one["key"], one["token"], one["incarnation"], one["started_ms"], parse_exit(one["exit"]))
+                for one in answer["held"]
+            ]
+            more = answer["more"]
+        return held
+
+    async def usage(self, key: AttemptKey) -> Usage | None:
+        """Use so far of a running attempt; None when it is over or nothing here counts it."""
+        usage = (await self._ask("usage", key=key))["usage"]
+        return None if usage is None else parse_usage(usage)
+
+    def events(self) -> AsyncIterator[Exited | ShimLost]:
+        """Ends of attempts as they happen, beginning with those not forgotten yet.
+
+        Listens from the call on, not from the first step of the iteration. Ends when the runtime is closed.
+        """
+        feed = self._hub.open()
+        for key, exited in self._ended.items():
+            feed.put(key, exited)
+        return feed
+
+    @property
+    def logs_dir(self) -> Path:
+        """Holds one directory of logs for each attempt, by key."""
+        return self._state_dir / "logs"
+
+    def log_path(self, key: AttemptKey, stream: str) -> Path:
+        """Where ``stdout`` or ``stderr`` of an attempt is, or would be."""
+        return self.logs_dir / key / stream
+
+    # Services ----------------------------------------------------------------------------------------------------
+
+    async def start_service(
+        self, name: str, argv: Sequence[str], env: Mapping[str, str], cwd: str, log_path: Path
+    ) -> Service:
+        """Start a program of the node itself; one of that name that runs is left alone and returned.
+
+        Its output is appended to `log_path` (absolute). It outlives the daemon and is not subject to the dead-man's
+        switch. When it could not be started the answer has an `exit` with the reason.
+        """
+        answer = await self._ask(
+            "start_service",
+            START_LIMIT_S,
+            key=name,
+            argv=list(argv),
+            env=dict(env),
+            cwd=cwd,
+            log_path=str(log_path),
+        )
+        service = _parse_service(answer["service"])
+        if service.exit is None:
+            self._services_ended.pop(name, None)
+            self._service_hub.drop(name)
+        return service
+
+    async def stop_service(
+        self, name: str, signal: int = signals.SIGTERM, wait_s: float = 10.0, limit_s: float = 30.0
+    ) -> Service | None:
+        """Send `signal` to a service, SIGKILL after `wait_s`, and return it when it has ended; None: there is none."""
+        answer = await self._ask("stop_service", wait_s + limit_s, key=name, signal=int(signal), wait_s=wait_s)
+        return None if answer["service"] is None else _parse_service(answer["service"])
+
+    async def service(self, name: str) -> Service | None:
+        """A service that runs or has ended; None when none of that name was started."""
+        answer = await self._ask("services")
+        return next((_parse_service(one) for one in answer["services"] if one["key"] == name), None)
+
+    def service_events(self) -> AsyncIterator[ServiceExited]:
+        """Ends of services, beginning with those that have ended and were not started again."""
+        feed = self._service_hub.open()
+        for name, exited in self._services_ended.items():
+            feed.put(name, exited)
+        return feed
+
+    # The shim ----------------------------------------------------------------------------------------------------
+
+    def warnings(self) -> tuple[str, ...]:
+        """What this machine lacks and what that weakens, for people."""
+        return self._hello.warnings if self._hello else ()
+
+    def shim_pid(self) -> int:
+        """The shim's pid as we see it."""
+        return self._hello.pid if self._hello else 0
+
+    def shim_id(self) -> str:
+        """Changes with every new shim."""
+        return self._hello.shim if self._hello else ""
+
+    async def shutdown_shim(self, why: str = "released", wait_s: float = 10.0, limit_s: float = 60.0) -> None:
+        """End all attempts (their exits carry `why`), then all services, then the shim; returns when it is gone.
+
+        `wait_s` is the most that each has between TERM and KILL. Exits stay on disk for the next shim to report. The
+        runtime is of no use afterwards.
+        """
+        self._closing = True
+        try:
+            async with asyncio.timeout(limit_s):
+                pidfd = os.pidfd_open(self.shim_pid())
+                try:
+                    await self._ask("shutdown", limit_s, why=str(why), wait_s=wait_s)
+                    await _readable(pidfd)
+                finally:
+                    os.close(pidfd)
+        except ProcessLookupError:
+            return
+        except TimeoutError:
+            raise RuntimeUnavailable(f"the shim has not ended within {limit_s:g} s") from None
+
+    # The connection ----------------------------------------------------------------------------------------------
+
+    async def _ask(self, op: str, limit_s: float = REQUEST_LIMIT_S, **fields: object) -> Message:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._up.wait()
+        except TimeoutError:
+            raise self._failure or RuntimeUnavailable(f"no shim answers for {self._state_dir}") from None
+        if self._client is None:
+            raise self._failure or RuntimeUnavailable("the runtime is closed")
+        return await self._client.request(op, limit_s, **fields)
+
+    async def _supervise(self) -> None:
+        """Keep a connection, to a new shim if need be, until cancelled or told to close."""
+        delay_s = RETRY_FIRST_S
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + ATTACH_LIMIT_S
+        try:
+            while not self._closing:
+                try:
+                    await self._serve_once()
+                    delay_s = RETRY_FIRST_S
+                except (OSError, TimeoutError) as error:
+                    self._failure = RuntimeUnavailable(f"no shim answers for {self._state_dir}: {error}")
+                    if loop.time() > give_up_s and not self._settled.is_set():
+                        return
+                except SpinettaError as error:
+                    self._failure = error
+                    if not self._settled.is_set():
+                        return
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, RETRY_MOST_S)
+        finally:
+            self._settled.set()
+            self._up.set()  # nobody is to wait for a connection that will not come
+            self._hub.close()
+            self._service_hub.close()
+
+    async def _serve_once(self) -> None:
+        """Connect, starting a shim when none listens; then serve until the connection breaks."""
+        if self._closing:
+            return
+        try:
+            await self._serve_connection()
+        except (FileNotFoundError, ConnectionRefusedError):
+            started = await launch(
+                self._state_dir, node=self._node, kill_margin_s=self._kill_margin_s, isolate=self._isolate
+            )
+            if not started:
+                raise
+            await self._serve_connection()
+
+    async def _serve_connection(self) -> None:
+        async with open_client(self._state_dir, self._on_event) as client:
+            self._hello = await client.hello(self._kill_margin_s)
+            # Events come before the answers to anything asked from here on, so none falls between.
+            await client.request("subscribe")
+            self._client, self._failure = client, None
+            self._up.set()
+            self._settled.set()
+            try:
+                await client.broken.wait()
+            finally:
+                self._up.clear()
+                self._client = None
+                self._ended.clear()
+                self._services_ended.clear()
+                if not self._closing:
+                    self._hub.put(_LOST, ShimLost())
+
+    def _on_event(self, message: Message) -> None:
+        end = parse_exit(message.get("exit"))
+        if end is None:
+            return
+        if message["event"] == "exited":
+            exited = Exited(message["key"], end)
+            self._ended[exited.key] = exited
+            self._hub.put(exited.key, exited)
+        elif message["event"] == "service-exited":
+            ended = ServiceExited(message["name"], message["started_ms"], end)
+            self._services_ended[ended.name] = ended
+            self._service_hub.put(ended.name, ended)
+
+
+def _finite(seconds: float) -> float | None:
+    """JSON has no infinity; null stands for it."""
+    return None if math.isinf(seconds) else seconds
+
+
+def _parse_service(value: Message) -> Service:
+    return Service(value["key"], value["pid"], value["started_ms"], parse_exit(value["exit"]))
+
+
+async def _readable(fd: int) -> None:
+    """Wait until `fd` is ready for reading."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)

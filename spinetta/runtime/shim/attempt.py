@@ -1,0 +1,149 @@
+"""One process that the shim holds: an attempt at a task, or a service of the node."""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .cgroup import Group, Limits
+from .loop import Timer
+from .wire import MESSAGE_CHARS_MAX
+
+ExitDict = dict[str, Any]
+
+
+class Phase(enum.IntEnum):
+    """Where it stands; only ever grows."""
+
+    PREPARING = 1  # the intent is being written
+    SPAWNING = 2  # forked, the program has not taken over yet
+    RUNNING = 3
+    ENDING = 4  # the main process has ended: killing what it left, writing the record
+    ENDED = 5  # reported; waits to be forgotten
+
+
+@dataclass
+class Held:
+    """What is known of one process.
+
+    Attributes:
+        stop_why: why we are ending it; empty while we are not.
+        status: of the ended main process: (exited, code or signal).
+        waiters: called once it runs or has ended.
+        end_waiters: called once it has ended.
+        recorded: its exit record is durable.
+    """
+
+    key: str
+    service: bool
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    stdout: str
+    stderr: str
+    record_path: Path
+    scratch: Path | None
+    limits: Limits
+    walltime_s: float
+    grace_s: float
+    stop_wait_s: float
+    token: int
+    incarnation: str
+    phase: Phase = Phase.PREPARING
+    pid: int = 0
+    pidfd: int = -1
+    report_fd: int = -1
+    report: bytes = b""
+    outer_pid: int = 0
+    started_ms: int = 0
+    ended_ms: int = 0
+    stop_why: str = ""
+    stop_signal: int = 15
+    signalled: bool = False
+    status: tuple[bool, int] | None = None
+    leftover_since_s: float = 0.0
+    spawn_error: str = ""
+    group: Group | None = None
+    exit: ExitDict | None = None
+    recorded: bool = False
+    has_intent: bool = False
+    forgotten: bool = False
+    waiters: list[Callable[[], None]] = field(default_factory=list)
+    end_waiters: list[Callable[[], None]] = field(default_factory=list)
+    timers: dict[str, Timer] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> bool:
+        """A process of it may be running."""
+        return Phase.SPAWNING <= self.phase <= Phase.RUNNING
+
+    def intent(self) -> dict[str, Any]:
+        """The record written before the fork."""
+        return {
+            "v": 1,
+            "state": "started",
+            "key": self.key,
+            "token": self.token,
+            "incarnation": self.incarnation,
+            "started_ms": self.started_ms or now_ms(),
+        }
+
+    def ended(self) -> dict[str, Any]:
+        """The record that replaces it."""
+        return {**self.intent(), "state": "ended", "exit": self.exit}
+
+    def set_timer(self, name: str, timer: Timer) -> None:
+        """Keep a timer under a name, replacing the one before."""
+        self.cancel_timer(name)
+        self.timers[name] = timer
+
+    def cancel_timer(self, *names: str) -> None:
+        """Cancel timers by name, if there."""
+        for name in names:
+            timer = self.timers.pop(name, None)
+            if timer is not None:
+                timer.cancel()
+
+    def close(self) -> None:
+        """Close what is open; no timer fires any more."""
+        self.cancel_timer(*list(self.timers))
+        for fd in (self.pidfd, self.report_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.report_fd = -1
+
+
+def now_ms() -> int:
+    """Wall clock, for people to read; nothing is decided by it."""
+    return time.time_ns() // 1_000_000
+
+
+def make_exit(
+    reason: str,
+    *,
+    exit_code: int | None = None,
+    signal: int = 0,
+    message: str = "",
+    started_ms: int = 0,
+    ended_ms: int = 0,
+    user_s: float = 0.0,
+    system_s: float = 0.0,
+    peak_bytes: int = 0,
+) -> ExitDict:
+    """How a process ended, as it is stored and sent."""
+    return {
+        "reason": reason,
+        "exit_code": exit_code,
+        "signal": signal,
+        "message": message[:MESSAGE_CHARS_MAX],
+        "started_ms": started_ms,
+        "ended_ms": ended_ms or now_ms(),
+        "cpu_user_s": user_s,
+        "cpu_system_s": system_s,
+        "memory_peak_bytes": peak_bytes,
+    }

@@ -1,0 +1,195 @@
+"""From fork to exec: what happens in the new process before the program takes over.
+
+Errors go to the shim through a pipe that exec closes: first a line with the pid as the host sees it, then, if something
+failed, a JSON object with stage and errno.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from . import sysapi
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """All that a child needs. Paths are absolute.
+
+    Attributes:
+        stdout, stderr: files to append to; their folder is made when `make_folders`.
+        scratch: folder to make and start in when `cwd` is empty.
+        join: control files to write ``0`` to.
+        oom_score_adj: how readily the kernel picks it when memory runs out.
+        die_with_parent: have the kernel kill it when the shim dies; only without a pid namespace of our own.
+    """
+
+    argv: Sequence[str]
+    env: dict[str, str]
+    cwd: str
+    scratch: str
+    stdout: str
+    stderr: str
+    join: Sequence[str]
+    oom_score_adj: int
+    die_with_parent: bool
+    nofile: tuple[int, int]
+
+
+def unusable(argv: Sequence[str], env: dict[str, str]) -> str:
+    """Why no program can ever be started with these; empty when one might."""
+    if not argv or not argv[0]:
+        return "the command is empty"
+    if any("\0" in item for item in argv):
+        return "an argument contains a NUL character"
+    try:
+        for item in (*argv, *env, *env.values()):
+            os.fsencode(item)
+    except UnicodeEncodeError:
+        return "an argument or environment variable cannot be written in bytes"
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            return f"the environment variable {name!r} has a name or value that no process can have"
+    return ""
+
+
+def explain(stage: str, number: int, program: str, cwd: str) -> str:
+    """What went wrong between fork and exec, for people."""
+    why = os.strerror(number)
+    match stage:
+        case "exec":
+            if number == errno.ENOENT:
+                return f"program not found: {program}"
+            if number == errno.EACCES:
+                return f"not executable: {program} (permission denied)"
+            if number == errno.ENOEXEC:
+                return f"not executable: {program} is neither a program for this machine nor a script with a #! line"
+            if number == errno.E2BIG:
+                return "the arguments and environment together are too long for this machine"
+            return f"cannot execute {program}: {why}"
+        case "interpreter":
+            return f"cannot execute {program}: the interpreter named in its first line was not found"
+        case "cwd":
+            if number in (errno.ENOENT, errno.ENOTDIR):
+                return f"working directory missing: {cwd}"
+            return f"cannot enter the working directory {cwd}: {why}"
+        case "scratch":
+            return f"cannot make the scratch directory: {why}"
+        case "logs":
+            return f"cannot open the log files: {why}"
+        case "cgroup":
+            return f"cannot enter the cgroup: {why}"
+        case _:
+            return f"cannot start (at {stage}): {why}"
+
+
+def run(spawn: Spawn, report: int, outer_proc: int) -> NoReturn:
+    """Become the program. Called in the child; never returns, whatever happens."""
+    stage = ["setup"]
+    try:
+        with contextlib.suppress(OSError):
+            os.write(report, os.readlink("self", dir_fd=outer_proc).encode() + b"\n")
+        _become(spawn, stage)
+    except OSError as error:
+        text = json.dumps({"stage": stage[0], "errno": error.errno or 0})
+        os.write(report, text.encode())
+    finally:
+        os._exit(127)
+
+
+def _become(spawn: Spawn, stage: list[str]) -> NoReturn:
+    os.setsid()
+    stage[0] = "cgroup"
+    for path in spawn.join:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, b"0")
+        os.close(fd)
+    stage[0] = "setup"
+    if spawn.die_with_parent:
+        sysapi.set_parent_death_signal(signal.SIGKILL)
+    _reset_signals()
+    _reset_priority(spawn.oom_score_adj)
+    with contextlib.suppress(OSError, ValueError):
+        restore_limits(spawn.nofile)
+    os.umask(0o022)
+    stage[0] = "logs"
+    _open_streams(spawn)
+    stage[0] = "scratch"
+    if not spawn.cwd:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(spawn.scratch, 0o700)  # noqa: PTH102 - no pathlib between fork and exec
+        os.chdir(spawn.scratch)
+    else:
+        stage[0] = "cwd"
+        os.chdir(spawn.cwd)
+    stage[0] = "exec"
+    _exec(spawn, stage)
+
+
+def _reset_signals() -> None:
+    for number in signal.valid_signals():
+        # SIGKILL, SIGSTOP and what libc keeps for itself cannot be set
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _reset_priority(oom_score_adj: int) -> None:
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    with contextlib.suppress(OSError):
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, str(oom_score_adj).encode())
+        os.close(fd)
+
+
+def restore_limits(nofile: tuple[int, int]) -> None:
+    """Give back the limit on open files that the shim raised for itself."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, nofile)
+
+
+def _open_streams(spawn: Spawn) -> None:
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, path in ((1, spawn.stdout), (2, spawn.stderr)):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o700)  # noqa: PTH102, PTH120 - no pathlib between fork and exec
+        fd = os.open(path, flags, 0o640)
+        os.dup2(fd, number)
+
+
+def _exec(spawn: Spawn, stage: list[str]) -> NoReturn:
+    program = spawn.argv[0]
+    if "/" in program:
+        candidates = [program]
+    else:
+        folders = (spawn.env.get("PATH") or DEFAULT_PATH).split(":")
+        candidates = [f"{folder or '.'}/{program}" for folder in folders]
+    refused: OSError | None = None
+    for path in candidates:
+        try:
+            os.execve(path, list(spawn.argv), spawn.env)  # noqa: S606 - a shell is the caller's choice
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                if os.path.isfile(path):  # noqa: PTH113
+                    stage[0] = "interpreter"
+                    raise
+                continue
+            if error.errno != errno.EACCES or not os.path.exists(path):  # noqa: PTH110
+                raise
+            refused = refused or error
+    if refused is not None:
+        raise refused
+    raise FileNotFoundError(errno.ENOENT, "not found")

@@ -1,0 +1,258 @@
+"""The records on disk, written by a child process of the shim's own.
+
+The shim itself never touches the disk: a frozen disk would stop its loop in an fsync, and with it the dead-man's
+switch. So a second small process writes, in the order asked, and answers when things are durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from .wire import BadMessage, Lines, Message, decode, encode
+
+TO_TRASH = "moved to the trash"  # the answer to a `discard` that leaves work
+LOG_BYTES_MAX = 1 << 20  # of each of the shim's two log files
+Ack = Callable[[str], None]
+"""Called with an empty text when the thing is durable, else with what went wrong."""
+
+
+class Layout:
+    """Where things are in a state directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.attempts = root / "attempts"
+        self.services = root / "services"
+        self.logs = root / "logs"
+        self.scratch = root / "scratch"
+        self.trash = root / "trash"
+
+    def make(self) -> None:
+        """Create what is missing; ours alone to read."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self.attempts, self.services, self.logs, self.scratch, self.trash):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def put_file(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, so that after a crash it is whole: the old or the new. Its folder is not synced."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    finally:
+        os.close(fd)
+    temporary.rename(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and removals in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_records(folder: Path) -> tuple[dict[str, Message], list[str]]:
+    """All records of a folder by name, and the names of those that cannot be read. Left-over temporary files go."""
+    records: dict[str, Message] = {}
+    broken = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            path.unlink(missing_ok=True)
+            continue
+        try:
+            record = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            record = None
+        if isinstance(record, dict):
+            records[path.name] = record
+        else:
+            broken.append(path.name)
+    return records, broken
+
+
+# In the writing process ---------------------------------------------------------------------------------------------
+
+
+class _Log:
+    """The shim's own log: two files of bounded size."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            if self._path.exists() and self._path.stat().st_size > LOG_BYTES_MAX:
+                self._path.replace(self._path.with_name(self._path.name + ".1"))
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(text)
+
+
+def _do(message: Message, dirty: set[Path]) -> str:
+    path = Path(message["path"])
+    match message["op"]:
+        case "put":
+            put_file(path, message["data"].encode())
+            dirty.add(path.parent)
+        case "remove":
+            path.unlink(missing_ok=True)
+            dirty.add(path.parent)
+        case "discard":
+            # Usually empty: one call. Else out of the way with it, and the janitor takes its time.
+            try:
+                path.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:
+                path.rename(Path(message["trash"]) / f"{path.name}.{os.urandom(4).hex()}")
+                return TO_TRASH
+        case _:
+            raise BadMessage("unknown operation")
+    return ""
+
+
+def _serve(sock: socket.socket, log: _Log) -> None:
+    lines = Lines(64 << 20)
+    while data := sock.recv(1 << 18):
+        answers: dict[int, str] = {}
+        folders: dict[int, Path] = {}
+        dirty: set[Path] = set()
+        # All that has gathered shares one sync of each folder.
+        for line in lines.feed(data):
+            message = decode(line)
+            if message["op"] == "log":
+                log.write(message["text"])
+                continue
+            number = message["n"]
+            answers[number] = ""
+            folders[number] = Path(message["path"]).parent
+            try:
+                answers[number] = _do(message, dirty)
+            except OSError as error:
+                answers[number] = error.strerror or str(error)
+        for folder in dirty:
+            try:
+                sync_folder(folder)
+            except OSError as error:
+                for number in answers:
+                    if folders[number] == folder:
+                        answers[number] = answers[number] or error.strerror or str(error)
+        if answers:
+            sock.sendall(b"".join(encode({"n": n, "error": e}) for n, e in answers.items()))
+
+
+def _writer_main(sock: socket.socket, log_path: Path, close: Callable[[], None]) -> NoReturn:
+    status = 1
+    try:
+        close()
+        _serve(sock, _Log(log_path))
+        status = 0
+    except (OSError, BadMessage) as error:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"writer: {error}\n")
+    finally:
+        os._exit(status)
+
+
+# In the shim --------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """The shim's end of the writing process. Never blocks."""
+
+    OUTPUT_BYTES_MAX = 256 << 20  # a full shim, every intent with the longest arguments; never reached in practice
+
+    def __init__(self, layout: Layout, close_in_child: Callable[[], None]) -> None:
+        self._layout = layout
+        self._close_in_child = close_in_child
+        self._waiting: dict[int, tuple[Message, Ack]] = {}
+        self._next = 1
+        self.pid = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start the process (again), and ask again for all that was not answered: each thing may be done twice."""
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            _writer_main(theirs, self._layout.root / "shim.log", self._close_in_child)
+        theirs.close()
+        ours.setblocking(False)
+        self.sock = ours
+        self.pid = pid
+        self._lines = Lines()
+        self._out = bytearray()
+        for message, _ in list(self._waiting.values()):
+            self._out += encode(message)
+
+    @property
+    def wants_to_write(self) -> bool:
+        """True when the socket should be watched for room."""
+        return bool(self._out)
+
+    def put(self, path: Path, record: Message, ack: Ack) -> None:
+        """Make `record` durable at `path`."""
+        self._ask({"op": "put", "path": str(path), "data": json.dumps(record)}, ack)
+
+    def remove(self, path: Path, ack: Ack) -> None:
+        """Remove a file durably."""
+        self._ask({"op": "remove", "path": str(path)}, ack)
+
+    def discard(self, path: Path, ack: Ack) -> None:
+        """Remove a folder, at once if it is empty, else by moving it to the trash."""
+        self._ask({"op": "discard", "path": str(path), "trash": str(self._layout.trash)}, ack)
+
+    def log(self, text: str) -> None:
+        """Write to the shim's log; dropped when the disk cannot keep up."""
+        if len(self._out) < 1 << 20:
+            self._out += encode({"op": "log", "text": text})
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what fits."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            while self._out:
+                del self._out[: self.sock.send(self._out)]
+
+    def answers(self) -> list[tuple[Ack, str]] | None:
+        """What was answered since; None when the process has died."""
+        try:
+            data = self.sock.recv(1 << 18)
+        except BlockingIOError:
+            return []
+        except ConnectionResetError:
+            return None
+        if not data:
+            return None
+        done = []
+        for line in self._lines.feed(data):
+            message = decode(line)
+            waiting = self._waiting.pop(message["n"], None)
+            if waiting is not None:
+                done.append((waiting[1], message["error"]))
+        return done
+
+    def _ask(self, message: Message, ack: Ack) -> None:
+        number = self._next
+        self._next += 1
+        message["n"] = number
+        self._waiting[number] = (message, ack)
+        self._out += encode(message)
+        self.flush()

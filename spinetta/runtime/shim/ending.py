@@ -1,0 +1,187 @@
+"""How a process ends: noticed, what it left is killed, counted, recorded on disk, reaped, reported. In that order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+
+from . import proctable, sysapi
+from .attempt import Held, Phase, make_exit, now_ms
+from .cgroup import Counters
+from .disk import Writer
+from .loop import Loop, now_s
+from .spawn import read_report
+
+LEFTOVER_WAIT_S = 10.0  # for killed processes to go; past it (stuck in the kernel) the end is reported all the same
+RECORD_WAIT_S = 5.0  # for the disk; past it the end is reported unrecorded, and the writing goes on
+RECORD_AGAIN_S = 5.0
+REMOVE_TRIES_MAX = 100
+_DELAYS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+class Ending:
+    """The way from a dead process to a reported end. `ended` is called once for each.
+
+    Attributes:
+        unreaped: pids of main processes that are ours to reap, in time.
+    """
+
+    def __init__(self, loop: Loop, writer: Writer, log: Callable[[str], None], ended: Callable[[Held], None]) -> None:
+        self._loop = loop
+        self._writer = writer
+        self._log = log
+        self._ended = ended
+        self.unreaped: set[int] = set()
+
+    def noticed(self, held: Held) -> bool:
+        """Look whether the main process has ended; if so set its end going. True when it has."""
+        if held.phase >= Phase.ENDING:
+            return True
+        if held.pidfd < 0:
+            return False
+        # WNOWAIT: it stays a zombie until its exit is on disk.
+        result = os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if result is None:
+            return False
+        held.status = (result.si_code == os.CLD_EXITED, result.si_status)
+        held.ended_ms = now_ms()
+        held.phase = Phase.ENDING
+        held.cancel_timer("walltime", "kill")
+        self._loop.unwatch(held.pidfd)
+        if held.report_fd >= 0:
+            read_report(held)
+            self._loop.unwatch(held.report_fd)
+            os.close(held.report_fd)
+            held.report_fd = -1
+        held.leftover_since_s = now_s()
+        self._clear(held, 0)
+        return True
+
+    def on_pidfd(self, held: Held) -> None:
+        """The kernel says that the main process has ended."""
+        self.noticed(held)
+
+    def kill_all(self, held: Held) -> None:
+        """One round of SIGKILL to everything that belongs to it."""
+        if held.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(held.pidfd, signal.SIGKILL)
+        # Not reaped yet, so neither the group's nor the session's number can be another's.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(held.pid, signal.SIGKILL)
+        if held.group and held.group.kills:
+            held.group.kill()
+        else:
+            proctable.kill_session(held.pid)
+
+    def finish(self, held: Held) -> None:
+        """Record the end (`held.exit`) if anything was recorded before, then report it."""
+        held.phase = Phase.ENDING
+        if held.has_intent:
+            held.set_timer("report", self._loop.call_in(RECORD_WAIT_S, lambda: self._late(held)))
+            self.record(held)
+        else:
+            self._report(held)
+
+    def record(self, held: Held) -> None:
+        """Write the exit record, until it is written or forgotten."""
+        self._writer.put(held.record_path, held.ended(), lambda error: self._recorded(held, error))
+
+    def drop(self, held: Held) -> None:
+        """Forgotten: stop writing its record, reap it, close everything."""
+        held.forgotten = True
+        held.cancel_timer("record")
+        self._reap(held)
+
+    def _clear(self, held: Held, tries: int) -> None:
+        """Kill what the main process left, and look again until nothing is left."""
+        if held.group and held.group.kills:
+            left = held.group.populated()
+            if left:
+                held.group.kill()
+        else:
+            left = proctable.kill_session(held.pid)
+        if left and now_s() - held.leftover_since_s < LEFTOVER_WAIT_S:
+            delay_s = _DELAYS_S[min(tries, len(_DELAYS_S) - 1)]
+            held.set_timer("clear", self._loop.call_in(delay_s, lambda: self._clear(held, tries + 1)))
+            return
+        if held.exit is None:
+            self._judge(held, stuck=left)
+            self.finish(held)
+
+    def _judge(self, held: Held, *, stuck: bool) -> None:
+        """Decide what to call the end."""
+        counters = held.group.counters() if held.group else Counters()
+        usage = sysapi.ended_usage(held.pidfd) or (0.0, 0.0, 0)
+        exited, number = held.status or (True, 0)
+        message = "some of its processes are stuck in the kernel and could not be killed" if stuck else ""
+        if held.spawn_error:
+            reason, message = "spawn-failed", held.spawn_error
+        elif held.stop_why and held.signalled:
+            reason = held.stop_why
+        elif counters.oom_kills:
+            reason = "out-of-memory"
+            limit = held.limits.memory_bytes
+            message = (
+                f"killed for exceeding its memory limit of {limit} bytes" if limit else "the machine ran out of memory"
+            )
+        else:
+            reason = "exit" if exited else "signal"
+        failed = bool(held.spawn_error)
+        held.exit = make_exit(
+            reason,
+            exit_code=number if exited and not failed else None,
+            signal=0 if exited else number,
+            message=message,
+            started_ms=held.started_ms,
+            ended_ms=held.ended_ms,
+            user_s=usage[0] if counters.cpu_user_s is None else counters.cpu_user_s,
+            system_s=usage[1] if counters.cpu_system_s is None else counters.cpu_system_s,
+            peak_bytes=usage[2] if counters.memory_peak_bytes is None else counters.memory_peak_bytes,
+        )
+        self._remove_group(held, 0)
+
+    def _remove_group(self, held: Held, tries: int) -> None:
+        if held.group is None or held.group.remove():
+            return
+        if tries >= REMOVE_TRIES_MAX:
+            self._log(f"{held.key}: its cgroup cannot be removed; the next start of a shim will try again")
+            return
+        # Something is in it that was not seen before: a process that had moved, or one that takes its time to die.
+        held.group.kill()
+        delay_s = _DELAYS_S[min(tries, len(_DELAYS_S) - 1)]
+        self._loop.call_in(delay_s, lambda: self._remove_group(held, tries + 1))
+
+    def _recorded(self, held: Held, error: str) -> None:
+        if held.forgotten:
+            return
+        if error:
+            self._log(f"{held.key}: cannot write its exit record, trying again: {error}")
+            held.set_timer("record", self._loop.call_in(RECORD_AGAIN_S, lambda: self.record(held)))
+            self._report(held, f"its exit could not be recorded: {error}")
+            return
+        held.recorded = True
+        self._reap(held)
+        self._report(held)
+
+    def _late(self, held: Held) -> None:
+        self._log(f"{held.key}: the disk has not taken its exit record for {RECORD_WAIT_S} s")
+        self._report(held, "its exit is not recorded yet: the disk does not answer")
+
+    def _report(self, held: Held, remark: str = "") -> None:
+        held.cancel_timer("report")
+        if held.phase is Phase.ENDED:
+            return
+        held.phase = Phase.ENDED
+        if remark and held.exit is not None:
+            held.exit["message"] = "; ".join(part for part in (held.exit["message"], remark) if part)
+        self._ended(held)
+
+    def _reap(self, held: Held) -> None:
+        if held.pidfd >= 0:
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG)
+            self.unreaped.discard(held.pid)
+        held.close()

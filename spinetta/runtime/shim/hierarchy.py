@@ -1,0 +1,166 @@
+"""Where this machine's control groups are: version 1, version 2, or both at once (hybrid).
+
+`detect` is a function of the texts of ``/proc/self/mountinfo`` and ``/proc/self/cgroup``; only `prepare` touches files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+WANTED = ("memory", "cpu", "cpuacct", "pids", "freezer")
+LEAF = "spinetta-self"  # where we move ourselves in a delegated cgroup2, whose inner groups may hold no processes
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """One mounted tree of groups.
+
+    Attributes:
+        version: 1 or 2.
+        controllers: those of WANTED that it has (version 2: filled by `prepare`).
+        mount: where it is mounted.
+        own: the group that we are in.
+    """
+
+    version: int
+    controllers: frozenset[str]
+    mount: Path
+    own: Path
+
+
+def _unescape(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), field)
+
+
+def _own_paths(cgroup: str) -> dict[str, str]:
+    """Our group by controller; version 2 under the empty name."""
+    paths = {}
+    for line in cgroup.splitlines():
+        parts = line.split(":", 2)
+        if len(parts) == 3:
+            for name in parts[1].split(","):
+                paths[name] = parts[2]
+    return paths
+
+
+def detect(mountinfo: str, cgroup: str) -> tuple[list[Hierarchy], list[str]]:
+    """The hierarchies of use to us, and what is wrong with others, in words."""
+    own_paths = _own_paths(cgroup)
+    found: list[Hierarchy] = []
+    problems: list[str] = []
+    taken: set[str] = set()
+    for line in mountinfo.splitlines():
+        fields = line.split(" ")
+        if "-" not in fields:
+            continue
+        dash = fields.index("-")
+        kind, options = fields[dash + 1], fields[dash + 3].split(",")
+        if kind not in ("cgroup", "cgroup2"):
+            continue
+        root, mount = _unescape(fields[3]), Path(_unescape(fields[4]))
+        names = [""] if kind == "cgroup2" else [name for name in options if name in WANTED]
+        names = [name for name in names if name in own_paths and name not in taken]
+        if not names:
+            continue
+        own = own_paths[names[0]]
+        relative = own.removeprefix(root.rstrip("/")) if own == root or own.startswith(root.rstrip("/") + "/") else None
+        if relative is None:
+            # In a container with the host's paths in /proc/self/cgroup and another part of the tree mounted.
+            problems.append(f"the cgroup {own} is not below {root}, which is mounted at {mount}")
+            continue
+        if "ro" in fields[5].split(","):
+            problems.append(f"{mount} is mounted read-only")
+            continue
+        taken.update(names)
+        path = mount / relative.strip("/")
+        found.append(Hierarchy(2 if kind == "cgroup2" else 1, frozenset(names) - {""}, mount, path))
+    return found, problems
+
+
+def read_text(path: Path) -> str:
+    """The content of a control file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        chunks = []
+        while chunk := os.read(fd, 1 << 16):
+            chunks.append(chunk)
+        return b"".join(chunks).decode("ascii", "replace")
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write to a control file, which must exist."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, content.encode("ascii"))
+    finally:
+        os.close(fd)
+
+
+def _words(path: Path) -> set[str]:
+    with contextlib.suppress(OSError):
+        return set(read_text(path).split())
+    return set()
+
+
+def _delegated(group: Path) -> bool:
+    """Whether the service manager handed us this group (systemd marks it so)."""
+    for name in ("user.delegate", "trusted.delegate"):
+        with contextlib.suppress(OSError):
+            if os.getxattr(group, name) == b"1":
+                return True
+    return False
+
+
+def _enable(group: Path, wanted: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in _words(group / "cgroup.subtree_control")]
+    if missing:
+        write_text(group / "cgroup.subtree_control", " ".join(f"+{name}" for name in missing))
+
+
+def _move_into_leaf(group: Path) -> None:
+    """Empty a delegated group of its processes (the daemon and ourselves), so that it may have groups with limits."""
+    leaf = group / LEAF
+    leaf.mkdir(exist_ok=True)
+    for pid in read_text(group / "cgroup.procs").split():
+        with contextlib.suppress(ProcessLookupError):
+            write_text(leaf / "cgroup.procs", pid)
+
+
+def base_v2(tree: Hierarchy) -> tuple[Path, frozenset[str], list[str]]:
+    """The group under which ours can be made with limits, the controllers it gives, and what is wrong.
+
+    Our own group if it may pass its controllers on; else, being allowed, the nearest group above that may.
+    """
+    own = tree.own.parent if tree.own.name == LEAF else tree.own
+    offered = [name for name in WANTED if name in _words(tree.mount / "cgroup.controllers")]
+    if not offered:
+        return own, frozenset(), []  # hybrid: version 1 has the controllers
+    problems = []
+    group = own
+    while True:
+        try:
+            if set(offered) <= _words(group / "cgroup.controllers"):
+                try:
+                    _enable(group, offered)
+                except OSError as error:
+                    if error.errno != errno.EBUSY or group != own or not _delegated(group):
+                        raise
+                    _move_into_leaf(group)
+                    _enable(group, offered)
+                return group, frozenset(offered), []
+        except OSError as error:
+            why = "it holds processes and is not delegated" if error.errno == errno.EBUSY else error.strerror
+            problems.append(f"{group} cannot pass on its controllers: {why}")
+        if group == tree.mount or group.parent == group:
+            break
+        group = group.parent
+    passed = _words(own / "cgroup.subtree_control") & set(offered)
+    return own, frozenset(passed), problems or [f"{own} lacks controllers"]

@@ -1,0 +1,331 @@
+"""Starts, stops, fences and remembers what the shim holds. How things end is in `ending`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from . import child, proctable
+from .attempt import ExitDict, Held, Phase, make_exit, now_ms
+from .cgroup import Cgroups
+from .disk import TO_TRASH, Layout, Writer
+from .ending import Ending
+from .loop import READ, Loop, Timer, now_s
+from .spawn import Surroundings, read_report, spawn
+from .wire import ATTEMPTS_MAX, SERVICES_MAX
+
+FORGOTTEN_MAX = 1024  # ends still known after `forget`, for a start that comes late and again
+KILL_AGAIN_S = 0.05
+NEVER = float("inf")
+
+
+class Refused(Exception):
+    """A request cannot be carried out. `code` is for programs."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Keeper:
+    """All attempts and services of one node.
+
+    Attributes:
+        closing: nothing is started any more.
+        trash_waits: there is something to remove that takes time.
+        on_end: called with each attempt or service that has ended.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        layout: Layout,
+        writer: Writer,
+        cgroups: Cgroups,
+        around: Surroundings,
+        kill_margin_s: float,
+        log: Callable[[str], None],
+    ) -> None:
+        self._loop = loop
+        self._layout = layout
+        self._writer = writer
+        self._cgroups = cgroups
+        self._around = around
+        self._log = log
+        self._renewed_at_s: float | None = None
+        self._kill_margin_s = kill_margin_s
+        self._fence_timer = Timer(NEVER, self._fence)
+        self._forgotten: OrderedDict[str, ExitDict] = OrderedDict()
+        self.attempts: dict[str, Held] = {}
+        self.services: dict[str, Held] = {}
+        self.closing = False
+        self.trash_waits = False
+        self.on_end: Callable[[Held], None] = lambda _held: None
+        self.ending = Ending(loop, writer, log, self._ended)
+
+    # Asked for by clients ----------------------------------------------------------------------------------------
+
+    def start(self, request: Held, done: Callable[[ExitDict | None], None]) -> None:
+        """Start an attempt; `done` gets None when it runs, else how it ended. The same key again changes nothing."""
+        held = self.attempts.get(request.key)
+        if held is None and (old := self._forgotten.get(request.key)) is not None:
+            done(old)
+            return
+        if held is None:
+            self._may_start(self.attempts, ATTEMPTS_MAX, "attempts")
+            held = self.attempts[request.key] = request
+            held.waiters.append(lambda: done(request.exit))
+            self._prepare(held)
+        elif held.phase >= Phase.RUNNING:
+            done(held.exit)
+        else:
+            waiting = held
+            held.waiters.append(lambda: done(waiting.exit))
+
+    def start_service(self, request: Held, done: Callable[[Held], None]) -> None:
+        """Start a service; one that has ended is replaced, one that runs is left alone."""
+        held = self.services.get(request.key)
+        if held is None or held.phase is Phase.ENDED:
+            if held is None:
+                self._may_start(self.services, SERVICES_MAX, "services")
+            elif self.closing:
+                raise Refused("closing", "the shim is ending")
+            else:
+                self.ending.drop(held)
+            held = self.services[request.key] = request
+            held.waiters.append(lambda: done(request))
+            self._prepare(held)
+        elif held.phase >= Phase.RUNNING:
+            done(held)
+        else:
+            waiting = held
+            held.waiters.append(lambda: done(waiting))
+
+    def stop(self, held: Held, why: str, wait_s: float | None = None, number: int = signal.SIGTERM) -> None:
+        """Ask for the end: a signal to the process group, after `wait_s` SIGKILL to everything.
+
+        The first reason stays.
+        """
+        if held.phase >= Phase.ENDING or self.ending.noticed(held):
+            return  # it ended by itself: its exit is its own
+        held.stop_why = held.stop_why or why
+        held.stop_signal = number
+        if held.phase is Phase.PREPARING:
+            return  # seen when the intent is on disk
+        if held.phase is Phase.RUNNING:
+            self._signal(held, number)
+        # else when the program has taken over: until then the signal would be lost
+        if "kill" not in held.timers:
+            delay_s = held.stop_wait_s if wait_s is None else wait_s
+            held.set_timer("kill", self._loop.call_in(delay_s, lambda: self._kill(held)))
+
+    def renew(self, renewed_at_s: float) -> None:
+        """A renewal that was sent at `renewed_at_s` has been committed. Never backwards, never in the future."""
+        at_s = min(renewed_at_s, now_s())
+        if self._renewed_at_s is None or at_s > self._renewed_at_s:
+            self._renewed_at_s = at_s
+            self._arm_fence()
+
+    def widen_margin(self, kill_margin_s: float) -> None:
+        """Kill earlier, if a client counts on a wider margin than the one before."""
+        if kill_margin_s > self._kill_margin_s:
+            self._kill_margin_s = kill_margin_s
+            self._arm_fence()
+
+    @property
+    def kill_margin_s(self) -> float:
+        """The margin in force."""
+        return self._kill_margin_s
+
+    def forget(self, key: str, done: Callable[[str], None]) -> None:
+        """Remove all but the logs of an ended attempt; `done` gets an empty text or what the disk said."""
+        held = self.attempts.get(key)
+        if held is None:
+            done("")
+            return
+        if held.phase is not Phase.ENDED:
+            raise Refused("running", f"{key} has not ended")
+
+        def removed(error: str) -> None:
+            if not error and self.attempts.get(key) is held:
+                del self.attempts[key]
+                self._forgotten[key] = held.exit or make_exit("shim-lost")
+                if len(self._forgotten) > FORGOTTEN_MAX:
+                    self._forgotten.popitem(last=False)
+            done(error)
+
+        self.ending.drop(held)
+        if held.scratch:
+            self._writer.discard(held.scratch, self._discarded)
+        self._writer.remove(held.record_path, removed)
+
+    def adopt_ended(self, held: Held) -> None:
+        """Take over what an earlier shim left behind: an end, recorded or not."""
+        (self.services if held.service else self.attempts)[held.key] = held
+        held.phase = Phase.ENDED
+        if not held.recorded:
+            self.ending.record(held)
+
+    def all_held(self) -> Iterable[Held]:
+        """Attempts and services."""
+        yield from self.attempts.values()
+        yield from self.services.values()
+
+    # Starting ----------------------------------------------------------------------------------------------------
+
+    def _may_start(self, table: dict[str, Held], most: int, what: str) -> None:
+        if self.closing:
+            raise Refused("closing", "the shim is ending")
+        if len(table) >= most:
+            raise Refused("full", f"the shim holds {most} {what}, some of which may wait to be forgotten")
+
+    def _prepare(self, held: Held) -> None:
+        if problem := child.unusable(held.argv, held.env):
+            self._not_started(held, "spawn-failed", problem)
+        elif self._overdue(held):
+            self._not_started(held, "fenced", self._overdue_message())
+        else:
+            held.started_ms = now_ms()
+            self._writer.put(held.record_path, held.intent(), lambda error: self._intended(held, error))
+
+    def _intended(self, held: Held, error: str) -> None:
+        held.has_intent = not error
+        if error:
+            self._not_started(held, "spawn-failed", f"cannot write the record of the attempt: {error}")
+        elif held.stop_why:
+            self._not_started(held, held.stop_why, "ended before it was started")
+        elif self._overdue(held):
+            # Again: the disk may have taken its time.
+            self._not_started(held, "fenced", self._overdue_message())
+        else:
+            self._spawn(held)
+
+    def _not_started(self, held: Held, reason: str, message: str) -> None:
+        held.started_ms = 0
+        held.exit = make_exit(reason, message=message)
+        self.ending.finish(held)
+
+    def _spawn(self, held: Held) -> None:
+        try:
+            name = f"service@{held.key}" if held.service else held.key
+            held.group = self._cgroups.create(name, held.limits)
+        except OSError as error:
+            self._not_started(held, "spawn-failed", f"cannot set the limits: {error}")
+            return
+        try:
+            spawn(held, self._around)
+        except OSError as error:
+            held.group.remove()
+            self._not_started(held, "spawn-failed", f"cannot fork: {error.strerror}")
+            return
+        held.phase = Phase.SPAWNING
+        held.started_ms = now_ms()
+        self.ending.unreaped.add(held.pid)
+        self._loop.watch(held.report_fd, READ, lambda _mask: self._reported(held))
+        self._loop.watch(held.pidfd, READ, lambda _mask: self.ending.on_pidfd(held))
+        if held.walltime_s:
+            due_s = now_s() + held.walltime_s
+            held.set_timer("walltime", self._loop.call_at(due_s, lambda: self.stop(held, "walltime")))
+        self._arm_fence(held)
+        if not self._around.isolated:
+            self._note_pid(held)
+
+    def _note_pid(self, held: Held) -> None:
+        """Without a pid namespace a later shim may have to find it: pid and start time name it for ever."""
+        process = proctable.read(held.pid)
+        if process is not None:
+            where = {"pid": held.pid, "start_ticks": process.start_ticks, "boot_id": proctable.boot_id()}
+            self._writer.put(held.record_path, {**held.intent(), **where}, lambda _error: None)
+
+    def _reported(self, held: Held) -> None:
+        if not read_report(held):
+            return
+        self._loop.unwatch(held.report_fd)
+        os.close(held.report_fd)
+        held.report_fd = -1
+        if held.phase is not Phase.SPAWNING or held.spawn_error:
+            return  # its exit tells the rest
+        held.phase = Phase.RUNNING
+        if held.stop_why:
+            self._signal(held, held.stop_signal)
+        _call_all(held.waiters)
+
+    # Ending ------------------------------------------------------------------------------------------------------
+
+    def _signal(self, held: Held, number: int) -> None:
+        held.signalled = True
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(held.pid, number)
+            os.killpg(held.pid, signal.SIGCONT)  # a stopped process sees the signal only once it goes on
+
+    def _kill(self, held: Held) -> None:
+        if not held.alive or self.ending.noticed(held):
+            return
+        held.signalled = True
+        self.ending.kill_all(held)
+        held.set_timer("kill", self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(held)))
+
+    def _ended(self, held: Held) -> None:
+        _call_all(held.waiters)
+        _call_all(held.end_waiters)
+        self.on_end(held)
+
+    def _discarded(self, error: str) -> None:
+        if error == TO_TRASH:
+            self.trash_waits = True
+        elif error:
+            self._log(f"cannot remove a scratch directory: {error}")
+
+    # The dead-man's switch ---------------------------------------------------------------------------------------
+
+    def _deadline_s(self, held: Held) -> float:
+        if held.service:
+            return NEVER
+        if self._renewed_at_s is None:
+            return float("-inf")
+        return self._renewed_at_s + held.grace_s - self._kill_margin_s
+
+    def _overdue(self, held: Held) -> bool:
+        return now_s() >= self._deadline_s(held)
+
+    def _overdue_message(self) -> str:
+        if self._renewed_at_s is None:
+            return "not started: the node has not renewed its registration yet"
+        return "not started: the node's latest renewal is too old"
+
+    def _arm_fence(self, added: Held | None = None) -> None:
+        """Set the timer to the earliest deadline to come; of all attempts, or with one more."""
+        if added is not None:
+            due_s = min(self._deadline_s(added), self._fence_timer.due_s)
+            if due_s == self._fence_timer.due_s:
+                return
+        else:
+            due_s = min((self._deadline_s(held) for held in self.attempts.values() if held.alive), default=NEVER)
+        self._set_fence(due_s)
+
+    def _set_fence(self, due_s: float) -> None:
+        self._fence_timer.cancel()
+        self._fence_timer = self._loop.call_at(due_s, self._fence) if due_s < NEVER else Timer(NEVER, self._fence)
+
+    def _fence(self) -> None:
+        """Kill everything whose deadline has passed."""
+        due_s = NEVER
+        for held in list(self.attempts.values()):
+            if not held.alive:
+                continue
+            if not self._overdue(held):
+                due_s = min(due_s, self._deadline_s(held))
+            elif not self.ending.noticed(held):
+                held.stop_why = held.stop_why or "fenced"
+                self._kill(held)
+        self._set_fence(due_s)
+
+
+def _call_all(waiters: list[Callable[[], None]]) -> None:
+    calls = list(waiters)
+    waiters.clear()
+    for call in calls:
+        call()

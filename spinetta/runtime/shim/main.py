@@ -1,0 +1,319 @@
+"""The shim's life: detach, sweep what an earlier one left, serve, end."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+from . import detach, proctable, sysapi
+from .attempt import Held, Phase, make_exit
+from .cgroup import Cgroups, Limits, sweep
+from .disk import Layout, Writer, put_file, read_records
+from .hierarchy import detect
+from .keeper import Keeper
+from .loop import READ, WRITE, Loop
+from .server import Identity, Server, listen
+from .spawn import Surroundings
+from .wire import IDENTITY_NAME
+
+SWEEP_LIMIT_S = 10.0
+ORPHANS_AGAIN_S = 1.0
+_IGNORED = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "TSTP", "TTIN", "TTOU", "PIPE", "XFSZ")
+
+
+def main(arguments: list[str]) -> int:
+    """Start with one argument, the configuration as JSON. What comes of it is one JSON line on standard output."""
+    config = json.loads(arguments[0])
+    layout = Layout(Path(config["state_dir"]))
+    try:
+        layout.make()
+        around = detach.detach(layout.root, isolate=config["isolate"])
+    except detach.CannotStart as problem:
+        _say({problem.kind: str(problem)})
+        return 1
+    except OSError as error:
+        _say({"failed": str(error)})
+        return 1
+    try:
+        shim = Shim(layout, around, config)
+    except OSError as error:
+        _say({"failed": str(error)})
+        return 1
+    _say({"ready": shim.identity.shim})
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 1)
+    shim.run()
+    return 0
+
+
+def _say(message: dict[str, str]) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")
+
+
+class Shim:
+    """Everything put together."""
+
+    def __init__(self, layout: Layout, around: detach.Detached, config: dict[str, object]) -> None:
+        self._layout = layout
+        node, kill_margin_s = str(config["node"]), float(str(config["kill_margin_s"]))
+        self._warnings: list[str] = list(around.warnings)
+        for name in _IGNORED:
+            signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
+        nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (nofile[1], nofile[1]))
+        previous = _read_identity(layout)
+        self._sweep(previous)
+        self._cgroups = self._make_cgroups(node, previous)
+        self._claim_priority()
+        self.identity = Identity(
+            shim=os.urandom(8).hex(),
+            node=node,
+            capabilities=self._capabilities(around),
+            warnings=tuple(self._warnings),
+        )
+        self._write_identity(around)
+        os.chdir("/")
+        leftovers = self._leftovers()
+        self._listening = listen(layout.root)
+        self._loop = Loop(self._log)
+        self._writer = Writer(layout, lambda: self._close_inherited(around))
+        self._keeper = Keeper(
+            self._loop,
+            layout,
+            self._writer,
+            self._cgroups,
+            Surroundings(around.outer_proc, around.isolated, nofile),
+            kill_margin_s,
+            self._log,
+        )
+        for held in leftovers:
+            self._keeper.adopt_ended(held)
+        self._server = Server(self._loop, self._listening, self._keeper, layout, self.identity, self._log)
+        self._janitor = 0
+        self._orphans_later = False
+
+    def run(self) -> None:
+        """Serve until told to end."""
+        self._loop.on_child(self._reap_orphans)
+        self._watch_writer()
+        self._loop.on_turn = self._after_turn
+        self._empty_trash()
+        gc.collect()
+        gc.freeze()  # children share these pages
+        self._log(f"shim {self.identity.shim} of node {self.identity.node} serves; " + "; ".join(self._warnings))
+        self._loop.run()
+        self._log("ended as asked")
+        self._cgroups.remove()
+        with contextlib.suppress(OSError):
+            (self._layout.root / "shim.sock").unlink()
+
+    # Starting ----------------------------------------------------------------------------------------------------
+
+    def _sweep(self, previous: dict[str, object]) -> None:
+        """Kill and remove what an earlier shim of this state directory left. Ours only: by the folders it noted."""
+        folders = previous.get("cgroups")
+        if isinstance(folders, list):
+            left = sweep([Path(str(folder)) for folder in folders], SWEEP_LIMIT_S)
+            self._warnings += [f"left by an earlier shim and cannot be removed: {folder}" for folder in left]
+
+    def _make_cgroups(self, node: str, previous: dict[str, object]) -> Cgroups:
+        """The groups' name stays the same for a state directory, so that what is left can be found by people too."""
+        name = previous.get("cgroup_name")
+        if not isinstance(name, str):
+            clean = "".join(c if c.isalnum() and c.isascii() else "-" for c in node)[:40]
+            name = f"spinetta-{clean}-{os.urandom(4).hex()}"
+        self._cgroup_name = name
+        try:
+            mountinfo = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
+            cgroup = Path("/proc/self/cgroup").read_text("utf-8", "surrogateescape")
+        except OSError as error:
+            return Cgroups(name, [], [f"cannot read where cgroups are: {error}"])
+        trees, problems = detect(mountinfo, cgroup)
+        return Cgroups(name, trees, problems)
+
+    def _claim_priority(self) -> None:
+        """What helps us to get the CPU within the kill margin, as far as we may."""
+        lacking = []
+        try:
+            sysapi.lock_memory()
+        except OSError:
+            lacking.append("locked memory")
+        if not sysapi.raise_priority():
+            lacking.append("priority over the tasks")
+        try:
+            Path("/proc/self/oom_score_adj").write_text("-1000")
+        except OSError:
+            lacking.append("protection when memory runs out")
+        if lacking:
+            self._warnings.append(f"the shim runs without {', '.join(lacking)}: it may kill late on a loaded machine")
+
+    def _capabilities(self, around: detach.Detached) -> tuple[str, ...]:
+        for name, reason in self._cgroups.missing.items():
+            self._warnings.append(f"{name} is missing: {reason}")
+        names = ["process", *self._cgroups.capabilities]
+        if around.isolated:
+            names.append("pid-namespace")
+        return tuple(names)
+
+    def _write_identity(self, around: detach.Detached) -> None:
+        identity = {
+            "v": 1,
+            "shim": self.identity.shim,
+            "pid": around.outer_pid,
+            "start_ticks": around.start_ticks,
+            "boot_id": proctable.boot_id(),
+            "cgroup_name": self._cgroup_name,
+            "cgroups": [str(folder) for folder in self._cgroups.folders],
+        }
+        put_file(self._layout.root / IDENTITY_NAME, json.dumps(identity).encode())
+
+    def _leftovers(self) -> list[Held]:
+        """Ends that were never forgotten, and those that the shim before us did not live to see."""
+        leftovers = []
+        for service, folder in ((False, self._layout.attempts), (True, self._layout.services)):
+            records, broken = read_records(folder)
+            for name in broken:
+                records[name] = {"key": name}
+            for name, record in records.items():
+                if record.get("state") != "ended" and record.get("boot_id") == proctable.boot_id():
+                    self._kill_stray(record)
+                leftovers.append(_from_record(self._layout, service, name, record))
+        return leftovers
+
+    def _kill_stray(self, record: dict[str, object]) -> None:
+        """Without a pid namespace it may have outlived the shim before us, and without cgroups nobody has killed it."""
+        pid, ticks = record.get("pid"), record.get("start_ticks")
+        if not isinstance(pid, int) or not isinstance(ticks, int) or pid <= 1:
+            return
+        deadline = time.monotonic() + SWEEP_LIMIT_S
+        while proctable.kill_session(pid, ticks) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    # Running -----------------------------------------------------------------------------------------------------
+
+    def _log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._writer.log(f"{stamp} {text}\n")
+
+    def _close_inherited(self, around: detach.Detached) -> None:
+        """In the writing process: what it must not hold on to."""
+        sysapi.set_name("spinetta-writer")
+        os.close(around.lock_fd)
+        self._listening.close()
+        os.dup2(0, 1)  # whoever waits for our start must see the end of that pipe
+
+    def _watch_writer(self) -> None:
+        self._writer_mask = READ
+        self._loop.watch(self._writer.sock.fileno(), READ, self._writer_ready)
+
+    def _writer_ready(self, mask: int) -> None:
+        if mask & WRITE:
+            self._writer.flush()
+        answers = self._writer.answers()
+        if answers is None:
+            self._loop.unwatch(self._writer.sock.fileno())
+            self._writer.sock.close()
+            self._writer.start()
+            self._watch_writer()
+            self._log("the writing process died and was started again")
+            return
+        for ack, error in answers:
+            ack(error)
+
+    def _after_turn(self) -> None:
+        mask = READ | WRITE if self._writer.wants_to_write else READ
+        if mask != self._writer_mask:
+            self._writer_mask = mask
+            self._loop.watch(self._writer.sock.fileno(), mask, self._writer_ready)
+        if self._keeper.trash_waits and not self._janitor:
+            self._empty_trash()
+
+    def _reap_orphans(self) -> None:
+        """We are init here: reap all that became ours, but not the main processes, whose exits are not recorded yet."""
+        while True:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if dead is None:
+                return
+            if dead.si_pid in self._keeper.ending.unreaped:
+                break
+            self._reap(dead.si_pid)
+        # The kernel shows one dead child at a time, and this one has to wait. Look behind it, but not at every signal.
+        if not self._orphans_later:
+            self._orphans_later = True
+            self._loop.call_in(ORPHANS_AGAIN_S, self._reap_hidden_orphans)
+
+    def _reap_hidden_orphans(self) -> None:
+        self._orphans_later = False
+        me = os.getpid()
+        for process in proctable.read_all():
+            if process.parent == me and process.state == "Z" and process.pid not in self._keeper.ending.unreaped:
+                self._reap(process.pid)
+        self._reap_orphans()
+
+    def _reap(self, pid: int) -> None:
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+        if pid == self._janitor:
+            self._janitor = 0
+
+    def _empty_trash(self) -> None:
+        """Remove what tasks left in their scratch directories, in a process of its own: it may take long."""
+        self._keeper.trash_waits = False
+        with contextlib.suppress(OSError):
+            self._janitor = os.fork()
+            if self._janitor == 0:
+                detach.become_remover(self._layout.trash)
+
+
+def _read_identity(layout: Layout) -> dict[str, object]:
+    with contextlib.suppress(OSError, ValueError):
+        identity = json.loads((layout.root / IDENTITY_NAME).read_bytes())
+        if isinstance(identity, dict):
+            return identity
+    return {}
+
+
+def _from_record(layout: Layout, service: bool, name: str, record: dict[str, object]) -> Held:
+    end = record.get("exit")
+    recorded = record.get("state") == "ended" and isinstance(end, dict)
+    started_ms, token = record.get("started_ms"), record.get("token")
+    held = Held(
+        key=name,
+        service=service,
+        argv=[],
+        env={},
+        cwd="",
+        stdout="",
+        stderr="",
+        record_path=(layout.services if service else layout.attempts) / name,
+        scratch=None if service else layout.scratch / name,
+        limits=Limits(),
+        walltime_s=0.0,
+        grace_s=0.0,
+        stop_wait_s=0.0,
+        token=token if isinstance(token, int) else 0,
+        incarnation=str(record.get("incarnation", "")),
+    )
+    held.started_ms = started_ms if isinstance(started_ms, int) else 0
+    held.phase, held.recorded, held.has_intent = Phase.ENDED, recorded, True
+    held.exit = (
+        end
+        if recorded and isinstance(end, dict)
+        else make_exit("shim-lost", message="ended with the shim that held it", started_ms=held.started_ms)
+    )
+    return held
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

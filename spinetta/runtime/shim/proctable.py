@@ -1,0 +1,59 @@
+"""Reading the process table."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """A line of the process table. `start_ticks` counts from the boot: with the pid it names a process for ever."""
+
+    pid: int
+    state: str
+    parent: int
+    session: int
+    start_ticks: int
+
+
+def parse_stat(content: str) -> Process:
+    """From the text of /proc/PID/stat. The name may hold anything, also spaces and parentheses."""
+    head, _, tail = content.rpartition(")")
+    fields = tail.split()
+    return Process(int(head.split(" ", 1)[0]), fields[0], int(fields[1]), int(fields[3]), int(fields[19]))
+
+
+def read(pid: int | str, proc: str = "/proc") -> Process | None:
+    """One process; None when it is gone."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return parse_stat(Path(f"{proc}/{pid}/stat").read_text("utf-8", "replace"))
+    return None
+
+
+def read_all() -> list[Process]:
+    """All processes that we can see."""
+    found = (read(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208 - no paths needed
+    return [process for process in found if process is not None]
+
+
+def kill_session(session: int, not_before_ticks: int = 0) -> bool:
+    """SIGKILL to all living processes of a session; True when there were any."""
+    some = False
+    for process in read_all():
+        if process.session != session or process.state in "ZX" or process.start_ticks < not_before_ticks:
+            continue
+        some = True
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, signal.SIGKILL)
+    return some
+
+
+def boot_id() -> str:
+    """Changes with every boot; empty when unknown."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return ""

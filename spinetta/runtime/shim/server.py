@@ -1,0 +1,451 @@
+"""The shim's socket: who may connect, what they may ask, what they are told."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .attempt import Held, Phase
+from .cgroup import Limits
+from .disk import Layout
+from .keeper import Keeper, Refused
+from .loop import READ, WRITE, Loop
+from .wire import (
+    CONNECTIONS_MAX,
+    OUTPUT_BYTES_MAX,
+    PAGE_ATTEMPTS,
+    PROTOCOL_VERSION,
+    SOCKET_NAME,
+    BadMessage,
+    Lines,
+    Message,
+    decode,
+    encode,
+    integer,
+    key,
+    number,
+    text,
+    text_map,
+    texts,
+)
+
+_RECEIVE_BYTES = 1 << 18
+REASONS = ("cancelled", "released", "fenced", "walltime", "node-lost")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the shim says of itself in `hello`."""
+
+    shim: str
+    node: str
+    capabilities: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def listen(state_dir: Path) -> socket.socket:
+    """The socket, in `state_dir`, however long its path is: an address holds 108 bytes only, so by descriptor."""
+    folder = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(SOCKET_NAME, dir_fd=folder)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        sock.bind(f"/proc/self/fd/{folder}/{SOCKET_NAME}")
+        os.chmod(SOCKET_NAME, 0o600, dir_fd=folder)
+    finally:
+        os.close(folder)
+    sock.listen(CONNECTIONS_MAX)
+    return sock
+
+
+class Connection:
+    """One client."""
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self._server = server
+        self._sock = sock
+        self._lines = Lines()
+        self._out = bytearray()
+        self.greeted = False
+        self.subscribed = False
+        self.open = True
+        self.closing = False
+
+    def on_ready(self, mask: int) -> None:
+        """Read what came, send what waits."""
+        if mask & WRITE:
+            self.flush()
+        if self.open and mask & ~WRITE:
+            self._receive()
+
+    def send(self, message: Message) -> None:
+        """Queue a message. A client that does not read is cut: after reconnecting it is told everything again."""
+        if not self.open:
+            return
+        self._out += encode(message)
+        if len(self._out) > OUTPUT_BYTES_MAX:
+            self._server.cut(self, "it does not read")
+            return
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what fits."""
+        try:
+            while self._out:
+                del self._out[: self._sock.send(self._out)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._server.cut(self, "")
+            return
+        if self.closing and not self._out:
+            self._server.cut(self, "")
+        else:
+            self._server.watch(self, READ | WRITE if self._out else READ)
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.open = False
+        self._sock.close()
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._server.cut(self, "")
+            return
+        try:
+            for line in self._lines.feed(data):
+                self._server.handle(self, decode(line))
+                if not self.open:
+                    return
+        except BadMessage as error:
+            self.send({"id": 0, "error": "bad-message", "message": str(error)})
+            self._server.cut(self, str(error))
+
+
+class Server:
+    """Serves the keeper to clients of our own user."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        keeper: Keeper,
+        layout: Layout,
+        identity: Identity,
+        log: Callable[[str], None],
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._keeper = keeper
+        self._layout = layout
+        self._identity = identity
+        self._log = log
+        self._connections: set[Connection] = set()
+        self._operations: dict[str, Callable[[Connection, Message], None]] = {
+            "start": self._start,
+            "stop": self._stop,
+            "renew": self._renew,
+            "forget": self._forget,
+            "held": self._held,
+            "usage": self._usage,
+            "start_service": self._start_service,
+            "stop_service": self._stop_service,
+            "services": self._services,
+            "subscribe": self._subscribe,
+            "shutdown": self._shutdown,
+        }
+        keeper.on_end = self._on_end
+        loop.watch(sock.fileno(), READ, self._accept)
+
+    def watch(self, connection: Connection, mask: int) -> None:
+        """Wait for a connection's socket."""
+        self._loop.watch(connection.fileno(), mask, connection.on_ready)
+
+    def cut(self, connection: Connection, why: str) -> None:
+        """Close a connection, and it alone."""
+        if connection.open:
+            if why:
+                self._log(f"a client was cut: {why}")
+            self._loop.unwatch(connection.fileno())
+            connection.close()
+        self._connections.discard(connection)
+
+    def handle(self, connection: Connection, message: Message) -> None:
+        """Answer one request."""
+        request_id = integer(message, "id")
+        name = text(message, "op")
+        try:
+            if name == "hello":
+                self._hello(connection, message)
+                return
+            if not connection.greeted:
+                raise BadMessage("hello must come first")
+            operation = self._operations.get(name)
+            if operation is None:
+                raise Refused("unknown-operation", f"this shim has no operation {name!r}")
+            operation(connection, message)
+        except Refused as refused:
+            connection.send({"id": request_id, "error": refused.code, "message": str(refused)})
+
+    def close(self) -> None:
+        """Stop listening; connections are closed when they have been told all."""
+        self._loop.unwatch(self._sock.fileno())
+        self._sock.close()
+        for connection in list(self._connections):
+            connection.closing = True
+            connection.flush()
+
+    # Connections -------------------------------------------------------------------------------------------------
+
+    def _accept(self, _mask: int) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+            sock, _ = self._sock.accept()
+            sock.setblocking(False)
+            peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            _, uid, _ = struct.unpack("3i", peer)
+            connection = Connection(self, sock)
+            if uid not in (os.geteuid(), 0):
+                self._refuse(connection, "forbidden", f"user {uid} may not talk to this shim")
+            elif len(self._connections) >= CONNECTIONS_MAX:
+                self._refuse(connection, "full", f"{CONNECTIONS_MAX} clients are connected already")
+            else:
+                self._connections.add(connection)
+                self.watch(connection, READ)
+
+    def _refuse(self, connection: Connection, code: str, message: str) -> None:
+        connection.send({"id": 0, "error": code, "message": message})
+        self.cut(connection, message)
+
+    def _hello(self, connection: Connection, message: Message) -> None:
+        version = integer(message, "version")
+        if version != PROTOCOL_VERSION:
+            raise Refused("version", f"the shim speaks version {PROTOCOL_VERSION} of its protocol, not {version}")
+        connection.greeted = True
+        self._keeper.widen_margin(number(message, "kill_margin_s", 0))
+        connection.send(
+            {
+                "id": message["id"],
+                "ok": True,
+                "version": PROTOCOL_VERSION,
+                "shim": self._identity.shim,
+                "node": self._identity.node,
+                "kill_margin_s": self._keeper.kill_margin_s,
+                "capabilities": self._identity.capabilities,
+                "warnings": self._identity.warnings,
+            }
+        )
+
+    def _subscribe(self, connection: Connection, message: Message) -> None:
+        connection.send({"id": message["id"], "ok": True})
+        connection.subscribed = True
+        for held in list(self._keeper.all_held()):
+            if held.phase is Phase.ENDED:
+                connection.send(_end_event(held))
+        connection.send({"event": "synced"})
+
+    def _on_end(self, held: Held) -> None:
+        for connection in list(self._connections):
+            if connection.subscribed:
+                connection.send(_end_event(held))
+
+    # Operations --------------------------------------------------------------------------------------------------
+
+    def _start(self, connection: Connection, message: Message) -> None:
+        name = key(message)
+        walltime_s = number(message, "walltime_s", 0)
+        held = Held(
+            key=name,
+            service=False,
+            argv=texts(message, "argv"),
+            env=text_map(message, "env"),
+            cwd=_folder(message),
+            stdout=str(self._layout.logs / name / "stdout"),
+            stderr=str(self._layout.logs / name / "stderr"),
+            record_path=self._layout.attempts / name,
+            scratch=None if message.get("cwd") else self._layout.scratch / name,
+            limits=Limits(*(integer(message, limit, 0) for limit in ("cpu_millis", "memory_bytes", "pids_max"))),
+            walltime_s=0.0 if walltime_s == float("inf") else walltime_s,
+            grace_s=number(message, "grace_s"),
+            stop_wait_s=number(message, "stop_wait_s", 10.0),
+            token=integer(message, "token", 0),
+            incarnation=text(message, "incarnation", ""),
+        )
+        self._keeper.start(held, lambda end: connection.send({"id": message["id"], "ok": True, "exit": end}))
+
+    def _stop(self, connection: Connection, message: Message) -> None:
+        why = text(message, "why")
+        if why not in REASONS:
+            raise Refused("bad-request", f"why must be one of {', '.join(REASONS)}")
+        held = self._keeper.attempts.get(key(message))
+        if held is not None:
+            self._keeper.stop(held, why)
+        connection.send({"id": message["id"], "ok": True})
+
+    def _renew(self, connection: Connection, message: Message) -> None:
+        self._keeper.renew(number(message, "renewed_at_s"))
+        connection.send({"id": message["id"], "ok": True})
+
+    def _forget(self, connection: Connection, message: Message) -> None:
+        def done(error: str) -> None:
+            if error:
+                connection.send({"id": message["id"], "error": "disk", "message": error})
+            else:
+                connection.send({"id": message["id"], "ok": True})
+
+        self._keeper.forget(key(message), done)
+
+    def _held(self, connection: Connection, message: Message) -> None:
+        after = text(message, "after", "")
+        keys = sorted(name for name in self._keeper.attempts if name > after)
+        page = [_describe(self._keeper.attempts[name]) for name in keys[:PAGE_ATTEMPTS]]
+        connection.send({"id": message["id"], "ok": True, "held": page, "more": len(keys) > PAGE_ATTEMPTS})
+
+    def _usage(self, connection: Connection, message: Message) -> None:
+        held = self._keeper.attempts.get(key(message))
+        usage = None
+        if held is not None and held.alive and held.group is not None and held.group.kills:
+            counters = held.group.counters()
+            usage = {
+                "cpu_user_s": counters.cpu_user_s or 0.0,
+                "cpu_system_s": counters.cpu_system_s or 0.0,
+                "memory_peak_bytes": counters.memory_peak_bytes or 0,
+            }
+        connection.send({"id": message["id"], "ok": True, "usage": usage})
+
+    def _start_service(self, connection: Connection, message: Message) -> None:
+        name = key(message)
+        log_path = text(message, "log_path")
+        if not log_path.startswith("/"):
+            raise Refused("bad-request", "log_path must be absolute")
+        held = Held(
+            key=name,
+            service=True,
+            argv=texts(message, "argv"),
+            env=text_map(message, "env"),
+            cwd=_folder(message),
+            stdout=log_path,
+            stderr=log_path,
+            record_path=self._layout.services / name,
+            scratch=None if message.get("cwd") else self._layout.scratch / f"service@{name}",
+            limits=Limits(),
+            walltime_s=0.0,
+            grace_s=0.0,
+            stop_wait_s=10.0,
+            token=0,
+            incarnation="",
+        )
+        self._keeper.start_service(
+            held, lambda it: connection.send({"id": message["id"], "ok": True, "service": _describe(it)})
+        )
+
+    def _stop_service(self, connection: Connection, message: Message) -> None:
+        held = self._keeper.services.get(key(message))
+        signum = integer(message, "signal", int(signal.SIGTERM))
+        if not 1 <= signum <= 64:
+            raise Refused("bad-request", "signal must be 1 to 64")
+
+        def answer() -> None:
+            connection.send({"id": message["id"], "ok": True, "service": _describe(held) if held else None})
+
+        if held is None or held.phase is Phase.ENDED:
+            answer()
+            return
+        held.end_waiters.append(answer)
+        self._keeper.stop(held, "released", number(message, "wait_s"), signum)
+
+    def _services(self, connection: Connection, message: Message) -> None:
+        services = [_describe(held) for held in self._keeper.services.values()]
+        connection.send({"id": message["id"], "ok": True, "services": services})
+
+    def _shutdown(self, connection: Connection, message: Message) -> None:
+        why = text(message, "why", "released")
+        if why not in REASONS:
+            raise Refused("bad-request", f"why must be one of {', '.join(REASONS)}")
+        Shutdown(self, self._keeper, self._loop, why, number(message, "wait_s", 10.0)).begin(
+            lambda: connection.send({"id": message["id"], "ok": True})
+        )
+
+
+class Shutdown:
+    """Ends attempts, then services in the reverse of their starting order, then the shim."""
+
+    def __init__(self, server: Server, keeper: Keeper, loop: Loop, why: str, wait_s: float) -> None:
+        self._server = server
+        self._keeper = keeper
+        self._loop = loop
+        self._why = why
+        self._wait_s = wait_s
+
+    def begin(self, done: Callable[[], None]) -> None:
+        """Start ending; `done` is called before the shim goes."""
+        self._keeper.closing = True
+        self._done = done
+        self._stop_all(
+            [held for held in self._keeper.attempts.values() if held.phase < Phase.ENDED], self._next_service
+        )
+
+    def _stop_all(self, those: list[Held], then: Callable[[], None]) -> None:
+        if not those:
+            then()
+            return
+        left = len(those)
+
+        def one_less() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                then()
+
+        for held in those:
+            held.end_waiters.append(one_less)
+            self._keeper.stop(held, self._why, min(held.stop_wait_s, self._wait_s))
+
+    def _next_service(self) -> None:
+        running = [held for held in self._keeper.services.values() if held.phase < Phase.ENDED]
+        if running:
+            self._stop_all(running[-1:], self._next_service)
+            return
+        self._done()
+        self._server.close()
+        self._loop.stop()
+
+
+def _folder(message: Message) -> str:
+    cwd = text(message, "cwd", "")
+    if cwd and (not cwd.startswith("/") or "\0" in cwd):
+        raise Refused("bad-request", "cwd must be an absolute path")
+    return cwd
+
+
+def _describe(held: Held) -> dict[str, Any]:
+    return {
+        "key": held.key,
+        "token": held.token,
+        "incarnation": held.incarnation,
+        "started_ms": held.started_ms,
+        "pid": held.outer_pid or held.pid,
+        "exit": held.exit if held.phase is Phase.ENDED else None,
+    }
+
+
+def _end_event(held: Held) -> Message:
+    if held.service:
+        return {"event": "service-exited", "name": held.key, "started_ms": held.started_ms, "exit": held.exit}
+    return {"event": "exited", "key": held.key, "exit": held.exit}

@@ -1,0 +1,87 @@
+"""Forking: the shim's side of `child`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+
+from . import child
+from .attempt import Held
+
+TASK_OOM_SCORE_ADJ = 300  # when the machine runs out of memory a task goes before the node's own processes
+SERVICE_OOM_SCORE_ADJ = -500
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all children share.
+
+    Attributes:
+        outer_proc: descriptor of the /proc that the host sees, opened before we left its pid namespace.
+        isolated: whether we are PID 1 of a pid namespace.
+        nofile: the limit on open files that children get.
+    """
+
+    outer_proc: int
+    isolated: bool
+    nofile: tuple[int, int]
+
+
+def spawn(held: Held, around: Surroundings) -> None:
+    """Fork the process of `held`; fills its pid, pidfd and report_fd. OSError: nothing was started."""
+    plan = child.Spawn(
+        argv=held.argv,
+        env=held.env,
+        cwd=held.cwd,
+        scratch=str(held.scratch or ""),
+        stdout=held.stdout,
+        stderr=held.stderr,
+        join=held.group.join_files() if held.group else [],
+        oom_score_adj=SERVICE_OOM_SCORE_ADJ if held.service else TASK_OOM_SCORE_ADJ,
+        die_with_parent=not around.isolated,
+        nofile=around.nofile,
+    )
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.set_blocking(receive, False)
+        pid = os.fork()
+    except OSError:
+        os.close(receive)
+        os.close(send)
+        raise
+    if pid == 0:
+        child.run(plan, send, around.outer_proc)
+    os.close(send)
+    try:
+        # The pid is ours until we reap it: no race here.
+        held.pidfd = os.pidfd_open(pid)
+    except OSError:
+        os.close(receive)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    held.pid = pid
+    held.report_fd = receive
+
+
+def read_report(held: Held) -> bool:
+    """Take what the child has said so far; True when it has said all: the program runs, or `spawn_error` is set."""
+    while True:
+        try:
+            data = os.read(held.report_fd, 4096)
+        except BlockingIOError:
+            return False
+        if not data:
+            break
+        held.report += data
+    pid_line, _, rest = held.report.partition(b"\n")
+    if pid_line.isdigit():
+        held.outer_pid = int(pid_line)
+    elif pid_line:
+        rest = pid_line
+    if rest:
+        failure = json.loads(rest)
+        held.spawn_error = child.explain(failure["stage"], failure["errno"], held.argv[0], held.cwd)
+    return True
