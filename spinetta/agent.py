@@ -116,7 +116,6 @@ class Agent:
         effects: list[Effect] = []
         if not self._begun:
             self._begun = True
-            self.session.begin(now)
             self.mine.open(now)
             self.nodes.open(now)
             self.offices.open(now)
@@ -162,7 +161,7 @@ class Agent:
             case AttemptEnded():
                 return self.holdings.attempt_ended(event)
             case RuntimeListed():
-                return self._runtime_listed(event)
+                return self._runtime_listed(event, now)
             case SelfChanged():
                 self.session.describe(event.record)
                 return []
@@ -238,6 +237,7 @@ class Agent:
         if mirror is self.mine and done.listing is not None:
             self.holdings.follow(deltas)
             self.holdings.listed(mirror.entries, done.listing.revision)
+            self.claims.touch()
         if mirror is self.nodes and deltas:
             self._peers_changed(membership=True)
         return effects
@@ -260,7 +260,9 @@ class Agent:
         if membership:
             self.claims.without_wait()
 
-    def _runtime_listed(self, listed: RuntimeListed) -> list[Effect]:
+    def _runtime_listed(self, listed: RuntimeListed, now: float) -> list[Effect]:
+        if not self.holdings.runtime_known:  # whether a new life may begin depends on what runs of an earlier one
+            self.session.begin(now)
         self.holdings.runtime_listed(listed)
         # A new shim knows of no renewal yet and would refuse to start anything.
         if self.session.renewed_at_s is None:

@@ -85,7 +85,9 @@ class Claims:
         self._reading_hints = False
         self._full_since_s: float | None = None
         self._look_again_at_s: float | None = None
+        self._hungry = False
         self._stale = True  # something changed since the last plan
+        self._hungry = False  # as of the last poll; a full node has nothing to look again for
 
     # --- outside view ---
 
@@ -101,16 +103,16 @@ class Claims:
     def next_s(self) -> float | None:
         """When `poll` has something to do."""
         times = []
-        if self.round is not None and self.round.stage is Stage.DOUBTFUL:
-            times.append(self.round.act_at_s)
-        if self._paused:
-            times.append(self._not_before_s)
         if self._open and self._watching and self._listing_after is None:
             times.append(self._reconcile_at_s)
         if self._open and self._full_since_s is not None:
             times.append(self._full_since_s + LINGER_S)
-        if self._open and self.round is None and self._look_again_at_s is not None:
+        if self._hungry and self.round is None and self._look_again_at_s is not None:
             times.append(self._look_again_at_s)
+        if self._paused:  # nothing else is done before the pause is over
+            times = [max(t, self._not_before_s) for t in (*times, self._not_before_s)]
+        if self.round is not None and self.round.stage is Stage.DOUBTFUL:
+            times.append(self.round.act_at_s)
         return min(times, default=None)
 
     def touch(self) -> None:
@@ -136,6 +138,8 @@ class Claims:
             return effects
         self._paused = False
         hungry = free is not None and registration is not None and slots > 0 and free.cpu_millis > 0
+        self._hungry = hungry
+        self._hungry = hungry
         effects += self._tend_window(now, hungry)
         if hungry and registration is not None and incarnation is not None and free is not None and self.round is None:
             due = self._look_again_at_s is not None and self._look_again_at_s <= now

@@ -111,7 +111,7 @@ class Leadership:
         """When `poll` has something to do."""
         times = []
         if self.office is not None:
-            times += [self._keep_alive_at_s, self._office_until_s]
+            times.append(self._office_until_s if self._keeping_alive else self._keep_alive_at_s)
             times += [c.act_at_s for c in self._cases.values() if not c.busy]
         elif self.candidate and not office_taken and not self._campaigning:
             times.append(self._campaign_at_s)

@@ -118,6 +118,11 @@ class Session:
         return effects
 
     @property
+    def told(self) -> bool:
+        """True when the others know what this node now says of itself."""
+        return self.active and self._advertised == self.record
+
+    @property
     def must_stop(self) -> bool:
         """True when nothing of this node may run on: its life has been ended by others."""
         return self.phase in (Phase.FENCED, Phase.WAITING)

@@ -255,7 +255,7 @@ class Driver:
             log.info("no answer to listing %s: %s", effect.prefix, e)
             await self.tell(ListDone(effect.tag, None))
             return
-        entries = tuple(e for kv in page.entries if (e := entry_of(kv)) is not None)
+        entries = tuple(entry for kv in page.entries if (entry := entry_of(kv)) is not None)
         await self.tell(ListDone(effect.tag, Listing(page.revision, entries, page.more)))
 
     async def _watch(self, effect: Watch) -> None:
@@ -277,7 +277,7 @@ class Driver:
         await self.tell(LeaseGranted(effect.tag, lease))
 
     async def _keep_alive(self, effect: KeepAlive) -> None:
-        ttl_s: float | None | NoAnswer
+        ttl_s: float | NoAnswer | None
         try:
             ttl_s = await self._store.keep_alive(effect.lease, timeout_s=self._busy_s)
         except (OutcomeUnknown, StoreUnavailable) as e:

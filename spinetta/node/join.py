@@ -67,7 +67,7 @@ async def _ask(peer: str, name: str, returning: bool, wall_ms: int) -> Introduct
     skew_s = abs(described.wall_ms - wall_ms) / 1000
     if skew_s > CLOCK_SKEW_MAX_S:
         raise UserError(
-            f"the clock of this machine and that of {described.node} ({peer}) are {units.format_duration(skew_s)} apart",
+            f"this machine's clock and that of {described.node} ({peer}) are {units.format_duration(skew_s)} apart",
             field="node.clock",
             hint=f"set both by NTP; at most {CLOCK_SKEW_MAX_S:g} s are allowed",
             reason="clock-skew",

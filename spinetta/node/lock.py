@@ -6,6 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from spinetta.errors import UserError
 
@@ -17,7 +18,7 @@ class DirectoryLock:
         self._path = data_dir / "daemon.lock"
         self._fd: int | None = None
 
-    def __enter__(self) -> DirectoryLock:
+    def __enter__(self) -> Self:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
