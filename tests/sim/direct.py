@@ -1,0 +1,271 @@
+"""Agents driven by hand against the model of etcd: effects wait until the test lets them happen, or loses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from spinetta import codec, keys, lifecycle, txn
+from spinetta.agent import Agent
+from spinetta.events import (
+    AttemptEnded,
+    Change,
+    Changed,
+    Commit,
+    CommitDone,
+    Effect,
+    Entry,
+    Forget,
+    GrantLease,
+    Happening,
+    KeepAlive,
+    KeptAlive,
+    LeaseGranted,
+    List,
+    ListDone,
+    Listing,
+    NoAnswer,
+    Notice,
+    Read,
+    ReadDone,
+    Reading,
+    Remember,
+    Remembered,
+    RenewRuntime,
+    RevokeLease,
+    RuntimeListed,
+    Start,
+    Started,
+    Stop,
+    Tick,
+    Unwatch,
+    Watch,
+    attempt_key,
+)
+from spinetta.model import Holding, IncarnationId, NodeId, QueueHint, Revision, State, Task, TaskId, TaskSpec
+from spinetta.settings import AgentSettings
+from spinetta.store.protocol import Changes, KeyValue
+from tests.sim.etcd_model import EtcdModel
+from tests.sim.shim_model import Script, ShimModel
+
+STEPS_MAX = 2000
+
+
+def entry_of(kv: KeyValue | None) -> Entry | None:
+    """A stored key as the agent sees it."""
+    return None if kv is None else Entry(kv.key, kv.value, kv.created, kv.modified, kv.lease)
+
+
+def changed_of(tag: str, serial: int, batches: tuple[Changes, ...] | list[Changes]) -> Changed:
+    """Several revisions as one delivery of a watch."""
+    changes = tuple(Change(c.key, entry_of(c.value), c.revision) for batch in batches for c in batch.events)
+    return Changed(tag, serial, changes, batches[-1].revision)
+
+
+def answer_of(model: EtcdModel, effect: Effect) -> Happening | None:
+    """What the store answers to an effect, at once; None for those that get no answer."""
+    match effect:
+        case Commit(tag, body):
+            return CommitDone(tag, model.commit(body))
+        case Read(tag, wanted):
+            snapshot = model.read(wanted)
+            return ReadDone(tag, Reading(snapshot.revision, {k: entry_of(v) for k, v in snapshot.entries.items()}))
+        case List(tag, prefix, after, limit):
+            page = model.list(prefix, after=after, limit=limit)
+            entries = tuple(e for kv in page.entries if (e := entry_of(kv)) is not None)
+            return ListDone(tag, Listing(page.revision, entries, page.more))
+        case GrantLease(tag, ttl_s):
+            return LeaseGranted(tag, model.grant_lease(ttl_s))
+        case KeepAlive(tag, lease):
+            return KeptAlive(tag, lease, model.keep_alive(lease))
+        case RevokeLease(lease):
+            model.revoke_lease(lease)
+            return None
+    raise AssertionError(f"not an effect on the store: {effect}")
+
+
+def no_answer_of(effect: Effect) -> Happening | None:
+    """What the agent hears when nobody answered."""
+    match effect:
+        case Commit(tag, _):
+            return CommitDone(tag, None)
+        case Read(tag, _):
+            return ReadDone(tag, None)
+        case List(tag):
+            return ListDone(tag, None)
+        case GrantLease(tag, _):
+            return LeaseGranted(tag, None)
+        case KeepAlive(tag, lease):
+            return KeptAlive(tag, lease, NoAnswer.UNKNOWN)
+        case Start(spec, attempt, token):
+            return Started(attempt_key(spec.id, attempt), token, NoAnswer.UNKNOWN)
+        case Remember(incarnation):
+            return Remembered(incarnation, done=False)
+    return None
+
+
+@dataclass
+class Node:
+    """One agent, its shim and disk, and what it wants done."""
+
+    settings: AgentSettings
+    agent: Agent
+    shim: ShimModel
+    disk: IncarnationId | None = None
+    pending: list[Effect] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    done: list[Effect] = field(default_factory=list)
+    watches: dict[str, Watch] = field(default_factory=dict)
+
+
+class Direct:
+    """Several nodes on one clock. Effects happen in order and at once, unless the test takes them out first."""
+
+    def __init__(self, *settings: AgentSettings, script: Callable[[Start], Script] | None = None) -> None:
+        self.model = EtcdModel()
+        self.now = 0.0
+        self.nodes: dict[NodeId, Node] = {}
+        self._script = script or (lambda _start: Script(1.0))
+        for each in settings:
+            self.add(each)
+
+    # --- nodes ---
+
+    def add(self, settings: AgentSettings, disk: IncarnationId | None = None) -> Node:
+        node = Node(settings, Agent(settings, disk), ShimModel(settings.kill_margin_s, self._script), disk)
+        self.nodes[settings.name] = node
+        self.tell(node, RuntimeListed(()))
+        return node
+
+    def node(self, name: str = "n1") -> Node:
+        return self.nodes[NodeId(name)]
+
+    def restart(self, node: Node) -> None:
+        """The daemon alone: what it knew and wanted is gone, the shim goes on."""
+        node.agent = Agent(node.settings, node.disk)
+        node.pending.clear()
+        node.watches.clear()
+        self.tell(node, RuntimeListed(node.shim.listing()))
+
+    def tell(self, node: Node, *events: Happening) -> None:
+        node.pending += node.agent.handle(self.now, int(self.now * 1000), *(events or (Tick(),)))
+
+    # --- effects ---
+
+    def take(self, node: Node, want: Callable[[Effect], bool]) -> Effect:
+        """Remove the first pending effect that is wanted, so that the test decides what becomes of it."""
+        effect = next(e for e in node.pending if want(e))
+        node.pending.remove(effect)
+        return effect
+
+    def perform(self, node: Node, effect: Effect) -> None:
+        """Carry out one effect and tell the agent the answer."""
+        node.done.append(effect)
+        answer: Happening | None = None
+        match effect:
+            case Start():
+                _, exit_ = node.shim.start(effect, self.now)
+                answer = Started(attempt_key(effect.spec.id, effect.attempt), effect.token, exit_)
+            case Stop(key, why):
+                node.shim.stop(key, why, self.now)
+            case Forget(key):
+                node.shim.forget(key)
+            case RenewRuntime(at_s):
+                node.shim.renew(at_s)
+            case Remember(incarnation):
+                node.disk = incarnation
+                answer = Remembered(incarnation, done=True)
+            case Notice(text):
+                node.notices.append(text)
+            case Watch(tag):
+                node.watches[tag] = effect
+            case Unwatch(tag):
+                node.watches.pop(tag, None)
+            case _:
+                answer = answer_of(self.model, effect)
+        if answer is not None:
+            self.tell(node, answer)
+        self.deliver()
+
+    def lose(self, node: Node, effect: Effect, *, arrives: bool = False) -> None:
+        """Nobody answers; what was asked has happened or not."""
+        if arrives:
+            answer_of(self.model, effect)
+            self.deliver()
+        answer = no_answer_of(effect)
+        if answer is not None:
+            self.tell(node, answer)
+
+    def deliver(self) -> None:
+        """Bring the watches what they are owed."""
+        for node in self.nodes.values():
+            for tag, watch in list(node.watches.items()):
+                owed = self.model.events_since(watch.start, watch.prefix)
+                if owed:
+                    node.watches[tag] = Watch(tag, watch.serial, watch.prefix, Revision(owed[-1].revision + 1))
+                    self.tell(node, changed_of(tag, watch.serial, owed))
+
+    # --- time ---
+
+    def settle(self) -> None:
+        """Carry out all that is wanted now."""
+        for _ in range(STEPS_MAX):
+            node = next((n for n in self.nodes.values() if n.pending), None)
+            if node is None:
+                return
+            self.perform(node, node.pending.pop(0))
+        raise AssertionError(f"no rest at {self.now}: {[n.pending[:5] for n in self.nodes.values()]}")
+
+    def run(self, until_s: float, *, stop: Callable[[], bool] = lambda: False) -> None:
+        """Let time pass, event by event, until `until_s` or until `stop` says so."""
+        self.settle()
+        for _ in range(STEPS_MAX):
+            if stop():
+                return
+            wakes = [n.agent.next_s for n in self.nodes.values()] + [n.shim.next_s for n in self.nodes.values()]
+            at_s = min([until_s, *(w for w in wakes if w is not None)])
+            self.pass_time(at_s)
+            if self.now >= until_s:
+                return
+        raise AssertionError(f"too much happens before {until_s}: now {self.now}")
+
+    def pass_time(self, at_s: float) -> None:
+        """Jump to `at_s`, let what is due happen, and settle."""
+        self.now = max(self.now, at_s)
+        self.model.advance(self.now)
+        self.deliver()
+        for node in self.nodes.values():
+            for process in node.shim.advance(self.now):
+                assert process.exit is not None
+                self.tell(node, AttemptEnded(process.key, process.exit))
+            self.tell(node)
+        self.settle()
+
+    # --- users ---
+
+    def submit(self, spec: TaskSpec) -> None:
+        task = lifecycle.submitted(spec, now_ms=int(self.now * 1000), at_node="test")
+        hint = codec.encode_hint(QueueHint.of(spec))
+        assert isinstance(self.model.commit(txn.submit(spec.id, codec.encode_task(task), hint)), txn.Committed)
+        self.deliver()
+
+    def cancel(self, task_id: TaskId) -> None:
+        task = self.task(task_id)
+        if task.state is State.RUNNING:
+            name = task.attempts[-1].node
+            kv = self.model.get(keys.running(name, task_id))
+            assert kv is not None
+            old = codec.decode_holding(kv.value)
+            asked = Holding(old.attempt, old.incarnation, old.grace_s, cancel_requested=True)
+            self.model.commit(txn.cancel_running(name, task_id, kv.modified, codec.encode_holding(asked)))
+        else:
+            kv = self.model.get(keys.queued(task_id))
+            assert kv is not None
+            over = lifecycle.cancelled_waiting(task, "by a test", now_ms=0)
+            self.model.commit(txn.cancel_waiting(task_id, kv.key, kv.modified, codec.encode_task(over)))
+        self.deliver()
+
+    def task(self, task_id: TaskId) -> Task:
+        kv = self.model.get(keys.task(task_id))
+        assert kv is not None
+        return codec.decode_task(kv.value)
