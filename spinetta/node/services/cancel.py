@@ -49,7 +49,7 @@ class Canceller:
         """
         validate.check_reason(request.reason)
         store = self._port.store
-        ids = await lookup.resolve(store, request.ids, limit=validate.GET_IDS_MAX)
+        ids = await lookup.resolve(self._port, request.ids, limit=validate.GET_IDS_MAX)
         present = await lookup.read_all(store, [keys.task(i) for i in ids])
         for task_id, field in ids.items():
             if keys.task(task_id) not in present:

@@ -43,7 +43,7 @@ class Waiter:
             NotFound: one does not exist, or was removed before its end was seen.
         """
         validate.check_wait_timeout(request.timeout_s)
-        ids = await lookup.resolve(self._port.store, request.ids, limit=validate.WAIT_IDS_MAX)
+        ids = await lookup.resolve(self._port, request.ids, limit=validate.WAIT_IDS_MAX)
         limit_s = min(request.timeout_s or limits.WAIT_MAX_S, limits.WAIT_MAX_S)
         if deadline_s is not None:
             limit_s = min(limit_s, deadline_s - limits.WAIT_MARGIN_S)
@@ -172,7 +172,7 @@ class Watcher:
         """
         ids: dict[TaskId, str] = {}
         if request.ids:
-            ids = await lookup.resolve(self._port.store, request.ids, limit=validate.WAIT_IDS_MAX)
+            ids = await lookup.resolve(self._port, request.ids, limit=validate.WAIT_IDS_MAX)
         if request.from_revision < 0:
             raise UserError("a revision is not negative", field="from_revision", hint="0: the present state first")
         w = _Watched(views.Wanted(request.filter), ids)

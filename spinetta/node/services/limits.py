@@ -5,7 +5,7 @@ from __future__ import annotations
 ANSWER_BYTES_MAX = 3 * 2**20  # clients that were not told otherwise, grpcurl for one, receive at most 4 MiB
 BATCH_BYTES_MAX = 1_000_000  # of records in one etcd request, whose limit is 1.5 MiB with all its framing
 SCAN_MAX = 5000  # tasks looked at for one page of a List: about a quarter of a second
-SCAN_STEP = 100  # records in one read: 100 of 10 kB are 1 MB
+SCAN_STEP = 500  # of them before other calls get a turn
 RUNNING_KEYS_MAX = 50_000  # read for a List of running tasks: 1,000 nodes with 50 each
 FRAGMENT_SCAN_MAX = 10_000  # newest tasks searched for the end of an id: nothing indexes the ends of keys
 CANDIDATES_MAX = 5  # shown when a fragment fits several tasks

@@ -127,7 +127,7 @@ class Logs:
             self._open -= 1
 
     async def _attempts(self, request: api.LogRequest) -> AsyncIterator[api.LogChunk]:
-        task_id = await lookup.resolve_one(self._port.store, request.id)
+        task_id = await lookup.resolve_one(self._port, request.id)
         async with contextlib.AsyncExitStack() as stack:
             listener = await stack.enter_async_context(self._hub.listen([task_id])) if request.follow else None
             followed = await _Followed.begin(self._port, task_id, listener)

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from spinetta import codec, keys, validate
 from spinetta.errors import NotFound, UserError
 from spinetta.model import NodeId, TaskId
-from spinetta.node.services import limits, views
+from spinetta.node.port import NodePort
+from spinetta.node.services import limits, ordered, views
 from spinetta.store.protocol import READ_KEYS_MAX, KeyValue, Store
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
@@ -30,7 +31,7 @@ def missing(fragment: str, field: str) -> NotFound:
     )
 
 
-async def resolve(store: Store, texts: Sequence[str], *, limit: int, field: str = "ids") -> dict[TaskId, str]:
+async def resolve(port: NodePort, texts: Sequence[str], *, limit: int, field: str = "ids") -> dict[TaskId, str]:
     """The ids that these ids or fragments mean, in their order, each once, with the field that named it.
 
     Whole ids are not looked up.
@@ -40,17 +41,18 @@ async def resolve(store: Store, texts: Sequence[str], *, limit: int, field: str 
         UserError: a fragment fits several, cannot be part of an id, or there are none or too many.
     """
     fragments = validate.check_fragments(texts, field, limit)
-    return await _resolve(store, {f"{field}[{i}]": f for i, f in enumerate(fragments)})
+    return await _resolve(port.store, {f"{field}[{i}]": f for i, f in enumerate(fragments)}, port.wall_ms())
 
 
-async def resolve_one(store: Store, text: str, *, field: str = "id") -> TaskId:
+async def resolve_one(port: NodePort, text: str, *, field: str = "id") -> TaskId:
     """As `resolve`, for a single one."""
-    return next(iter(await _resolve(store, {field: validate.id_fragment(text, field)})))
+    found = await _resolve(port.store, {field: validate.id_fragment(text, field)}, port.wall_ms())
+    return next(iter(found))
 
 
-async def _resolve(store: Store, fragments: Mapping[str, str]) -> dict[TaskId, str]:
+async def _resolve(store: Store, fragments: Mapping[str, str], now_ms: int) -> dict[TaskId, str]:
     out: dict[TaskId, str] = {}
-    recent: list[TaskId] | None = None
+    recent: tuple[TaskId, ...] | None = None
     for where, fragment in fragments.items():
         if validate.is_task_id(fragment):
             out.setdefault(TaskId(fragment), where)
@@ -59,7 +61,10 @@ async def _resolve(store: Store, fragments: Mapping[str, str]) -> dict[TaskId, s
         hits = [keys.parse_task(e.key) for e in page.entries]
         if not hits and validate.may_be_suffix(fragment):
             if recent is None:
-                recent = await _recent(store)
+                found = await ordered.newest_first(
+                    store, keys.TASK, before="", limit=limits.FRAGMENT_SCAN_MAX, now_ms=now_ms
+                )
+                recent = found.ids
             hits = [t for t in recent if validate.matches(fragment, t)]
         if not hits:
             raise missing(fragment, where)
@@ -71,12 +76,6 @@ async def _resolve(store: Store, fragments: Mapping[str, str]) -> dict[TaskId, s
             )
         out.setdefault(hits[0], where)
     return out
-
-
-async def _recent(store: Store) -> list[TaskId]:
-    """The latest ids, for fragments that are not the beginning of one."""
-    page = await store.list(keys.TASK, limit=limits.FRAGMENT_SCAN_MAX, keys_only=True, newest_first=True)
-    return [keys.parse_task(e.key) for e in page.entries]
 
 
 async def read_views(store: Store, ids: Collection[TaskId]) -> dict[TaskId, api.TaskView]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from spinetta import codec, keys, validate
 from spinetta.errors import UserError
 from spinetta.model import NodeId, Revision, TaskId
 from spinetta.node.port import NodePort
-from spinetta.node.services import limits, lookup, views
-from spinetta.store.protocol import KeyValue, Store
+from spinetta.node.services import limits, lookup, ordered, views
+from spinetta.store.protocol import Store
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 
@@ -53,7 +53,7 @@ class Query:
             NotFound: one does not exist.
             UserError: a fragment of an id fits several.
         """
-        ids = await lookup.resolve(self._port.store, request.ids, limit=validate.GET_IDS_MAX)
+        ids = await lookup.resolve(self._port, request.ids, limit=validate.GET_IDS_MAX)
         found = await lookup.read_views(self._port.store, ids)
         for task_id, field in ids.items():
             if task_id not in found:
@@ -77,112 +77,104 @@ class Query:
         wanted = views.Wanted(request.filter)
         newest = request.newest_first
         after = _parse_token(request.page_token, newest=newest)
+        now_ms = self._port.wall_ms() if newest else None
         out: list[api.TaskView] = []
         looked_at, room, revision = 0, limits.ANSWER_BYTES_MAX, Revision(0)
         while True:
-            step = min(
-                limits.SCAN_STEP, max(size - len(out), 1) if not _selective(request.filter) else limits.SCAN_STEP
-            )
-            run = await read_run(self._port.store, wanted, after=after, limit=step, newest_first=newest)
+            step = limits.SCAN_STEP if wanted.is_selective else min(size - len(out), limits.SCAN_STEP)
+            run = await read_run(self._port.store, wanted, after=after, limit=step, newest_before_ms=now_ms)
             revision = revision or run.revision
             for v in run.shown:
                 bytes_ = v.ByteSize() + 8
                 if len(out) == size or (out and bytes_ > room):
-                    token = _token(TaskId(out[-1].task.spec.id), newest=newest)
+                    token = _token(out[-1].task.spec.id, newest=newest)
                     return api.ListResponse(tasks=out, next_page_token=token, revision=revision)
                 out.append(v)
                 room -= bytes_
-            looked_at += run.looked_at
             if not run.more or run.last is None:
                 return api.ListResponse(tasks=out, revision=revision)
             after = run.last
+            looked_at += run.looked_at
             if len(out) >= size or looked_at >= limits.SCAN_MAX:
-                return api.ListResponse(tasks=out, next_page_token=_token(after, newest=newest), revision=revision)
+                token = _token(after, newest=newest)
+                return api.ListResponse(tasks=out, next_page_token=token, revision=revision)
             await asyncio.sleep(0)
-
-
-def _selective(f: api.Filter) -> bool:
-    """It says more than states, so that most of what is read may not match."""
-    return bool(f.outcomes or f.labels or f.owner or f.name or f.node)
 
 
 async def everything(store: Store, wanted: views.Wanted) -> AsyncIterator[Run]:
     """All tasks that match, oldest first, run by run."""
-    after: TaskId | None = None
+    after = ""
     while True:
-        run = await read_run(store, wanted, after=after, limit=limits.SCAN_STEP, newest_first=False)
+        run = await read_run(store, wanted, after=after, limit=limits.SCAN_STEP)
         yield run
         if not run.more or run.last is None:
             return
         after = run.last
 
 
-async def read_run(store: Store, wanted: views.Wanted, *, after: TaskId | None, limit: int, newest_first: bool) -> Run:
-    """Up to `limit` tasks after `after`, through the status keys when the filter names states."""
-    if not wanted.states or wanted.states == _EVERY_STATE:
-        page = await store.list(
-            keys.TASK, after=keys.task(after) if after else "", limit=limit, newest_first=newest_first
-        )
-        entries: Sequence[KeyValue] = page.entries
-        more, revision = page.more, page.revision
-        last = keys.parse_task(entries[-1].key) if entries else None
-    else:
-        ids, more, revision = await _by_status(store, wanted, after=after, limit=limit, newest_first=newest_first)
-        found = await lookup.read_all(store, [keys.task(i) for i in ids])
-        entries = [found[keys.task(i)] for i in ids if keys.task(i) in found]
-        last = ids[-1] if ids else None
-        limit = max(len(ids), 1)
+async def read_run(
+    store: Store, wanted: views.Wanted, *, after: str, limit: int, newest_before_ms: int | None = None
+) -> Run:
+    """Up to `limit` tasks beyond `after`, through the status keys when the filter names states.
+
+    With `newest_before_ms`, roughly the present time, in the reverse order.
+    """
+    listed = await _ids(store, wanted, after=after, limit=limit, newest_before_ms=newest_before_ms)
+    found = await lookup.read_all(store, [keys.task(i) for i in listed.ids])
+    entries = [found[keys.task(i)] for i in listed.ids if keys.task(i) in found]
     shown = [v for v in map(views.view, entries) if wanted.matches(v)]
     await lookup.add_holdings(store, shown)
-    return Run(tuple(shown), min(len(entries), limit), last, more, revision)
+    last = listed.ids[-1] if listed.ids else None
+    return Run(tuple(shown), len(listed.ids), last, listed.more, listed.revision)
 
 
-async def _by_status(
-    store: Store, wanted: views.Wanted, *, after: TaskId | None, limit: int, newest_first: bool
-) -> tuple[list[TaskId], bool, Revision]:
-    """The first `limit` ids after `after` among the status keys of the wanted states, whether there are more, and
-    the revision.
+async def _ids(
+    store: Store, wanted: views.Wanted, *, after: str, limit: int, newest_before_ms: int | None
+) -> ordered.Ids:
+    """Ids of the wanted states in order.
 
     All prefixes are read at one revision: a task on its way from one state to another is then seen exactly once.
     """
+    prefixes = [keys.TASK]
+    running = False
+    if wanted.states and wanted.states != _EVERY_STATE:
+        prefixes = [prefix for state, prefix in _STATUS.items() if state in wanted.states]
+        running = pb.RUNNING in wanted.states
+    newest = newest_before_ms is not None
     ids: set[TaskId] = set()
     horizon: TaskId | None = None  # beyond it some prefix has not been read
-    revision = Revision(0)
-    for state, prefix in _STATUS.items():
-        if state not in wanted.states:
-            continue
-        page = await store.list(
-            prefix,
-            after=prefix + after if after else "",
-            limit=limit,
-            keys_only=True,
-            newest_first=newest_first,
-            revision=revision,
-        )
-        revision = revision or page.revision
-        ids.update(keys.parse_task(e.key) for e in page.entries)
-        if page.more and page.entries:
-            last = keys.parse_task(page.entries[-1].key)
-            horizon = last if horizon is None else (max if newest_first else min)(horizon, last)
-    if pb.RUNNING in wanted.states:
+    more, revision = False, Revision(0)
+    for prefix in prefixes:
+        if newest_before_ms is not None:
+            part = await ordered.newest_first(
+                store, prefix, before=after, limit=limit, now_ms=newest_before_ms, revision=revision
+            )
+        else:
+            part = await ordered.oldest_first(store, prefix, after=after, limit=limit, revision=revision)
+        revision = revision or part.revision
+        ids.update(part.ids)
+        more = more or part.more
+        if part.more and part.ids:
+            horizon = part.ids[-1] if horizon is None else (max if newest else min)(horizon, part.ids[-1])
+    if running:
         prefix = keys.running_on(NodeId(wanted.node)) if wanted.node else keys.RUNNING
         page = await store.list(prefix, limit=limits.RUNNING_KEYS_MAX, keys_only=True, revision=revision)
         revision = revision or page.revision
-        running = (keys.parse_running(e.key)[1] for e in page.entries)
-        ids.update(t for t in running if after is None or (t < after if newest_first else t > after))
-    ordered = sorted(ids, reverse=newest_first)
+        held = (keys.parse_running(e.key)[1] for e in page.entries)
+        ids.update(t for t in held if not after or (t < after if newest else t > after))
+    in_order = sorted(ids, reverse=newest)
     if horizon is not None:
-        ordered = [t for t in ordered if (t >= horizon if newest_first else t <= horizon)]
-    return ordered[:limit], horizon is not None or len(ordered) > limit, revision
+        in_order = [t for t in in_order if (t >= horizon if newest else t <= horizon)]
+    return ordered.Ids(tuple(in_order[:limit]), more or len(in_order) > limit, revision)
 
 
-def _token(last: TaskId, *, newest: bool) -> str:
+def _token(last: str, *, newest: bool) -> str:
     return base64.urlsafe_b64encode(f"{'n' if newest else 'o'}{last}".encode()).decode()
 
 
-def _parse_token(token: str, *, newest: bool) -> TaskId | None:
+def _parse_token(token: str, *, newest: bool) -> str:
     if not token:
-        return None
+        return ""
     try:
         text = base64.urlsafe_b64decode(token.encode()).decode("ascii")
     except (ValueError, binascii.Error, UnicodeError):
@@ -192,4 +184,4 @@ def _parse_token(token: str, *, newest: bool) -> TaskId | None:
         raise UserError("not a page token", field="page_token", hint="use the one of the page before, unchanged")
     if (order == "n") != newest:
         raise UserError("this page token is of the other order", field="page_token", hint="keep newest_first as it was")
-    return TaskId(last)
+    return last

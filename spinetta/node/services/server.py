@@ -153,6 +153,7 @@ async def serve(port: NodePort, addresses: Sequence[str], *, hub: Hub | None = N
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     bound = [_bind(server, address) for address in addresses]
     api_server = ApiServer(bound, hub, health_servicer)
+    of_body: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(hub.run(), name="hub"), group.create_task(beats.run(), name="beats")]
@@ -160,10 +161,17 @@ async def serve(port: NodePort, addresses: Sequence[str], *, hub: Hub | None = N
             await api_server.set_serving(True)
             try:
                 yield api_server
+            except BaseException as e:
+                of_body = e
+                raise
             finally:
                 await server.stop(STOP_GRACE_S)
                 for task in running:
                     task.cancel()
+    except BaseExceptionGroup as several:
+        if of_body is not None and of_body in several.exceptions:
+            raise of_body from None  # the caller's own error, not one of ours
+        raise
     finally:
         await peers.close()
 

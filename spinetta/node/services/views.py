@@ -55,6 +55,9 @@ class Wanted:
                 raise UserError(f"there is no outcome {outcome}", field=f"filter.outcomes[{i}]", hint="0 to 4")
         self.states = frozenset(f.states)
         self.node = f.node
+        self.is_selective = bool(
+            f.outcomes or f.labels or f.owner or f.name or f.node
+        )  # most of what is read may not match
         self._outcomes = frozenset(f.outcomes)
         self._labels = dict(f.labels)
         self._owner = f.owner
