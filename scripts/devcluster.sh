@@ -129,8 +129,14 @@ daemon() {
 }
 shim() {
     local pid since
-    read -r pid since 2>/dev/null <"$state/$1/SHIM_FILE" && same_process "$pid" "$since" && echo "$pid"
+    read -r pid since < <(identity "$1" | sed -En 's/.*"pid": ?([0-9]+).*"start_ticks": ?([0-9]+).*/\1 \2/p') &&
+        same_process "$pid" "$since" && echo "$pid"
 }
+# What the shim wrote of itself, on one line.
+identity() { tr -d '\n' <"$state/$1/shim/shim.json" 2>/dev/null; }
+# The control groups that the shim made; they outlive it when it is killed.
+cgroups() { identity "$1" | sed -En 's/.*"cgroups": ?\[([^]]*)\].*/\1/p' | grep -oE '"/[^"]+"' | tr -d '"'; }
+
 gone() { [ -z "$(daemon "$1")$(shim "$1")" ]; }
 
 start_node() {
@@ -154,6 +160,21 @@ kill_node() {
     local pid
     for pid in $(daemon "$1") $(shim "$1"); do kill -KILL "$pid" 2>/dev/null || true; done
     wait_until 10 gone "$1" || die "$1 is still there 10 s after kill -9"
+    # Where there is no such namespace, etcd and the tasks live on in their control groups.
+    local group
+    for group in $(cgroups "$1"); do
+        if [ -d "$group" ]; then
+            find "$group" -name cgroup.procs -exec cat {} + 2>/dev/null | sort -u | xargs --no-run-if-empty kill -KILL 2>/dev/null || true
+        fi
+    done
+}
+
+# Groups without processes that a killed shim left.
+remove_cgroups() {
+    local group
+    for group in $(cgroups "$1"); do
+        case $group in */spinetta-*) find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || true ;; esac
+    done
 }
 
 stop_node() {
@@ -305,6 +326,7 @@ down() {
     done
     for pid in "${pids[@]}"; do wait "$pid" || true; done
     for name in $(names); do gone "$name" || die "$name is still running; see $state/$name.log"; done
+    for name in $(names); do remove_cgroups "$name"; done
     for name in $(names); do rm -rf "${state:?}/$name" "$state/$name.log" "$state/$name.pid"; done
     rm -rf "${state:?}/demo" "$settings"
     if [ "$made" = yes ]; then rmdir "$state" 2>/dev/null || say "$state holds things of yours and stays"; fi
