@@ -1,0 +1,164 @@
+"""What all commands share: options, settings, the client, and how errors are shown."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+
+from spinetta.cli import exits, output
+from spinetta.errors import SpinettaError, UserError
+
+if TYPE_CHECKING:
+    from spinetta.client.aio import AsyncClient
+    from spinetta.config import ClientSettings, FileTable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ETC_FILE = Path("/etc/spinetta/spinetta.toml")
+
+
+class Finished(Exception):
+    """Ends the program with a code, after everything has been said."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def json_option(command: Callable[P, T]) -> Callable[P, T]:
+    """``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, errors too.")(command)
+
+
+def config_option(command: Callable[P, T]) -> Callable[P, T]:
+    """``--config``."""
+    return click.option(
+        "--config",
+        "config_file",
+        metavar="FILE",
+        envvar="SPINETTA_CONFIG",
+        help="Settings file to read instead of the usual ones.",
+    )(command)
+
+
+def client_options(command: Callable[P, T]) -> Callable[P, T]:
+    """``--node``, ``--timeout``, ``--config``: which cluster to talk to."""
+    command = config_option(command)
+    command = click.option("--timeout", metavar="TIME", help="How long one call may take (SPINETTA_TIMEOUT; 20s).")(
+        command
+    )
+    return click.option(
+        "--node",
+        metavar="HOST:PORT,…",
+        help="Nodes to talk to, tried in order (SPINETTA_NODE; 127.0.0.1:7220). Any node of the cluster will do.",
+    )(command)
+
+
+def config_files(chosen: str | None) -> list[FileTable]:
+    """The settings files that there are, the strongest first.
+
+    Raises:
+        UserError: a file is not TOML or cannot be read, or the chosen one does not exist.
+    """
+    if chosen:
+        paths = [Path(chosen)]
+    else:
+        home = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
+        paths = [home / "spinetta" / "spinetta.toml", ETC_FILE]
+    found = (_read_toml(path, must_exist=bool(chosen)) for path in paths)
+    return [table for table in found if table is not None]
+
+
+def _read_toml(path: Path, *, must_exist: bool) -> FileTable | None:
+    import tomllib
+
+    from spinetta.config import FileTable
+
+    try:
+        text = path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        if must_exist:
+            raise UserError(f"there is no settings file {path}", field="config", hint="check --config") from None
+        return None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8", field="config", hint="save it as UTF-8") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}", field="config", hint="check its permissions") from e
+    try:
+        return FileTable(str(path), tomllib.loads(text))
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"{path} is not TOML: {e}", field="config", hint="mend that line") from e
+
+
+def client_settings(node: str | None, timeout: str | None, config_file: str | None) -> ClientSettings:
+    """Which cluster to talk to."""
+    from spinetta.config import resolve_client
+
+    return resolve_client({"node": node, "timeout": timeout}, os.environ, config_files(config_file)).settings
+
+
+def with_client(
+    work: Callable[[AsyncClient], Coroutine[Any, Any, T]],
+    node: str | None,
+    timeout: str | None,
+    config_file: str | None,
+) -> T:
+    """Run a coroutine with a client, on an event loop of its own."""
+    from spinetta.client.aio import AsyncClient
+
+    settings = client_settings(node, timeout, config_file)
+
+    async def run() -> T:
+        async with AsyncClient.from_settings(settings) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+def default_data_dir() -> str:
+    """Where a node keeps things when nothing is said."""
+    if os.geteuid() == 0:
+        return "/var/lib/spinetta"
+    state = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
+    return str(Path(state) / "spinetta")
+
+
+def show_error(error: SpinettaError, *, as_json: bool, code: int) -> None:
+    """Say what went wrong: a line for people on standard error, a document for programs on standard output."""
+    if as_json:
+        detail: dict[str, object] = {"message": str(error), "reason": exits.word_of(error), "exit_code": code}
+        if isinstance(error, UserError):
+            detail = {
+                "message": error.message,
+                "reason": error.reason,
+                "field": error.field,
+                "hint": error.hint,
+                "exit_code": code,
+            }
+        output.put_json({"error": detail})
+        return
+    sys.stdout.flush()
+    prefix = output.paint("error:", "red", on=output.in_colour(sys.stderr))
+    field = f"{error.field}: " if isinstance(error, UserError) and _says_more(error) else ""
+    output.tell(f"{prefix} {field}{error}")
+    if isinstance(error, UserError) or code != exits.UNAVAILABLE:
+        return
+    if "SPINETTA_NODE" not in os.environ:
+        output.tell("Is a node running here? Name others with --node HOST:PORT or SPINETTA_NODE.")
+
+
+def _says_more(error: UserError) -> bool:
+    """Whether the field is worth showing: not when the message names it, or begins with an origin."""
+    last = error.field.rpartition(".")[2].partition("[")[0].replace("_", "-")
+    return (
+        bool(error.field)
+        and not error.message.startswith(("-", "/", "SPINETTA_"))
+        and ("[" in error.field or last not in error.message.replace("_", "-"))
+    )

@@ -1,0 +1,354 @@
+"""``spinetta node``: run a node, and look after nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from spinetta.cli import exits, output
+from spinetta.cli.base import (
+    Finished,
+    client_options,
+    config_files,
+    config_option,
+    default_data_dir,
+    json_option,
+    with_client,
+)
+from spinetta.errors import NotFound, OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.options import NODE_OPTIONS, variable
+
+if TYPE_CHECKING:
+    from spinetta.client.aio import AsyncClient
+    from spinetta.client.views import NodeInfo, NodeList
+    from spinetta.config import Resolved
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STOP_LIMIT_S = 120.0  # for a daemon to give its tasks back and end its shim
+KEEP_LIMIT_S = 30.0
+
+
+@click.group(epilog=exits.HELP)
+def node() -> None:
+    """Run a node, and look after nodes.
+
+    \b
+    Examples:
+      spinetta node join --address 127.0.0.1:7220
+      spinetta node join --address 127.0.0.2:7220 --peers 127.0.0.1:7220 --tags ssd
+      spinetta node list
+      spinetta node drain n2 && spinetta node leave n2
+    """
+
+
+def setting_options(command: F) -> F:
+    """A flag for each setting of a node."""
+    for option in reversed(NODE_OPTIONS):
+        text = f"{option.help} [{variable(option)}]"
+        command = click.option(option.flag, option.key, metavar=option.metavar, help=text)(command)
+    return command
+
+
+def resolved_node(flags: dict[str, str | None], config_file: str | None) -> Resolved:
+    """The node's settings from flags, environment and files."""
+    from spinetta.config import resolve
+    from spinetta.names import node_name_from_host
+
+    if flags.get("data_dir"):  # what is typed is meant from here; files and variables are read anywhere
+        flags = {**flags, "data_dir": os.path.abspath(str(flags["data_dir"]))}  # noqa: PTH100 - keeps symbolic links
+    defaults = {"name": node_name_from_host(socket.gethostname()), "data_dir": default_data_dir()}
+    return resolve(flags, os.environ, config_files(config_file), defaults)
+
+
+@node.command()
+@setting_options
+@config_option
+def join(config_file: str | None, **flags: str | None) -> None:
+    """Run a node in the foreground.
+
+    Without --peers it starts a new cluster, or goes on with the one that its data directory belongs to; with --peers
+    it joins theirs. Every setting may also stand in a file (see `spinetta config show`) or a variable, named in
+    brackets below; flags come first, then variables, then files.
+
+    SIGTERM ends the daemon and leaves the tasks running for the next one (unless --on-terminate release);
+    Ctrl-C gives them back to the cluster and ends everything.
+
+    \b
+    Examples:
+      spinetta node join
+      spinetta node join --name n2 --address 127.0.0.2:7220 --data-dir /tmp/n2 --peers 127.0.0.1:7220
+      spinetta node join --cpus 8 --memory 32GiB --countables gpu=2 --tags ssd,site-a
+    """
+    resolved = resolved_node(flags, config_file)
+    from spinetta.node import daemon
+
+    raise Finished(daemon.run(resolved))
+
+
+@node.command("list")
+@json_option
+@client_options
+def list_nodes(as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
+    """List the nodes of the cluster.
+
+    ROLE: a voter runs an etcd member, a worker does not; * holds the office of the leader. AGE is the time since the
+    node started, SEEN since its last heartbeat was noticed. Resources are free/total.
+    """
+    found = with_client(_nodes, node, timeout, config_file)
+    from spinetta.cli import show
+
+    if as_json:
+        output.put_json({"nodes": [show.node_document(n) for n in found.nodes], "notices": list(found.notices)})
+        return
+    _node_table(found)
+
+
+def _node_table(found: NodeList) -> None:
+    from spinetta import units
+    from spinetta.cli import show
+
+    header = ("NAME", "ADDRESS", "STATUS", "ROLE", "CORES", "MEMORY", "DISK", "OTHER", "RUNNING", "AGE", "SEEN", "TAGS")
+    rows, colours = [], {}
+    for i, n in enumerate(found.nodes):
+        free, all_, r = n.record.free, n.record.capacity, n.record
+        other = dict(free.countables)
+        rows.append(
+            (
+                r.name,
+                r.address,
+                n.status,
+                ("voter" if n.voter else "worker") + (" *" if n.leader else ""),
+                f"{units.format_cpus(free.cpu_millis)}/{units.format_cpus(all_.cpu_millis)}",
+                f"{units.format_bytes(free.memory_bytes)}/{units.format_bytes(all_.memory_bytes)}",
+                f"{units.format_bytes(free.disk_bytes)}/{units.format_bytes(all_.disk_bytes)}",
+                ",".join(f"{name}={other.get(name, 0)}/{total}" for name, total in all_.countables),
+                str(r.running),
+                show.age(r.started_ms),
+                "" if n.beat_age_ms < 0 else units.format_duration(n.beat_age_ms / 1000),
+                ",".join(r.tags),
+            )
+        )
+        colours[(i, 2)] = {"ready": "green", "draining": "yellow", "leaving": "yellow"}.get(n.status, "red")
+    output.table(header, rows, right=(8,), colours=colours)
+    for notice in found.notices:
+        output.tell(f"notice: {notice}")
+
+
+async def _nodes(client: AsyncClient) -> NodeList:
+    return await client.nodes()
+
+
+@node.command()
+@click.argument("name", required=False)
+@json_option
+@client_options
+def show(name: str | None, as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
+    """Show one node in full; without NAME the one that is asked."""
+
+    async def work(client: AsyncClient) -> NodeInfo:
+        wanted = await _chosen(client, name)
+        found = next((n for n in (await client.nodes()).nodes if n.record.name == wanted), None)
+        if found is None:
+            raise NotFound(f"there is no node {wanted}", field="node", hint="see: spinetta node list")
+        return found
+
+    found = with_client(work, node, timeout, config_file)
+    from spinetta.cli import show as shown
+
+    if as_json:
+        output.put_json(shown.node_document(found))
+        return
+    r = found.record
+    pairs = [
+        ("Node", r.name),
+        ("Address", r.address),
+        ("Status", found.status),
+        ("Role", ("voter" if found.voter else "worker") + (", leader" if found.leader else "")),
+        ("Offers", shown.resources_words(r.capacity)),
+        ("Free", shown.resources_words(r.free) or "nothing"),
+        ("Running", str(r.running)),
+        ("Tags", ", ".join(r.tags)),
+        ("Started", shown.moment(r.started_ms)),
+        ("Heartbeat", f"{found.beat_age_ms / 1000:.1f} s ago" if found.beat_age_ms >= 0 else ""),
+        ("etcd", r.etcd_client_url + (" (leader)" if found.etcd_leader else "")),
+        ("Runtimes", ", ".join(r.runtimes)),
+        ("Incarnation", r.incarnation),
+        ("Version", r.version),
+        *(("Warning", w) for w in r.warnings),
+    ]
+    for heading, text in pairs:
+        if text:
+            output.say(f"{heading + ':':<13}{output.printable(text)}")
+
+
+async def _chosen(client: AsyncClient, name: str | None) -> str:
+    """The node that is meant: the one that answers when none is named."""
+    return name or (await client.cluster()).node
+
+
+@node.command()
+@click.argument("name", required=False)
+@json_option
+@client_options
+def drain(name: str | None, as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
+    """Let a node take no more tasks; running ones go on. Without NAME the one that is asked."""
+
+    async def work(client: AsyncClient) -> str:
+        wanted = await _chosen(client, name)
+        await client.drain(wanted)
+        return wanted
+
+    _done(with_client(work, node, timeout, config_file), "draining", "takes no more tasks", as_json)
+
+
+@node.command()
+@click.argument("name", required=False)
+@json_option
+@client_options
+def undrain(name: str | None, as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
+    """Let a drained node take tasks again. Without NAME the one that is asked."""
+
+    async def work(client: AsyncClient) -> str:
+        wanted = await _chosen(client, name)
+        await client.undrain(wanted)
+        return wanted
+
+    _done(with_client(work, node, timeout, config_file), "ready", "takes tasks again", as_json)
+
+
+def _done(name: str, status: str, text: str, as_json: bool) -> None:
+    if as_json:
+        output.put_json({"node": name, "status": status})
+    else:
+        output.say(f"{name} {text}")
+
+
+@node.command()
+@click.argument("name", required=False)
+@click.option(
+    "--wait", "wait_text", metavar="TIME", default="1h", show_default=True, help="How long to wait for its tasks."
+)
+@json_option
+@client_options
+def leave(
+    name: str | None, wait_text: str, as_json: bool, node: str | None, timeout: str | None, config_file: str | None
+) -> None:
+    """Let a node leave the cluster for good: it drains, gives up its voter's seat, deregisters and ends.
+
+    Tasks that still run when the time is over go back to the queue. Without NAME the one that is asked leaves.
+    Ctrl-C stops watching; the node goes on leaving.
+
+    \b
+    Examples:
+      spinetta node leave n2
+      spinetta node leave n2 --wait 0     # give its tasks back at once
+    """
+    from spinetta.units import parse_duration
+
+    limit_s = parse_duration(wait_text, "wait")
+
+    async def work(client: AsyncClient) -> str:
+        wanted = await _chosen(client, name)
+        done = False
+        try:
+            async for step in client.leave(wanted, timeout_s=limit_s):
+                done = done or step.done
+                if as_json:
+                    output.put_json_line(
+                        {"node": wanted, "step": step.step, "running": step.running, "done": step.done}
+                    )
+                elif not step.done:
+                    output.tell(f"{wanted}: {step.step}" + (f" ({step.running} running)" if step.running else ""))
+        except OutcomeUnknown:
+            if not done and not await _is_gone(client, wanted):
+                raise
+        if not as_json:
+            output.say(f"{wanted} has left")
+        return wanted
+
+    with_client(work, node, timeout, config_file)
+
+
+async def _is_gone(client: AsyncClient, name: str) -> bool:
+    """Whether the others say that the node has left: the one that leaves may end before its last word arrives."""
+    try:
+        return all(n.record.name != name for n in (await client.nodes()).nodes)
+    except StoreUnavailable:
+        return False
+
+
+@node.command()
+@click.option("--data-dir", metavar="PATH", help="Of the node to stop [SPINETTA_DATA_DIR].")
+@click.option("--keep", is_flag=True, help="End the daemon only: tasks and etcd go on for the next one.")
+@config_option
+def stop(data_dir: str | None, keep: bool, config_file: str | None) -> None:
+    """Stop the node that runs on this machine with this data directory.
+
+    Its tasks go back to the queue, its etcd member ends, and it may join again later; to take it out of the cluster
+    for good use `spinetta node leave`. No error when nothing runs.
+    """
+    directory = Path(resolved_node({"data_dir": data_dir}, config_file).settings.data_dir)
+    if not directory.is_dir():
+        raise UserError(f"there is no data directory {directory}", field="data_dir", hint="name it with --data-dir")
+    from spinetta.node.lock import holder
+
+    pid = holder(directory)
+    if pid is not None:
+        _end(pid, signal.SIGTERM if keep else signal.SIGINT, KEEP_LIMIT_S if keep else STOP_LIMIT_S)
+    if keep:
+        output.say("the daemon has ended; tasks and etcd go on" if pid else "no daemon was running")
+        return
+    # The daemon ends its shim itself; one whose daemon had died before is still there.
+    shim = _end_shim(directory)
+    output.say("stopped" if pid or shim else "nothing was running")
+
+
+def _end(pid: int, number: signal.Signals, limit_s: float) -> None:
+    """Signal a process and wait for its end, by a descriptor: the number might be used again."""
+    import select
+
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(fd, number)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        if not poll.poll(limit_s * 1000):
+            raise StoreUnavailable(f"process {pid} has not ended within {limit_s:g} s; look at the node's log")
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        raise UserError(
+            f"process {pid} is not ours to stop", field="data_dir", hint="use the user that started it, or root"
+        ) from None
+    finally:
+        os.close(fd)
+
+
+def _end_shim(directory: Path) -> bool:
+    """End a shim that no daemon looks after, with all that it holds; False when there is none."""
+    import asyncio
+
+    from spinetta.runtime.launch import open_socket
+    from spinetta.runtime.process import ProcessRuntime
+
+    async def end() -> bool:
+        state = directory / "shim"
+        try:
+            (await open_socket(state)).close()
+        except (OSError, TimeoutError):
+            return False
+        async with ProcessRuntime.connect(state, node="", kill_margin_s=0) as runtime:
+            await runtime.shutdown_shim()
+        return True
+
+    return asyncio.run(end())

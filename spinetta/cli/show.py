@@ -1,0 +1,288 @@
+"""Tasks and nodes as rows for people and as documents for programs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from datetime import datetime
+from typing import Any
+
+from spinetta import units
+from spinetta.client.views import NodeInfo, TaskInfo
+from spinetta.model import Attempt, Outcome, Reason, Resources, State, Task, TaskSpec, Usage
+
+# --- for programs ------------------------------------------------------------------------------------------------
+
+
+def resources_document(r: Resources) -> dict[str, Any]:
+    """An amount of resources."""
+    return {
+        "cpu_millis": r.cpu_millis,
+        "memory_bytes": r.memory_bytes,
+        "disk_bytes": r.disk_bytes,
+        "countables": dict(r.countables),
+    }
+
+
+def spec_document(s: TaskSpec) -> dict[str, Any]:
+    """A specification, in the units of the API."""
+    return {
+        "id": s.id,
+        "name": s.name,
+        "command": list(s.command),
+        "labels": dict(s.labels),
+        "env": dict(s.env),
+        "working_directory": s.working_directory,
+        "resources": resources_document(s.resources),
+        "walltime_s": s.walltime_s,
+        "tags_required": list(s.tags_required),
+        "tags_forbidden": list(s.tags_forbidden),
+        "priority": s.priority,
+        "retries": s.retries,
+        "retry_backoff_s": s.retry_backoff_s,
+        "restart_on_node_failure": s.restart_on_node_failure,
+        "owner": s.owner,
+        "grace_s": s.grace_s,
+    }
+
+
+def usage_document(u: Usage) -> dict[str, Any]:
+    """What was used."""
+    return {
+        "cpu_user_s": u.cpu_user_s,
+        "cpu_system_s": u.cpu_system_s,
+        "memory_peak_bytes": u.memory_peak_bytes,
+    }
+
+
+def attempt_document(a: Attempt) -> dict[str, Any]:
+    """One attempt. Times in milliseconds since 1970."""
+    return {
+        "number": a.number,
+        "node": a.node,
+        "incarnation": a.incarnation,
+        "token": a.token,
+        "started_ms": a.started_ms,
+        "ended_ms": a.ended_ms,
+        "outcome": outcome_word(a.outcome),
+        "exit_code": a.exit_code,
+        "signal": a.signal,
+        "reason": a.reason,
+        "message": a.message,
+        "usage": usage_document(a.usage),
+    }
+
+
+def task_document(info: TaskInfo) -> dict[str, Any]:
+    """A task. `exit_code` and `signal` are those of the latest attempt once the task has ended."""
+    t = info.task
+    last = last_attempt(t)
+    ended = t.state is State.COMPLETE and last is not None
+    return {
+        "id": t.spec.id,
+        "name": t.spec.name,
+        "state": t.state.name.lower(),
+        "outcome": outcome_word(t.outcome),
+        "reason": t.reason,
+        "message": t.message,
+        "node": info.node,
+        "exit_code": last.exit_code if last and ended else None,
+        "signal": last.signal if last and ended else 0,
+        "cancel_requested": info.cancel_requested,
+        "attempts_started": t.attempts_started,
+        "failures": t.failures,
+        "losses": t.losses,
+        "submitted_ms": t.submitted_ms,
+        "completed_ms": t.completed_ms,
+        "submitted_at_node": t.submitted_at_node,
+        "revision": info.revision,
+        "spec_omitted": info.spec_omitted,
+        "spec": spec_document(t.spec),
+        "attempts": [attempt_document(a) for a in t.attempts],
+    }
+
+
+def node_document(n: NodeInfo) -> dict[str, Any]:
+    """A node."""
+    r = n.record
+    return {
+        "name": r.name,
+        "address": r.address,
+        "status": n.status,
+        "voter": n.voter,
+        "leader": n.leader,
+        "etcd_leader": n.etcd_leader,
+        "capacity": resources_document(r.capacity),
+        "free": resources_document(r.free),
+        "running": r.running,
+        "tags": list(r.tags),
+        "beat_age_ms": n.beat_age_ms,
+        "started_ms": r.started_ms,
+        "candidate": r.candidate,
+        "incarnation": r.incarnation,
+        "boot_id": r.boot_id,
+        "etcd_client_url": r.etcd_client_url,
+        "etcd_peer_url": r.etcd_peer_url,
+        "etcd_member_id": f"{r.etcd_member_id:x}" if r.etcd_member_id else "",
+        "runtimes": list(r.runtimes),
+        "warnings": list(r.warnings),
+        "version": r.version,
+    }
+
+
+def outcome_word(o: Outcome) -> str | None:
+    """``succeeded`` and so on; None while there is none."""
+    return None if o is Outcome.NONE else o.name.lower()
+
+
+# --- for people --------------------------------------------------------------------------------------------------
+
+STATE_COLOURS = {
+    "pending": "",
+    "blocked": "dim",
+    "running": "blue",
+    "cancelling": "yellow",
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+    "lost": "red",
+}
+
+
+def last_attempt(t: Task) -> Attempt | None:
+    """The latest attempt that the record keeps."""
+    return t.attempts[-1] if t.attempts else None
+
+
+def state_word(info: TaskInfo) -> str:
+    """One word for where a task stands."""
+    t = info.task
+    if t.state is State.COMPLETE:
+        return t.outcome.name.lower()
+    if t.state is State.QUEUED:
+        return "pending"
+    if t.state is State.RUNNING and info.cancel_requested:
+        return "cancelling"
+    return t.state.name.lower()
+
+
+def exit_word(info: TaskInfo) -> str:
+    """How it ended, shortly: ``0``, ``signal 9``, ``out-of-memory``."""
+    t, last = info.task, last_attempt(info.task)
+    if t.state is not State.COMPLETE:
+        return ""
+    if last is None or t.reason not in ("", Reason.EXIT, Reason.SIGNAL):
+        return t.reason
+    if last.exit_code is not None:
+        return str(last.exit_code)
+    return f"signal {last.signal}" if last.signal else t.reason
+
+
+def age(ms: int, now_ms: int | None = None) -> str:
+    """How long ago, by this machine's clock; empty for never."""
+    if not ms:
+        return ""
+    now = int(time.time() * 1000) if now_ms is None else now_ms
+    return units.format_duration(round(max(now - ms, 0) / 1000))
+
+
+def moment(ms: int) -> str:
+    """A time in this machine's zone; empty for never."""
+    return datetime.fromtimestamp(ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z") if ms else ""
+
+
+def run_time(info: TaskInfo, now_ms: int | None = None) -> str:
+    """How long the latest attempt has run, or ran."""
+    last = last_attempt(info.task)
+    if last is None or not last.started_ms:
+        return ""
+    if last.ended_ms:
+        return units.format_duration(max(last.ended_ms - last.started_ms, 0) / 1000)
+    return age(last.started_ms, now_ms) if info.task.state is State.RUNNING else ""
+
+
+def command_line(spec: TaskSpec) -> str:
+    """The command as one would type it."""
+    return shlex.join(spec.command)
+
+
+def resources_words(r: Resources) -> str:
+    """E.g. ``2 cores, 4GiB memory, 1 gpu``; empty for nothing."""
+    parts = []
+    if r.cpu_millis:
+        parts.append(f"{units.format_cpus(r.cpu_millis)} core{'' if r.cpu_millis == 1000 else 's'}")
+    if r.memory_bytes:
+        parts.append(f"{units.format_bytes(r.memory_bytes)} memory")
+    if r.disk_bytes:
+        parts.append(f"{units.format_bytes(r.disk_bytes)} disk")
+    parts += [f"{n} {name}" for name, n in r.countables]
+    return ", ".join(parts)
+
+
+def usage_words(u: Usage) -> str:
+    """E.g. ``1.25s CPU, 12MiB peak``; empty when nothing is known."""
+    parts = []
+    if u.cpu_user_s or u.cpu_system_s:
+        parts.append(f"{units.format_duration(u.cpu_user_s + u.cpu_system_s)} CPU")
+    if u.memory_peak_bytes:
+        parts.append(f"{units.format_bytes(u.memory_peak_bytes)} peak")
+    return ", ".join(parts)
+
+
+def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
+    """A task in full, as pairs of a heading and text; what says nothing is left out."""
+    t, s = info.task, info.task.spec
+    pairs = [
+        ("Task", s.id),
+        ("Name", s.name),
+        ("State", state_word(info) + (f" on {info.node}" if t.state is State.RUNNING else "")),
+        ("Exit", exit_word(info) + (f" on {info.node}" if info.node and t.state is State.COMPLETE else "")),
+        ("Message", t.message),
+        ("Command", command_line(s) if s.command else "(not sent: the answer was too large)"),
+        ("Labels", ", ".join(f"{k}={v}" for k, v in s.labels)),
+        ("Environment", ", ".join(f"{k}={shlex.quote(v)}" for k, v in s.env)),
+        ("Directory", s.working_directory),
+        ("Resources", resources_words(s.resources)),
+        ("Time limit", units.format_duration(s.walltime_s) if s.walltime_s else ""),
+        ("Needs tags", ", ".join(s.tags_required)),
+        ("Avoids tags", ", ".join(s.tags_forbidden)),
+        ("Priority", str(s.priority) if s.priority else ""),
+        ("Retries", _retries(t)),
+        ("On node loss", "" if s.restart_on_node_failure else "is not started again"),
+        ("Grace", units.format_duration(s.grace_s) if s.grace_s else ""),
+        ("Owner", s.owner),
+        ("Submitted", moment(t.submitted_ms) + (f" at {t.submitted_at_node}" if t.submitted_at_node else "")),
+        ("Ended", moment(t.completed_ms)),
+        ("Run time", run_time(info)),
+    ]
+    last = last_attempt(t)
+    if last is not None:
+        pairs.append(("Used", usage_words(last.usage)))
+    return [(k, v) for k, v in pairs if v.strip()]
+
+
+def _retries(t: Task) -> str:
+    parts = []
+    if t.spec.retries:
+        parts.append(f"{t.failures} of {t.spec.retries} used" if t.failures <= t.spec.retries else "all used")
+    if t.losses:
+        parts.append(f"lost {t.losses} time{'s' if t.losses > 1 else ''} with its node")
+    return ", ".join(parts)
+
+
+def attempt_rows(t: Task) -> list[tuple[str, ...]]:
+    """Rows of the table of attempts: number, node, outcome, exit, run time, used, message."""
+    rows: list[tuple[str, ...]] = []
+    for a in t.attempts:
+        word = str(a.exit_code) if a.exit_code is not None else f"signal {a.signal}" if a.signal else ""
+        exit_text = word if a.reason in ("", Reason.EXIT, Reason.SIGNAL) else f"{a.reason}"
+        took = units.format_duration(max(a.ended_ms - a.started_ms, 0) / 1000) if a.ended_ms and a.started_ms else ""
+        outcome = outcome_word(a.outcome) or ("running" if t.state is State.RUNNING else "")
+        rows.append((str(a.number), a.node, outcome, exit_text, took, usage_words(a.usage), a.message))
+    return rows
+
+
+def compact(document: object) -> str:
+    """JSON on one line."""
+    return json.dumps(document, ensure_ascii=False)
