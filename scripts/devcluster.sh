@@ -260,6 +260,7 @@ lock() {
 up() {
     local name new=() old=() began=$SECONDS
     case $argument in *[!0-9]* | 0*) die "up takes a number of nodes, not $argument" ;; esac
+    [ "${argument:-3}" -le 32 ] || die "$argument nodes are too many for one machine (32)"
     local fresh=no
     [ -d "$state" ] || fresh=yes
     mkdir -p "$state"
@@ -272,7 +273,6 @@ up() {
         [ -z "$(ls -A "$state")" ] || die "$state is not empty and holds no cluster of mine"
         made=$fresh # `down` removes only what we made
     fi
-    [ "$size" -le 32 ] || die "$size nodes are too many for one machine (32)"
     save
     for name in $(names); do
         if [ -n "$(daemon "$name")" ]; then continue; fi
