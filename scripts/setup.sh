@@ -158,7 +158,7 @@ if [ -z "$extras" ] && [ -e "${mark}[dev]" ]; then extras="[dev]"; fi # once for
 if [ "$(cat "${mark}${extras}" 2>/dev/null)" != "$wanted" ] || ! "$venv/bin/python" -c 'import spinetta' 2>/dev/null; then
     say "installing spinetta$extras and what it needs into $venv"
     quietly "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --editable "$root$extras" ||
-        die "pip could not install spinetta$extras: is there a network?"
+        die "pip could not install spinetta$extras (see above; without a network it cannot)"
     rm -f "$mark" "${mark}[dev]"
     printf '%s\n' "$wanted" >"${mark}${extras}"
 fi
