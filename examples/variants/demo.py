@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spinetta.client import Client, TaskFilter, TaskInfo, make_spec
+from spinetta.client import Client, TaskInfo, make_spec
 from spinetta.errors import NotFound, SpinettaError
 from spinetta.model import State, TaskId, TaskSpec
 
@@ -121,10 +121,8 @@ class Pipeline:
         stage.tasks = {spec.id: None for spec in specs}
         began_s = time.monotonic()
         self._client.submit_many(specs)
-        for changes in self._client.watch(TaskFilter(labels=(("run", self._run),))):
-            for task in changes.tasks:
-                if task.id in stage.tasks:
-                    stage.tasks[task.id] = task
+        for changes in self._client.watch(ids=list(stage.tasks)):
+            stage.tasks.update((task.id, task) for task in changes.tasks)
             failed = next((t for t in stage.ended() if not t.succeeded), None)
             if failed is not None:
                 self._progress.leave()
