@@ -32,6 +32,7 @@ class Settings:
         tags: what this node is; tasks may require or forbid them.
         cpu_millis, memory_bytes, disk_bytes: what to offer; 0: what is detected.
         countables: further things to offer, sorted by name.
+        runtimes: how tasks may be run here; each must be installed.
         etcd_client_port, etcd_peer_port: 0: choose free ones.
         etcd_program: path or name on PATH.
         voters_wanted: how many nodes run an etcd member: 1, 3 or 5.
@@ -57,6 +58,7 @@ class Settings:
     memory_bytes: int = 0
     disk_bytes: int = 0
     countables: tuple[tuple[str, int], ...] = ()
+    runtimes: tuple[str, ...] = ("process", "runc")
     etcd_client_port: int = ETCD_CLIENT_PORT
     etcd_peer_port: int = ETCD_PEER_PORT
     etcd_program: str = "etcd"

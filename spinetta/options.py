@@ -81,6 +81,18 @@ def _tags(value: Any, where: str) -> tuple[str, ...]:
     return tuple(sorted({names.check_tag(tag, where) for tag in _items(value, where, NODE_TAGS_MAX)}))
 
 
+RUNTIMES = ("process", "runc")
+
+
+def _runtimes(value: Any, where: str) -> tuple[str, ...]:
+    found = _items(value, where, len(RUNTIMES))
+    unknown = [r for r in found if r not in RUNTIMES]
+    if unknown or "process" not in found:
+        what = f"unknown runtime {names.quoted(unknown[0])}" if unknown else "process is always among the runtimes"
+        raise UserError(what, field=where, hint=f"a list of {', '.join(RUNTIMES)}")
+    return tuple(sorted(set(found)))
+
+
 def _addresses(value: Any, where: str) -> tuple[str, ...]:
     found = [names.check_loopback_address(a, where) for a in _items(value, where, PEERS_MAX)]
     return tuple(dict.fromkeys(found))
@@ -223,6 +235,7 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("memory", "memory_bytes", units.parse_bytes, "Memory to offer (0: as detected).", "SIZE"),
     Option("disk", "disk_bytes", units.parse_bytes, "Scratch space to offer (0: as detected).", "SIZE"),
     Option("countables", "countables", parse_countables, "Further things to offer, e.g. gpu=2.", "NAME=N,…"),
+    Option("runtimes", "runtimes", _runtimes, "How tasks may be run here: process, runc.", "NAME,…"),
     Option("etcd_client_port", "etcd_client_port", _PORT, "etcd's port for clients (0: any free one).", "PORT"),
     Option("etcd_peer_port", "etcd_peer_port", _PORT, "etcd's port for its peers (0: any free one).", "PORT"),
     Option("etcd_program", "etcd_program", _program, "The etcd to run.", "PROGRAM"),

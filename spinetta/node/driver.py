@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from spinetta.agent import Agent
@@ -294,8 +293,8 @@ class Driver:
     async def _write_down(self, effect: Remember) -> None:
         try:
             await asyncio.to_thread(self._remember, effect.incarnation)
-        except OSError as e:
-            log.error("cannot write the node's state: %s", e)
+        except UserError as e:
+            log.error("%s", e)
             await self.tell(Remembered(effect.incarnation, done=False))
         else:
             await self.tell(Remembered(effect.incarnation, done=True))
@@ -335,8 +334,3 @@ class Driver:
             except RuntimeUnavailable as e:
                 log.warning("the runtime does not answer: %s", e)
             await asyncio.sleep(RUNTIME_RETRY_S)
-
-
-def log_directory(state: Path) -> Path:
-    """Where the logs of a node's attempts are."""
-    return state / "logs"

@@ -1,0 +1,164 @@
+"""How a daemon comes into its cluster: a new one, one it is told of, or the one it has been part of before."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spinetta.config import Settings
+from spinetta.errors import Fenced, UserError
+from spinetta.model import IncarnationId
+from spinetta.node.driver import wall_ms
+from spinetta.node.join import introduce
+from spinetta.node.seats import OwnSeat
+from spinetta.store import identity as identities
+from spinetta.store.identity import Identity
+from spinetta.store.process import check_version, etcd_version, find_etcd, parse_version
+from spinetta.store.supervisor import Services
+
+log = logging.getLogger("spinetta.node")
+
+
+class Memory:
+    """What this node remembers on disk; each change is written before it counts."""
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        self._path = path
+        self.identity = identity
+
+    def update(self, **changes: Any) -> None:
+        """Change some fields."""
+        changed = replace(self.identity, **changes)
+        if changed != self.identity:
+            identities.save(self._path, changed)
+            self.identity = changed
+
+    def forget(self) -> None:
+        """The node has left for good: its directory may join any cluster."""
+        self._path.unlink(missing_ok=True)
+
+
+class Entrance:
+    """The way in, once found: whom to talk to, the seat, and what an administrator should know."""
+
+    def __init__(self, memory: Memory, seat: OwnSeat, endpoints: Sequence[str], warnings: Sequence[str]) -> None:
+        self.memory = memory
+        self.seat = seat
+        self.endpoints = tuple(endpoints)
+        self.warnings = tuple(warnings)
+
+    @property
+    def incarnation(self) -> IncarnationId | None:
+        """Of this node's latest life, if it ever had one."""
+        return IncarnationId(self.memory.identity.incarnation_id) if self.memory.identity.incarnation_id else None
+
+
+async def enter(settings: Settings, data_dir: Path, services: Services) -> Entrance:
+    """Find the cluster, and start this node's etcd member if it has or founds one.
+
+    Raises:
+        UserError: it cannot be done like this.
+    """
+    path = data_dir / "identity.json"
+    known = identities.load(path)
+    if known is not None and known.node != settings.name:
+        raise UserError(
+            f"the data directory {data_dir} belongs to node {known.node}, not {settings.name}",
+            field="node.name",
+            hint=f"use --name {known.node}, or another --data-dir",
+            reason="foreign-data",
+        )
+    memory = Memory(path, known or Identity(node=settings.name))
+    program, version, warnings = await _etcd(settings, needed=settings.candidate or not settings.peers)
+    warnings += _runc(settings)
+    _choose_ports(settings, memory)
+    identity = memory.identity
+    seat = OwnSeat(
+        services,
+        name=settings.name,
+        data_dir=data_dir,
+        program=program,
+        version=version,
+        client_url=f"http://{settings.host}:{identity.etcd_client_port}",
+        peer_url=f"http://{settings.host}:{identity.etcd_peer_port}",
+        identity=lambda: memory.identity,
+        update=memory.update,
+    )
+    endpoints = await _find_cluster(settings, memory, seat)
+    memory.update(address=settings.address, endpoints=tuple(endpoints))
+    return Entrance(memory, seat, endpoints, warnings)
+
+
+async def _find_cluster(settings: Settings, memory: Memory, seat: OwnSeat) -> list[str]:
+    identity = memory.identity
+    returning = bool(identity.cluster_id)
+    if settings.peers and not identity.has_joined:
+        met = await introduce(settings.peers, name=settings.name, returning=returning, wall_ms=wall_ms())
+        if returning and met.cluster_id != identity.cluster_id:
+            raise UserError(
+                f"this node's data directory belongs to cluster {identity.cluster_id}, and {met.peer} is of cluster "
+                f"{met.cluster_id}",
+                field="node.peers",
+                hint="give the right --peers, or a --data-dir of its own for the other cluster",
+                reason="foreign-data",
+            )
+        memory.update(cluster_id=met.cluster_id)
+        return list(met.client_urls)
+    if identity.has_joined:
+        try:
+            await seat.resume()
+        except Fenced:
+            log.warning("the member of this node was removed while it was away; it goes on as a worker")
+        else:
+            others = [u for u in identity.endpoints if u != seat.client_url]
+            return [seat.client_url, *others]
+    if returning:
+        if not identity.endpoints:
+            raise UserError("this node does not know where its cluster is", field="node.peers", hint="give --peers")
+        return list(identity.endpoints)
+    await seat.bootstrap()
+    return [seat.client_url]
+
+
+async def _etcd(settings: Settings, *, needed: bool) -> tuple[str, tuple[int, int, int], tuple[str, ...]]:
+    """The program, its version, and warnings about it. A node that can never be a voter may do without."""
+    try:
+        program = find_etcd(settings.etcd_program)
+    except UserError:
+        if needed:
+            raise
+        return settings.etcd_program, (0, 0, 0), ()
+    text = await etcd_version(program)
+    return program, parse_version(text), check_version(text)
+
+
+def _runc(settings: Settings) -> tuple[str, ...]:
+    if "runc" in settings.runtimes and shutil.which("runc") is None:
+        raise UserError(
+            "there is no program 'runc'",
+            field="node.runtimes",
+            hint="on Debian: apt install runc; or offer plain processes only, with --runtimes process",
+            reason="no-runc",
+        )
+    return ()
+
+
+def _choose_ports(settings: Settings, memory: Memory) -> None:
+    """Ports stay the same for life once they have been chosen: the other members know them."""
+    identity = memory.identity
+    wanted = (settings.etcd_client_port, settings.etcd_peer_port)
+    if identity.has_joined or (identity.etcd_client_port and 0 in wanted):
+        return
+    client, peer = (port or _free_port(settings.host) for port in wanted)
+    memory.update(etcd_client_port=client, etcd_peer_port=peer)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])

@@ -1,0 +1,232 @@
+"""This node's seat among the voters: its own etcd member, if it has one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from spinetta.errors import Fenced, InvariantViolation, StoreUnavailable, UserError
+from spinetta.node.port import Member, Membership
+from spinetta.store.etcd import EtcdStore
+from spinetta.store.identity import Identity, check_data_dir
+from spinetta.store.members import Members, MemberStatus, hex_id, statuses
+from spinetta.store.process import EtcdSettings, Version, initial_cluster
+from spinetta.store.supervisor import EtcdSupervisor, Services
+
+log = logging.getLogger("spinetta.node")
+
+START_S = 60.0  # etcd's start, on a busy machine with a slow disk
+SIT_POLL_S = 0.5
+
+
+class OwnSeat:
+    """The etcd member of this node: taken, kept running, given up. `member_id` is 0 while it has none."""
+
+    def __init__(
+        self,
+        services: Services,
+        *,
+        name: str,
+        data_dir: Path,
+        program: str,
+        version: Version,
+        client_url: str,
+        peer_url: str,
+        identity: Callable[[], Identity],
+        update: Callable[..., None],
+    ) -> None:
+        self._services = services
+        self._name = name
+        self._etcd_dir = data_dir / "etcd"
+        self._log_path = (data_dir / "etcd.log").absolute()
+        self._program = program
+        self._version = version
+        self.client_url = client_url
+        self.peer_url = peer_url
+        self._identity = identity
+        self._update = update
+        self._members: Members | None = None
+        self._supervisor: EtcdSupervisor | None = None
+        self._changing = asyncio.Lock()
+
+    def attach(self, store: EtcdStore) -> None:
+        """The store through which etcd is asked about its membership."""
+        self._members = Members(store.connections)
+
+    @property
+    def member_id(self) -> int:
+        """Of this node's member; 0: it has none."""
+        text = self._identity().member_id
+        return int(text, 16) if text else 0
+
+    @property
+    def cluster_id(self) -> str:
+        """Of the cluster, hexadecimal."""
+        return self._identity().cluster_id
+
+    @property
+    def members(self) -> Members:
+        """What etcd says of itself, and changes of it."""
+        if self._members is None:
+            raise InvariantViolation("the seat is used before it has a store")
+        return self._members
+
+    # --- taking and giving up ---
+
+    async def bootstrap(self) -> None:
+        """Begin a new cluster with this node as its only voter. May be repeated after a crash."""
+        await self._start(initial_cluster([(self._name, self.peer_url)]), existing=False)
+
+    async def resume(self) -> None:
+        """Start the member that this node has had before.
+
+        Raises:
+            UserError: its data is gone or of something else.
+            Fenced: it has been removed meanwhile; the seat has been given up.
+        """
+        try:
+            await self._start(self._identity().initial_cluster, existing=True)
+        except StoreUnavailable as e:
+            log.warning("etcd is not ready yet and goes on trying (a majority of the voters must be up): %s", e)
+        except Fenced:
+            await self._put_away()
+            raise
+
+    async def take(self, member_id: int, cluster: str, cluster_id: str) -> None:
+        """Start the member that the leader has added for this node. May be repeated."""
+        async with self._changing:
+            known = self._identity()
+            if known.cluster_id and known.cluster_id != cluster_id:
+                raise UserError(f"this node belongs to etcd cluster {known.cluster_id}, not {cluster_id}")
+            if self.member_id and self.member_id != member_id:
+                # Its earlier member was removed without this node hearing of it: there is only one of a peer URL.
+                await self._put_away()
+            if self._supervisor is not None:
+                return
+            self._update(cluster_id=cluster_id)
+            await self._start(cluster, existing=True, member_id=hex_id(member_id))
+
+    async def give_up(self, member_id: int) -> None:
+        """The member has been removed from the cluster. May be repeated; another member's id is ignored."""
+        async with self._changing:
+            if self.member_id == member_id:
+                await self._put_away()
+
+    async def stop(self) -> None:
+        """Stop etcd in order; the seat is kept."""
+        if self._supervisor is not None:
+            await self._supervisor.stop()
+            self._supervisor = None
+
+    async def _start(self, cluster: str, *, existing: bool, member_id: str = "") -> None:
+        check_data_dir(self._identity(), self._etcd_dir)
+        settings = EtcdSettings(
+            program=self._program,
+            name=self._name,
+            data_dir=self._etcd_dir,
+            client_url=self.client_url,
+            peer_url=self.peer_url,
+            initial_cluster=cluster,
+            existing=existing,
+        )
+        supervisor = EtcdSupervisor(self._services, settings, log_path=self._log_path, version=self._version)
+        if self._identity().has_joined:
+            self._supervisor = supervisor  # to be kept running even when it is not ready in time
+        status: MemberStatus = await supervisor.start(timeout_s=START_S)
+        if member_id and hex_id(status.member_id) != member_id:
+            raise UserError(f"etcd started as member {hex_id(status.member_id)}, expected {member_id}")
+        self._update(
+            cluster_id=status.cluster_id,
+            member_id=hex_id(status.member_id),
+            initial_cluster=cluster,
+            has_joined=True,
+        )
+        self._supervisor = supervisor
+
+    async def _put_away(self) -> None:
+        """Stop the member for good. Its data is kept once, under another name, for a person to look at."""
+        if self._supervisor is not None:
+            await self._supervisor.stop()
+            self._supervisor = None
+        old = self._etcd_dir.with_name("etcd.removed")
+        shutil.rmtree(old, ignore_errors=True)
+        if self._etcd_dir.exists():
+            self._etcd_dir.rename(old)
+        self._update(member_id="", has_joined=False, initial_cluster="")
+        log.info("this node has given up its voter's seat")
+
+    async def run(self) -> None:
+        """Keep etcd running while there is a seat. Runs until it is cancelled."""
+        while True:
+            supervisor = self._supervisor
+            if supervisor is None:
+                await asyncio.sleep(SIT_POLL_S)
+                continue
+            async with asyncio.TaskGroup() as group:
+                keeping = group.create_task(self._keep(supervisor))
+                while self._supervisor is supervisor and not keeping.done():
+                    await asyncio.sleep(SIT_POLL_S)
+                keeping.cancel()
+
+    async def _keep(self, supervisor: EtcdSupervisor) -> None:
+        try:
+            await supervisor.run()
+        except Fenced as e:
+            log.warning("%s", e)
+            async with self._changing:
+                if self._supervisor is supervisor:
+                    await self._put_away()
+
+    # --- looking ---
+
+    async def others_vote(self) -> bool:
+        """True when some other node is a voter."""
+        listed = await self.members.members()
+        return any(not m.learner and m.member_id != self.member_id for m in listed.members)
+
+    async def endpoints(self) -> list[str]:
+        """Client URLs of the voters: the own one first, else in an order that spreads the workers over them."""
+        listed = await self.members.members()
+        urls = sorted(m.client_url for m in listed.members if m.client_url and not m.learner)
+        if self.client_url in urls and self._supervisor is not None:
+            urls.remove(self.client_url)
+            return [self.client_url, *urls]
+        turn = int.from_bytes(hashlib.blake2b(self._name.encode(), digest_size=4).digest(), "big")
+        return urls[turn % len(urls) :] + urls[: turn % len(urls)] if urls else []
+
+    async def membership(self) -> Membership:
+        """etcd's members, leader and alarms, for people."""
+        listed = await self.members.members()
+        seen = await statuses(listed.members)
+        names = {m.member_id: m.name for m in listed.members}
+        alarms = await self.members.alarms()
+        return Membership(
+            cluster_id=listed.cluster_id,
+            leader_member_id=next((s.leader_id for s in seen.values() if s is not None and s.leader_id), 0),
+            members=tuple(
+                Member(m.name, m.member_id, m.client_url, m.peer_url, m.learner)
+                for m in sorted(listed.members, key=lambda m: (m.name, m.member_id))
+            ),
+            alarms=tuple(f"etcd alarm {a.name} on {names.get(a.member_id, hex_id(a.member_id))}" for a in alarms),
+        )
+
+    async def check_may_leave(self, *, successor: bool) -> None:
+        """See that the cluster's data will be somewhere when this node has left.
+
+        Args:
+            successor: some other live node could take a seat.
+
+        Raises:
+            UserError: it would not.
+        """
+        listed = await self.members.members()
+        if self.member_id and len(listed.members) == 1 and not successor:
+            raise UserError(
+                f"{self._name} is the last node that can hold the cluster's data",
+                field="node",
+                hint="let another node join first; or stop this one with: spinetta node stop",
+            )
