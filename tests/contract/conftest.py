@@ -1,0 +1,54 @@
+"""A real etcd for a whole session, and the stores that must behave alike."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Protocol
+
+import pytest
+
+from spinetta.model import Revision
+from spinetta.store.etcd import EtcdStore
+from spinetta.store.protocol import Store
+from tests.contract.etcds import Etcd, shared_etcd
+from tests.sim.model_store import ModelStore
+
+LIMIT_S = 60.0
+_numbers = itertools.count(1)
+
+
+class CompactingStore(Store, Protocol):
+    async def compact(self, revision: Revision, *, timeout_s: float = 5.0) -> None: ...
+
+
+Scenario = Callable[[CompactingStore, str], Awaitable[None]]
+"""Given a store and a prefix of its own."""
+
+
+@pytest.fixture(scope="session")
+def etcd_server() -> Iterator[Etcd]:
+    with shared_etcd() as found:
+        yield found
+
+
+@pytest.fixture(params=["model", "etcd"])
+def on_store(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
+    """Runs a scenario on the store of the parameter."""
+    kind = request.param
+    endpoint = request.getfixturevalue("etcd_server").client if kind == "etcd" else ""
+
+    def run(scenario: Scenario) -> None:
+        async def main() -> None:
+            store: CompactingStore = EtcdStore([endpoint]) if kind == "etcd" else ModelStore()
+            try:
+                async with asyncio.timeout(LIMIT_S):
+                    await scenario(store, f"/test/{os.getpid()}-{next(_numbers)}/")
+            finally:
+                await store.close()
+
+        asyncio.run(main())
+
+    return run
