@@ -30,7 +30,7 @@ from spinetta.events import (
     attempt_key,
 )
 from spinetta.mirror import Delta
-from spinetta.model import Exit, Holding, NodeId, QueueHint, Reason, Resources, Revision, Task, TaskId
+from spinetta.model import Exit, Holding, NodeId, QueueHint, Reason, Resources, Revision, State, Task, TaskId
 
 RETRY_S = 0.5
 FINISHES_MAX = txn.NESTED_MAX
@@ -81,6 +81,8 @@ class Holdings:
         self._resolving: tuple[tuple[TaskId, Revision], ...] = ()
         self._retry_at_s: float | None = None
         self._releasing: Reason | None = None
+        self._over: dict[TaskId, Revision] = {}  # tokens known to be spent, until a listing is newer than they
+        self._listed_at = Revision(0)
         self._stopped: set[str] = set()
         self._starting: set[str] = set()
 
@@ -123,6 +125,8 @@ class Holdings:
             if known.task is None and known.token == token:
                 known.task, known.step = task, Step.STARTING
             return
+        if self._spent(task.id, token):
+            return
         self.held[task.id] = Held(task.id, token, holding, Step.STARTING, task)
 
     def follow(self, deltas: Iterable[Delta]) -> list[Effect]:
@@ -133,7 +137,7 @@ class Holdings:
             known = self.held.get(task_id)
             if d.new is None:
                 if known is not None and known.token < d.revision and known.step is not Step.RECORDING:
-                    del self.held[task_id]
+                    self._drop(known)
                 continue
             effects += self._see(task_id, d.new, known)
         return effects
@@ -145,14 +149,27 @@ class Holdings:
         listings would never appear in it.
         """
         self.store_known = True
+        self._listed_at = max(self._listed_at, revision)
+        self._over = {t: token for t, token in self._over.items() if token > revision}
         for task_id, h in list(self.held.items()):
             gone = keys.running(self.node, task_id) not in entries
             if gone and h.token <= revision and h.step is not Step.RECORDING:
-                del self.held[task_id]
+                self._drop(h)
+
+    def _drop(self, h: Held) -> None:
+        """It is no longer ours, and late news of its claim must not bring it back."""
+        del self.held[h.task_id]
+        self._over[h.task_id] = h.token
+
+    def _spent(self, task_id: TaskId, token: Revision) -> bool:
+        # What a listing as new as the token did not show (or has been dropped since) is over.
+        return self._over.get(task_id, 0) >= token or (task_id not in self.held and token <= self._listed_at)
 
     def _see(self, task_id: TaskId, entry: Entry, known: Held | None) -> list[Effect]:
         holding = codec.decode_holding(entry.value)
         if known is None or known.token < entry.created:
+            if self._over.get(task_id, 0) >= entry.created:
+                return []
             known = Held(task_id, entry.created, holding, Step.UNREAD)
             self.held[task_id] = known
         elif known.token > entry.created:
@@ -279,14 +296,13 @@ class Holdings:
         for task_id in wanted:
             held = self.held.get(task_id)
             entry = done.reading.entries.get(keys.task(task_id))
-            if held is None or held.task is not None:
+            if held is None or held.task is not None or held.token > done.reading.revision:
                 continue
             task = codec.decode_task(entry.value) if entry is not None else None
-            if task is not None and task.attempts_started == held.holding.attempt:
+            if task is not None and _is_attempt(task, self.node, held.holding):
                 held.task, held.step = task, Step.STARTING
             else:
-                # The record has moved on, so the key has gone too; the watch or the next listing will say so.
-                self._retry_at_s = now + RETRY_S
+                self._drop(held)  # the record has moved on, so the key has gone too
         return []
 
     def _record_ends(self, now_ms: int) -> list[Effect]:
@@ -323,8 +339,9 @@ class Holdings:
             return []
         # One that did not commit has lost its token: the attempt is no longer ours, and its end counts for nothing.
         for task_id, token in batch:
-            if self._current(task_id, token) is not None:
-                del self.held[task_id]
+            held = self._current(task_id, token)
+            if held is not None:
+                self._drop(held)
         return []
 
     def _resolve_doubts(self) -> list[Effect]:
@@ -353,7 +370,7 @@ class Holdings:
             if entry is not None and entry.created == token:
                 held.step = Step.ENDED
             else:
-                del self.held[task_id]
+                self._drop(held)
         return []
 
     def _current(self, task_id: TaskId, token: Revision) -> Held | None:
@@ -362,3 +379,11 @@ class Holdings:
 
     def _by_key(self, key: str) -> Held | None:
         return next((h for h in self.held.values() if h.key == key), None)
+
+
+def _is_attempt(task: Task, node: NodeId, holding: Holding) -> bool:
+    """Whether the record is of this very attempt, still running."""
+    if task.state is not State.RUNNING or not task.attempts:
+        return False
+    last = task.attempts[-1]
+    return (last.number, last.node, last.incarnation) == (holding.attempt, node, holding.incarnation)

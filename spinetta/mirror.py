@@ -39,6 +39,7 @@ class Mirror:
         self._listing = False
         self._list_at_s: float | None = None
         self._recent: dict[str, Revision] = {}
+        self._listed_at = Revision(0)
 
     @property
     def next_s(self) -> float | None:
@@ -98,6 +99,8 @@ class Mirror:
                 self._list_at_s = now + RETRY_S
 
     def _apply(self, change: Change) -> Delta | None:
+        if change.revision <= self._listed_at:
+            return None  # a watch that lags behind a listing would bring back what is gone
         if self._listing:
             self._recent[change.key] = change.revision
         old = self.entries.get(change.key)
@@ -127,4 +130,5 @@ class Mirror:
                 self.entries[key] = new
             deltas.append(Delta(key, old, new, listing.revision))
         self._recent.clear()
+        self._listed_at = listing.revision
         return deltas

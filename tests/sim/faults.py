@@ -1,0 +1,216 @@
+"""What one seed does to its world: how large it is, what is submitted, and what goes wrong when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from spinetta.model import NodeId, Resources, TaskId, TaskSpec
+from tests.builders import GIB, cpus, node_id, task_id
+
+KINDS = (
+    "net",  # requests that never arrive, arrive late, or are never answered
+    "partition",  # one node cut off from the store for a while
+    "daemon",  # the daemon dies and is started again
+    "shim",  # the shim dies, and all that it holds
+    "machine",  # a whole machine dies; some come back with another boot id
+    "pause",  # a daemon is not run for a while, perhaps past its lease
+    "etcd",  # the store stands still for seconds, then gives every lease its full time again
+    "compact",  # history is thrown away
+    "watch",  # watches break, lag, and now and then drop an event
+    "runtime",  # the shim does not answer
+    "disk",  # what should be remembered cannot be written
+    "admin",  # nodes are drained, undrained, leave and come back
+    "join",  # a node joins late
+)
+HORIZON_S = 12.0  # faults happen within; a seed must be cheap, and more seeds find more than longer ones
+PIECES_MAX = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that goes wrong at a time. `node` is empty for the store."""
+
+    at_s: float
+    kind: str
+    node: NodeId = NodeId("")
+    for_s: float = 0.0
+    mode: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One node of the plan."""
+
+    name: NodeId
+    capacity: Resources
+    tags: tuple[str, ...]
+    joins_s: float
+    clock_rate: float
+    clock_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How often single messages meet a fate, as probabilities."""
+
+    lost: float = 0.0
+    answer_lost: float = 0.0
+    late: float = 0.0
+    slow: float = 0.0
+    drop_event: float = 0.0
+    slow_watch: float = 0.0
+    disk: float = 0.0
+    runtime: float = 0.0
+    repeat: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a seed decides beforehand."""
+
+    seed: int
+    kinds: tuple[str, ...]
+    machines: tuple[Machine, ...]
+    submits: tuple[tuple[float, TaskSpec], ...]
+    cancels: tuple[tuple[float, TaskId], ...]
+    faults: tuple[Fault, ...]
+    rates: Rates
+    gone: frozenset[NodeId]
+    lease_ttl_s: int
+    grace_s: float
+    rho: float
+    horizon_s: float = HORIZON_S
+    kill_margin_s: float = 0.5
+    reconcile_s: float = 6.0
+
+
+@dataclass(slots=True)
+class _Draft:
+    rng: random.Random
+    machines: list[Machine]
+    faults: list[Fault] = field(default_factory=list)
+    gone: set[NodeId] = field(default_factory=set)
+
+    def some(self) -> NodeId:
+        return self.rng.choice(self.machines).name
+
+    def when(self) -> float:
+        return self.rng.uniform(0.3, HORIZON_S)
+
+
+_Adder = Callable[[_Draft], None]
+
+
+def plan(seed: int, only: Collection[str] = ()) -> Plan:
+    """The plan of a seed; with `only`, these kinds of faults and no others."""
+    rng = random.Random(seed)
+    rho = 0.02
+    count = rng.choice((1, 2, 2, 3, 3, 3, 4, 5))
+    machines = [
+        Machine(
+            node_id(i),
+            cpus(rng.choice((1, 2, 4)), 4 * GIB, **({"gpu": 1} if rng.random() < 0.3 else {})),
+            ("fast",) if rng.random() < 0.5 else (),
+            rng.uniform(0.0, 0.3),
+            1.0 + rng.uniform(-rho / 2, rho / 2.1),
+            rng.uniform(0.0, 5000.0),
+        )
+        for i in range(1, count + 1)
+    ]
+    chosen = rng.sample(KINDS, k=rng.choice((0, 1, 2, 2, 3, 3, 4, 6)))
+    kinds = tuple(only) or tuple(chosen)
+    draft = _Draft(rng, machines)
+    for kind in KINDS:
+        if kind in kinds:
+            _ADD[kind](draft)
+    submits = tuple(sorted((_submit(rng, n) for n in range(1, rng.randint(2, PIECES_MAX) + 1)), key=lambda s: s[0]))
+    cancels = tuple((rng.uniform(at_s, HORIZON_S), spec.id) for at_s, spec in submits if rng.random() < 0.2)
+    rates = Rates(
+        lost=rng.uniform(0, 0.15) if "net" in kinds else 0.0,
+        answer_lost=rng.uniform(0, 0.15) if "net" in kinds else 0.0,
+        late=rng.uniform(0, 0.15) if "net" in kinds else 0.0,
+        slow=rng.uniform(0, 0.3) if "net" in kinds else 0.0,
+        drop_event=rng.uniform(0, 0.1) if "watch" in kinds else 0.0,
+        slow_watch=rng.uniform(0, 0.5) if "watch" in kinds else 0.0,
+        disk=0.5 if "disk" in kinds else 0.0,
+        runtime=rng.uniform(0, 0.3) if "runtime" in kinds else 0.0,
+        repeat=0.1 if rng.random() < 0.3 else 0.0,
+    )
+    return Plan(
+        seed,
+        kinds,
+        tuple(draft.machines),
+        submits,
+        cancels,
+        tuple(sorted(draft.faults, key=lambda f: f.at_s)),
+        rates,
+        frozenset(draft.gone),
+        lease_ttl_s=rng.choice((2, 3)),
+        grace_s=rng.choice((2.0, 3.0, 5.0)),
+        rho=rho,
+    )
+
+
+def _submit(rng: random.Random, n: int) -> tuple[float, TaskSpec]:
+    need = cpus(rng.choice((0.5, 1, 1, 1, 2, 4)), rng.choice((0, GIB, 2 * GIB)))
+    if rng.random() < 0.1:
+        need = cpus(1, gpu=1)
+    spec = TaskSpec(
+        task_id(n),
+        ("work",),
+        resources=need,
+        priority=rng.choice((0, 0, 0, 1, -1)),
+        tags_required=("fast",) if rng.random() < 0.15 else (),
+        tags_forbidden=("fast",) if rng.random() < 0.1 else (),
+        retries=rng.choice((0, 1, 2)),
+        retry_backoff_s=rng.choice((0.0, 0.3)),
+        walltime_s=1.0 if rng.random() < 0.1 else 0.0,
+        restart_on_node_failure=rng.random() < 0.9,
+        grace_s=rng.choice((0.0, 0.0, 0.0, 1.5, 4.0)),
+    )
+    return rng.uniform(0.0, HORIZON_S * 0.8), spec
+
+
+def _spread(kind: str, most: int, longest_s: float, modes: tuple[str, ...] = ("",)) -> _Adder:
+    def add(d: _Draft) -> None:
+        for _ in range(d.rng.randint(1, most)):
+            for_s = d.rng.uniform(0.1, longest_s)
+            d.faults.append(Fault(d.when(), kind, d.some(), for_s, d.rng.choice(modes)))
+
+    return add
+
+
+def _machine(d: _Draft) -> None:
+    """Crashes; a minority at most stays away for ever, or the leader would rightly refuse to condemn anybody."""
+    _spread("machine", 3, 8.0)(d)
+    for m in d.rng.sample(d.machines, k=d.rng.randint(0, max(0, (len(d.machines) - 1) // 2))):
+        d.gone.add(m.name)
+        d.faults.append(Fault(d.when(), "machine", m.name, float("inf")))
+
+
+def _join(d: _Draft) -> None:
+    last = d.machines[-1]
+    d.machines[-1] = Machine(last.name, last.capacity, last.tags, d.when(), last.clock_rate, last.clock_s)
+
+
+def _nothing(_d: _Draft) -> None:
+    """The rates of the plan say it all."""
+
+
+_ADD = {
+    "net": _nothing,
+    "partition": _spread("partition", 3, 7.0, ("requests", "answers", "both")),
+    "daemon": _spread("daemon", 4, 5.0),
+    "shim": _spread("shim", 2, 1.0),
+    "machine": _machine,
+    "pause": _spread("pause", 3, 9.0),
+    "etcd": _spread("etcd", 2, 4.0),
+    "compact": _spread("compact", 4, 1.0),
+    "watch": _spread("watch", 6, 1.0),
+    "runtime": _spread("runtime", 3, 1.5),
+    "disk": _nothing,
+    "admin": _spread("admin", 3, 4.0, ("drain", "leave", "release")),
+    "join": _join,
+}

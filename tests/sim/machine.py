@@ -1,0 +1,496 @@
+"""One machine of the simulated world: its clock, disk, shim and daemon, and the carrying out of effects."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from spinetta.agent import Agent
+from spinetta.errors import Compacted
+from spinetta.events import (
+    AttemptEnded,
+    Changed,
+    Effect,
+    Forget,
+    Happening,
+    NoAnswer,
+    Notice,
+    Remember,
+    Remembered,
+    RenewRuntime,
+    RuntimeListed,
+    Start,
+    Started,
+    Stop,
+    Unwatch,
+    Watch,
+    WatchLost,
+    attempt_key,
+)
+from spinetta.model import IncarnationId, NodeId, Revision
+from spinetta.settings import AgentSettings
+from spinetta.store.protocol import Changes
+from tests.sim.direct import answer_of, changed_of, no_answer_of
+from tests.sim.faults import Machine as MachinePlan
+from tests.sim.invariants import Violated
+from tests.sim.shim_model import Process, Script, ShimModel
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+ANSWER_LIMIT_S = 1.0  # after it the daemon is told that nobody answered
+LATE_S = 2.5  # how long after that a request may still arrive
+WIRE_S = 0.001  # daemon to shim and back; constant, because a socket keeps the order
+EPSILON_S = 1e-6
+
+
+@dataclass
+class Seen:
+    """A watch as the store serves it."""
+
+    tag: str
+    serial: int
+    prefix: str
+    next: Revision
+    pumping: bool = False
+    over: bool = False
+
+
+@dataclass
+class Daemon:
+    """One life of a daemon: what it knows is lost with it."""
+
+    agent: Agent
+    inbox: list[Happening] = field(default_factory=list)
+    watches: dict[str, Seen] = field(default_factory=dict)
+    turn_at_s: float | None = None
+    wake_at_s: float | None = None
+    paused_until_s: float = 0.0
+    turns: int = 0
+    effects: int = 0
+
+
+class Machine:
+    """A node. What happens in it is scheduled in its world."""
+
+    def __init__(self, world: World, plan: MachinePlan, settings: AgentSettings) -> None:
+        self.world = world
+        self.name: NodeId = plan.name
+        self.settings = settings
+        self.rng = random.Random(f"{world.plan.seed} {plan.name}")
+        self.rate = plan.clock_rate
+        self._clock_zero_s = plan.clock_s
+        self.disk: IncarnationId | None = None
+        self.daemon: Daemon | None = None
+        self.up = False
+        self.gone = False
+        self.left = False
+        self.boots = 0
+        self.cut_until_s = 0.0
+        self.cut_mode = ""
+        self.shim = self._new_shim()
+        self.shim_up = True
+        self.connected = False
+        self._shim_wake_s = float("inf")
+        self._in_reach = 0
+
+    # --- time --------------------------------------------------------------------------------------------------
+
+    def clock(self) -> float:
+        """Seconds on this machine's own clock."""
+        return self._clock_zero_s + self.world.now * self.rate
+
+    def at(self, clock_s: float) -> float:
+        """When, in the world's time, this machine's clock will show that."""
+        return (clock_s - self._clock_zero_s) / self.rate
+
+    def cut(self) -> bool:
+        """Whether it is cut off from the store now."""
+        return self.world.now < self.cut_until_s
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """The machine comes up, with nothing but its disk."""
+        if self.gone or self.up:
+            return
+        self.boots += 1
+        self.up = self.shim_up = True
+        self.world.log(self.name, "boots")
+        if self.boots > 1:
+            self._clock_zero_s = self.rng.uniform(0.0, 100.0) - self.world.now * self.rate
+        self.start_daemon()
+
+    def start_daemon(self) -> None:
+        """A new daemon, knowing what is on disk."""
+        if self.daemon is not None or not self.up or self.gone:
+            return
+        self.left = False
+        settings = self.settings
+        self.daemon = Daemon(Agent(settings, self.disk))
+        self.world.log(self.name, f"daemon starts, on disk: {self.disk}")
+        self.connected = False
+        self._tell_later(self.daemon, 0.0)
+        self.world.after(self.rng.uniform(0.0, 0.05), self.connect, self.daemon)
+
+    def crash_daemon(self) -> None:
+        """The daemon is gone; the shim, and requests that are under way, go on."""
+        if self.daemon is not None:
+            self.world.log(self.name, "daemon crashes")
+            self.daemon = None
+            self.connected = False
+
+    def crash(self) -> None:
+        """Power off."""
+        if not self.up:
+            return
+        self.world.log(self.name, "machine crashes")
+        self.crash_daemon()
+        self._shim_dies()
+        self.up = False
+
+    def crash_shim(self, back_after_s: float) -> None:
+        """The shim alone dies; the daemon starts a new one."""
+        if not self.up or not self.shim_up:
+            return
+        self.world.log(self.name, "shim crashes")
+        self._shim_dies()
+        self.shim_up = self.connected = False
+        self.world.after(back_after_s, self._shim_back)
+
+    def _shim_back(self) -> None:
+        self.shim_up = True
+        if self.daemon is not None:
+            self.connect(self.daemon)
+
+    def _shim_dies(self) -> None:
+        for process in self.shim.die():
+            self.world.checker.ended(process)
+        self.shim_up = self.connected = False
+
+    def _new_shim(self) -> ShimModel:
+        return ShimModel(
+            self.settings.kill_margin_s,
+            lambda start: self.world.script(start.spec.id, start.attempt),
+            lambda: self.rng.uniform(0.0, self.settings.kill_margin_s * 0.95),
+        )
+
+    def connect(self, daemon: Daemon) -> None:
+        """The daemon connects to its shim and lists what it holds."""
+        if daemon is not self.daemon or not self.shim_up:
+            return
+        self.connected = True
+        self.world.after(WIRE_S, self._list_runtime, daemon)
+
+    def _list_runtime(self, daemon: Daemon) -> None:
+        if daemon is self.daemon and self.connected:
+            self.shim_moves()
+            self._post(daemon, WIRE_S, RuntimeListed(self.shim.listing()))
+
+    def disconnect(self, for_s: float) -> None:
+        """The shim does not answer for a while; then the daemon connects again."""
+        if self.daemon is not None and self.connected:
+            self.world.log(self.name, "shim does not answer")
+            self.connected = False
+            self.world.after(for_s, self.connect, self.daemon)
+
+    # --- turns -------------------------------------------------------------------------------------------------
+
+    def tell(self, event: Happening) -> None:
+        """An event from outside."""
+        if self.daemon is not None:
+            self._post(self.daemon, 0.0, event)
+
+    def _post(self, daemon: Daemon, delay_s: float, event: Happening) -> None:
+        self.world.after(delay_s, self._arrive, daemon, event)
+
+    def _arrive(self, daemon: Daemon, event: Happening) -> None:
+        if daemon is self.daemon:
+            daemon.inbox.append(event)
+            self._tell_later(daemon, self.rng.choice((0.0, 0.0005)))
+
+    def _tell_later(self, daemon: Daemon, delay_s: float) -> None:
+        at_s = max(self.world.now + delay_s, daemon.paused_until_s)
+        if daemon.turn_at_s is None or daemon.turn_at_s > at_s:
+            daemon.turn_at_s = at_s
+            self.world.at(at_s, self._turn, daemon, at_s)
+
+    def _wake(self, daemon: Daemon, at_s: float) -> None:
+        if daemon is self.daemon and daemon.wake_at_s == at_s:
+            daemon.wake_at_s = None
+            self._tell_later(daemon, 0.0)
+
+    def _turn(self, daemon: Daemon, at_s: float) -> None:
+        if daemon is not self.daemon or daemon.turn_at_s != at_s:
+            return
+        if self.world.now < daemon.paused_until_s:
+            daemon.turn_at_s = None
+            self._tell_later(daemon, 0.0)
+            return
+        daemon.turn_at_s = None
+        events, daemon.inbox = daemon.inbox, []
+        now = self.clock()
+        if self.world.trace:
+            for event in events:
+                self.world.log(self.name, f"  < {event}")
+        effects = daemon.agent.handle(now, int(self.world.now * 1000), *events)
+        daemon.turns += 1
+        daemon.effects += len(effects)
+        for effect in effects:
+            if self.world.trace:
+                self.world.log(self.name, f"  > {effect}")
+            self._carry_out(daemon, effect)
+        next_s = daemon.agent.next_s
+        if next_s is not None:
+            if next_s <= now:
+                raise Violated(0, f"{self.name} wants to be called again at {next_s}, which is not after {now}")
+            self._wake_at(daemon, self.at(next_s) + EPSILON_S)
+        if daemon.agent.left and not self.left:
+            self.world.log(self.name, "has left")
+            self.left = True
+            self.daemon = None
+
+    def _wake_at(self, daemon: Daemon, at_s: float) -> None:
+        if daemon.wake_at_s is None or at_s != daemon.wake_at_s:
+            daemon.wake_at_s = at_s
+            self.world.at(at_s, self._wake, daemon, at_s)
+
+    # --- effects -----------------------------------------------------------------------------------------------
+
+    def _carry_out(self, daemon: Daemon, effect: Effect) -> None:
+        match effect:
+            case Start() | Stop() | Forget() | RenewRuntime():
+                self._to_shim(daemon, effect)
+            case Watch():
+                self.world.after(self._latency_s(), self._watch, daemon, effect)
+            case Unwatch(tag):
+                self._end_watch(daemon, tag)
+            case Remember(incarnation):
+                self.world.after(self.rng.uniform(0.001, 0.03), self._remember, daemon, incarnation)
+            case Notice(text):
+                self.world.log(self.name, f"NOTICE {text}")
+            case _:
+                self._to_store(daemon, effect)
+
+    def _remember(self, daemon: Daemon, incarnation: IncarnationId) -> None:
+        if daemon is not self.daemon:
+            return
+        fails = self.rng.random() < self.world.rates.disk
+        if not fails or self.rng.random() < 0.5:  # what failed may have been written all the same
+            self.disk = incarnation
+        self._post(daemon, 0.0, Remembered(incarnation, not fails))
+
+    # --- the store ---
+
+    def _latency_s(self) -> float:
+        if self.rng.random() < self.world.rates.slow:
+            return self.rng.uniform(0.0, 0.6)
+        return self.rng.uniform(0.0005, 0.008)
+
+    def _to_store(self, daemon: Daemon, effect: Effect) -> None:
+        world, rates = self.world, self.world.rates
+        asked = _Asked(daemon, effect, no_answer_of(effect))
+        world.after(ANSWER_LIMIT_S, self._give_up, asked)
+        fate = self.rng.random()
+        if self.cut() and self.cut_mode != "answers":
+            if self.cut_mode == "both" and self.rng.random() < 0.3:
+                world.after(self.rng.uniform(0, ANSWER_LIMIT_S + LATE_S), self._reach_store, asked, False)
+            return
+        if fate < rates.lost:
+            return
+        if fate < rates.lost + rates.late:
+            world.after(ANSWER_LIMIT_S + self.rng.uniform(-0.2, LATE_S), self._reach_store, asked, True)
+            return
+        world.after(self._latency_s(), self._reach_store, asked, fate > 1.0 - rates.answer_lost)
+
+    def _reach_store(self, asked: _Asked, silent: bool) -> None:
+        world = self.world
+        if world.now < world.stalled_until_s:
+            world.at(world.stalled_until_s + self.rng.uniform(0, 0.01), self._reach_store, asked, silent)
+            return
+        answer = world.on_store(lambda: answer_of(world.model, asked.effect))
+        if world.trace:
+            world.log(self.name, f"  * {type(asked.effect).__name__} {getattr(asked.effect, 'tag', '')} done: {answer}")
+        if answer is not None and not silent and not self.cut():
+            world.after(self._latency_s(), self._answered, asked, answer)
+
+    def _answered(self, asked: _Asked, answer: Happening) -> None:
+        if not asked.over and not self.cut():
+            asked.over = True
+            self._arrive(asked.daemon, answer)
+
+    def _give_up(self, asked: _Asked) -> None:
+        if not asked.over:
+            asked.over = True
+            if asked.no_answer is not None:
+                self._arrive(asked.daemon, asked.no_answer)
+
+    # --- watches ---
+
+    def _watch(self, daemon: Daemon, effect: Watch) -> None:
+        if daemon is not self.daemon:
+            return
+        old = daemon.watches.get(effect.tag)
+        if old is not None and old.serial > effect.serial:
+            return
+        seen = Seen(effect.tag, effect.serial, effect.prefix, effect.start)
+        daemon.watches[effect.tag] = seen
+        self._pump_later(daemon, seen, 0.0)
+
+    def _end_watch(self, daemon: Daemon, tag: str) -> None:
+        seen = daemon.watches.pop(tag, None)
+        if seen is not None:
+            if self.rng.random() < 0.3:  # what was already under way comes all the same
+                self._pump(daemon, seen)
+            seen.over = True
+
+    def changed(self, batch: Changes) -> None:
+        """The store has changed: whoever watches will hear of it."""
+        daemon = self.daemon
+        if daemon is None:
+            return
+        for seen in daemon.watches.values():
+            if not seen.pumping and any(e.key.startswith(seen.prefix) for e in batch.events):
+                self._pump_later(daemon, seen, self._watch_delay_s())
+
+    def _watch_delay_s(self) -> float:
+        if self.rng.random() < self.world.rates.slow_watch:
+            return self.rng.uniform(0.0, 1.5)
+        return self.rng.uniform(0.0005, 0.01)
+
+    def _pump_later(self, daemon: Daemon, seen: Seen, delay_s: float) -> None:
+        seen.pumping = True
+        self.world.after(delay_s, self._pump, daemon, seen)
+
+    def _pump(self, daemon: Daemon, seen: Seen) -> None:
+        world = self.world
+        seen.pumping = False
+        if daemon is not self.daemon or seen.over:
+            return
+        if self.cut() or world.now < world.stalled_until_s:
+            if self.cut() and self.rng.random() < 0.3:
+                self.lose_watch(seen.tag)
+            else:
+                until_s = max(self.cut_until_s, world.stalled_until_s) - world.now
+                self._pump_later(daemon, seen, min(until_s, 2.0) + self.rng.uniform(0.0, 0.05))
+            return
+        try:
+            owed = world.model.events_since(seen.next, seen.prefix)
+        except Compacted:
+            self.lose_watch(seen.tag)
+            return
+        if len(owed) > 1 and self.rng.random() < 0.3:
+            owed = owed[: self.rng.randint(1, len(owed))]
+            self._pump_later(daemon, seen, self._watch_delay_s())
+        if not owed:
+            return
+        seen.next = Revision(owed[-1].revision + 1)
+        told = changed_of(seen.tag, seen.serial, owed)
+        if world.rates.drop_event:
+            kept = tuple(c for c in told.changes if self.rng.random() >= world.rates.drop_event)
+            told = Changed(told.tag, told.serial, kept, told.revision)
+        if told.changes:
+            self._post(daemon, 0.0, told)
+
+    def lose_watch(self, tag: str) -> None:
+        """A watch breaks by itself."""
+        daemon = self.daemon
+        seen = daemon.watches.pop(tag, None) if daemon is not None else None
+        if daemon is not None and seen is not None:
+            seen.over = True
+            self._post(daemon, self.rng.uniform(0.0, 0.05), WatchLost(tag, seen.serial))
+
+    # --- the shim ---
+
+    def _to_shim(self, daemon: Daemon, effect: Start | Stop | Forget | RenewRuntime) -> None:
+        if not self.connected:
+            if isinstance(effect, Start):
+                self._post(daemon, self.rng.uniform(0.0, 0.3), _unanswered(effect))
+            return
+        arrives = True
+        if isinstance(effect, Start) and self.rng.random() < self.world.rates.runtime:
+            # The daemon gives the connection up, and lists again over a new one.
+            arrives = self.rng.random() < 0.5
+            self._post(daemon, self.rng.uniform(0.0, 0.3), _unanswered(effect))
+            if arrives:
+                self.world.after(WIRE_S, self._at_shim, daemon, effect, False)
+            self.disconnect(self.rng.uniform(0.01, 0.5))
+            return
+        self.world.after(WIRE_S, self._at_shim, daemon, effect, True)
+
+    def _at_shim(self, daemon: Daemon, effect: Start | Stop | Forget | RenewRuntime, answers: bool) -> None:
+        if not self.up or not self.shim_up:
+            if isinstance(effect, Start) and answers:
+                self._post(daemon, 0.1, _unanswered(effect))
+            return
+        self.shim_moves()
+        now = self.clock()
+        match effect:
+            case Start(spec, attempt, token):
+                process, exit_ = self.shim.start(effect, now)
+                if process is not None:
+                    self.world.log(self.name, f"process {process.key} runs until {self.at(process.ends_s):.3f}")
+                    self.world.checker.started(self.name, process)
+                if answers:
+                    if self.connected:
+                        self._post(daemon, WIRE_S, Started(attempt_key(spec.id, attempt), token, exit_))
+                    else:
+                        self._post(daemon, 0.1, _unanswered(effect))
+            case Stop(key, why):
+                held = self.shim.held.get(key)
+                if held is not None and held.exit is None:
+                    self.world.checker.stopped(self.name, held, why)
+                self.shim.stop(key, why, now)
+            case Forget(key):
+                self.shim.forget(key)
+            case RenewRuntime(at_s):
+                self.shim.renew(at_s)
+        self.shim_moves()
+
+    def shim_moves(self) -> None:
+        """Let the shim do what is due, and come back when more is."""
+        if not self.up:
+            return
+        for process in self.shim.advance(self.clock()):
+            assert process.exit is not None
+            self.world.log(self.name, f"process {process.key} ended: {process.exit.reason} {process.exit.exit_code}")
+            self.world.checker.ended(process)
+            if self.daemon is not None and self.connected:
+                self._post(self.daemon, WIRE_S, AttemptEnded(process.key, process.exit))
+                if self.rng.random() < self.world.rates.repeat:
+                    delay_s = self.rng.choice((WIRE_S, 0.05, 1.0))
+                    self._post(self.daemon, delay_s, AttemptEnded(process.key, process.exit))
+        wake_s = self.at(self.shim.next_s) + EPSILON_S
+        if wake_s < float("inf") and wake_s != self._shim_wake_s:
+            self._shim_wake_s = wake_s
+            self.world.at(wake_s, self._shim_due, wake_s)
+
+    def _shim_due(self, at_s: float) -> None:
+        if self._shim_wake_s == at_s:
+            self._shim_wake_s = float("inf")
+            self.shim_moves()
+
+    def check_deadlines(self) -> None:
+        """Nothing executes past its deadline and the margin."""
+        now = self.clock()
+        for process in self.shim.alive():
+            limit_s = self.shim.deadline_s(process) + self.settings.kill_margin_s
+            self.world.checker.overdue(self.name, process, now - limit_s)
+
+
+@dataclass(slots=True)
+class _Asked:
+    daemon: Daemon
+    effect: Effect
+    no_answer: Happening | None
+    over: bool = False
+
+
+def _unanswered(start: Start) -> Started:
+    return Started(attempt_key(start.spec.id, start.attempt), start.token, NoAnswer.UNKNOWN)
+
+
+ScriptOf = Callable[[str], Script]
+__all__ = ["Daemon", "Machine", "Process", "Seen"]

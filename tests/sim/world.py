@@ -1,0 +1,377 @@
+"""A simulated cluster: many machines, one store, simulated time, and everything that goes wrong, from one seed."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from spinetta import codec, keys, lifecycle, txn
+from spinetta.events import LeaveWanted, SetDraining
+from spinetta.model import NodeId, QueueHint, State, TaskId, TaskSpec
+from spinetta.session import Phase
+from spinetta.settings import AgentSettings
+from tests.builders import node_record
+from tests.sim.etcd_model import EtcdModel
+from tests.sim.faults import Fault, Plan, Rates
+from tests.sim.invariants import Ability, Checker
+from tests.sim.machine import Machine
+from tests.sim.shim_model import Script
+
+R = TypeVar("R")
+HEAL_LIMIT_S = 60.0  # after the last fault: leases, a wait-out, several generations of tasks
+REST_S = 3.0
+REST_TURNS_MAX_HZ = 25.0  # a node at rest renews, keeps two leases alive and hears of its peers
+STEPS_MAX = 60_000
+
+
+class Stuck(AssertionError):
+    """The world has healed, and yet something feasible has not come to its end."""
+
+
+@dataclass(slots=True)
+class Wish:
+    """What a user asked for and has been told."""
+
+    acknowledged: bool = False
+
+
+class World:
+    """Runs one plan. Everything that happens goes through `step`."""
+
+    def __init__(self, plan: Plan, *, trace: bool = False, mutate: Callable[[World], None] | None = None) -> None:
+        self.plan = plan
+        self.trace = trace
+        self.lines: list[str] = []
+        self.now = 0.0
+        self.steps = 0
+        self.rng = random.Random(f"world {plan.seed}")
+        self.rates = plan.rates
+        self.model = EtcdModel()
+        self.stalled_until_s = 0.0
+        self.checker = Checker({m.name: Ability(m.capacity, frozenset(m.tags)) for m in plan.machines})
+        self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._serial = 0
+        self._scripts: dict[tuple[TaskId, int], Script] = {}
+        self._expiry_s = float("inf")
+        self.submitted: dict[TaskId, Wish] = {}
+        self.cancelled: dict[TaskId, Wish] = {}
+        self.machines: dict[NodeId, Machine] = {
+            m.name: Machine(self, m, self._settings(m.name)) for m in plan.machines
+        }
+        for m in plan.machines:
+            self.at(m.joins_s, self.machines[m.name].boot)
+        for at_s, spec in plan.submits:
+            self.at(at_s, self._submit, spec)
+        for at_s, task in plan.cancels:
+            self.at(at_s, self._cancel, task)
+        for fault in plan.faults:
+            self.at(fault.at_s, self._fault, fault)
+        self.at(plan.horizon_s, self._heal)
+        if mutate is not None:
+            mutate(self)
+
+    def _settings(self, name: NodeId) -> AgentSettings:
+        m = next(m for m in self.plan.machines if m.name == name)
+        record = replace(node_record(name, m.capacity, m.tags), incarnation="")
+        return AgentSettings(
+            record,
+            boot_id=f"boot of {name}",
+            lease_ttl_s=self.plan.lease_ttl_s,
+            grace_s=self.plan.grace_s,
+            kill_margin_s=self.plan.kill_margin_s,
+            clock_rate_error=self.plan.rho,
+            reconcile_s=self.plan.reconcile_s,
+            candidate=self.plan.machines.index(m) < 3,
+        )
+
+    # --- time --------------------------------------------------------------------------------------------------
+
+    def at(self, at_s: float, what: Callable[..., None], *args: Any) -> None:
+        """Let something happen at a time; at equal times in the order in which they were asked for."""
+        self._serial += 1
+        heapq.heappush(self._queue, (max(at_s, self.now), self._serial, what, args))
+
+    def after(self, delay_s: float, what: Callable[..., None], *args: Any) -> None:
+        """Let something happen after a while."""
+        self.at(self.now + max(delay_s, 0.0), what, *args)
+
+    def step(self) -> bool:
+        """The next thing happens; False when nothing is left to happen."""
+        if not self._queue:
+            return False
+        at_s, _, what, args = heapq.heappop(self._queue)
+        self.now = at_s
+        self.steps += 1
+        what(*args)
+        return True
+
+    def run_until(self, until_s: float) -> None:
+        """Let everything happen that does before a time."""
+        while self._queue and self._queue[0][0] <= until_s:
+            self.step()
+            if self.steps > STEPS_MAX:
+                raise Stuck(f"{self.steps} steps at {self.now:.1f} s: something goes round in circles")
+        self.now = until_s
+
+    def log(self, who: str, text: str) -> None:
+        """A line of the trace."""
+        if self.trace:
+            self.lines.append(f"{self.now:9.4f} {who:>5} {text}")
+
+    # --- the store ---------------------------------------------------------------------------------------------
+
+    def on_store(self, do: Callable[[], R]) -> R:
+        """Do something to the store; what changed is judged and told to those who watch."""
+        self.model._now_s = self.now
+        before = self.model.revision
+        answer = do()
+        if self.model.revision != before:
+            for batch in self.model.events_since(type(before)(before + 1)):
+                if self.trace:
+                    told = ", ".join(("+" if e.value else "-") + e.key for e in batch.events)
+                    self.log("store", f"@{batch.revision} {told}")
+                self.checker.revision_made(batch)
+                for machine in self.machines.values():
+                    machine.changed(batch)
+        self._await_expiry()
+        return answer
+
+    def _await_expiry(self) -> None:
+        next_s = self.model.next_expiry_s()
+        if next_s is not None and next_s != self._expiry_s:
+            self._expiry_s = next_s
+            # etcd looks for leases that have run out twice a second.
+            self.at(next_s + self.rng.uniform(0.0, 0.5), self._expire, next_s)
+
+    def _expire(self, of_s: float) -> None:
+        if self._expiry_s == of_s:
+            self._expiry_s = float("inf")
+        if self.now < self.stalled_until_s:
+            return  # a new leader of etcd gives every lease its full time again
+        self.on_store(lambda: [self.model.expire(lease) for lease in self.model.due_leases(self.now)])
+
+    # --- faults ------------------------------------------------------------------------------------------------
+
+    def _fault(self, fault: Fault) -> None:
+        machine = self.machines[fault.node] if fault.node else None
+        self.log("FAULT", f"{fault.kind} {fault.node} for {fault.for_s:.2f} s {fault.mode}")
+        match fault.kind:
+            case "etcd":
+                self.stalled_until_s = self.now + fault.for_s
+                self.at(self.stalled_until_s, self._etcd_back)
+            case "compact":
+                if self.model.compacted < self.model.revision:
+                    self.model.compact(self.model.revision)
+            case _ if machine is not None:
+                self._machine_fault(machine, fault)
+
+    def _machine_fault(self, machine: Machine, fault: Fault) -> None:
+        match fault.kind:
+            case "partition":
+                machine.cut_mode = fault.mode
+                machine.cut_until_s = min(self.now + fault.for_s, self.plan.horizon_s)
+            case "daemon":
+                machine.crash_daemon()
+                self.after(fault.for_s, machine.start_daemon)
+            case "shim":
+                machine.crash_shim(fault.for_s)
+            case "machine":
+                machine.crash()
+                machine.gone = machine.gone or fault.for_s == float("inf")
+                if not machine.gone:
+                    self.after(fault.for_s, machine.boot)
+            case "pause":
+                if machine.daemon is not None:
+                    machine.daemon.paused_until_s = min(self.now + fault.for_s, self.plan.horizon_s)
+            case "watch":
+                tags = sorted(machine.daemon.watches) if machine.daemon is not None else []
+                if tags:
+                    machine.lose_watch(self.rng.choice(tags))
+            case "runtime":
+                machine.disconnect(fault.for_s)
+            case "admin":
+                self._administer(machine, fault)
+
+    def _administer(self, machine: Machine, fault: Fault) -> None:
+        if fault.mode == "drain":
+            machine.tell(SetDraining(True))
+            self.after(fault.for_s, machine.tell, SetDraining(False))
+            return
+        if fault.mode == "release":
+            self.checker.released.add(machine.name)
+        machine.tell(LeaveWanted(release=fault.mode == "release"))
+        self.after(fault.for_s + 2.0, self._rejoin, machine)
+
+    def _rejoin(self, machine: Machine) -> None:
+        """One that has left comes back; one that has not yet is told to stay."""
+        if machine.daemon is None or not machine.daemon.agent.leaving:
+            self.checker.released.discard(machine.name)
+            machine.start_daemon()
+        elif self.now < self.plan.horizon_s + HEAL_LIMIT_S / 2:
+            self.after(1.0, self._rejoin, machine)
+
+    def _etcd_back(self) -> None:
+        if self.now >= self.stalled_until_s:
+            self.model._now_s = self.now
+            self.model.restart_leases()
+            self._await_expiry()
+
+    def _heal(self) -> None:
+        """No more faults; who can come back does."""
+        self.log("HEAL", "")
+        self.rates = Rates()
+        self.stalled_until_s = min(self.stalled_until_s, self.now)
+        self._etcd_back()
+        for machine in self.machines.values():
+            machine.boot()
+            machine.start_daemon()
+            machine.tell(SetDraining(False))
+
+    # --- users -------------------------------------------------------------------------------------------------
+
+    def _fate(self) -> tuple[bool, bool]:
+        return self.rng.random() >= self.rates.lost, self.rng.random() >= self.rates.answer_lost
+
+    def _submit(self, spec: TaskSpec) -> None:
+        wish = self.submitted.setdefault(spec.id, Wish())
+        if wish.acknowledged:
+            return
+        task = lifecycle.submitted(spec, now_ms=int(self.now * 1000), at_node="user")
+        arrives, answers = self._fate()
+        if self.now < self.stalled_until_s:
+            arrives = False
+        if arrives:
+            body = txn.submit(spec.id, codec.encode_task(task), codec.encode_hint(QueueHint.of(spec)))
+            self.on_store(lambda: self.model.commit(body))  # a conflict means that it was there already
+            wish.acknowledged = answers
+        if not wish.acknowledged:
+            self.after(0.5, self._submit, spec)
+
+    def _cancel(self, task_id: TaskId) -> None:
+        """Read, then write a little later: what was read may have changed."""
+        kv = self.model.get(keys.task(task_id))
+        arrives, _ = self._fate()
+        if kv is None or not arrives or self.now < self.stalled_until_s:
+            self.after(0.5, self._cancel, task_id)
+            return
+        task = codec.decode_task(kv.value)
+        body: txn.Txn | None = None
+        if task.state is State.QUEUED:
+            status = self.model.get(keys.queued(task_id))
+            assert status is not None
+            over = lifecycle.cancelled_waiting(task, "by its user", now_ms=int(self.now * 1000))
+            body = txn.cancel_waiting(task_id, status.key, status.modified, codec.encode_task(over))
+        elif task.state is State.RUNNING:
+            node = task.attempts[-1].node
+            status = self.model.get(keys.running(node, task_id))
+            assert status is not None
+            asked = replace(codec.decode_holding(status.value), cancel_requested=True)
+            body = txn.cancel_running(node, task_id, status.modified, codec.encode_holding(asked))
+        if body is not None:
+            self.after(self.rng.uniform(0.0, 0.02), self._cancel_now, task_id, body)
+
+    def _cancel_now(self, task_id: TaskId, body: txn.Txn) -> None:
+        arrives, answers = self._fate()
+        done = self.on_store(lambda: self.model.commit(body)) if arrives else None
+        if isinstance(done, txn.Committed) and answers:
+            self.cancelled[task_id] = Wish(acknowledged=True)
+            self.log("user", f"cancel of {task_id} acknowledged")
+        else:
+            self.after(0.3, self._cancel, task_id)
+
+    def script(self, task: TaskId, attempt: int) -> Script:
+        """What an attempt would do by itself: the same in every run of the seed, whoever runs it."""
+        found = self._scripts.get((task, attempt))
+        if found is None:
+            rng = random.Random(f"{self.plan.seed} {task} {attempt}")
+            code = 0 if rng.random() < 0.8 else rng.randint(1, 255)
+            duration_s = rng.choice((0.0, rng.uniform(0.0, 0.3), rng.uniform(0.3, 2.0), rng.uniform(1.0, 5.0)))
+            found = self._scripts[task, attempt] = Script(duration_s, code, deaf=rng.random() < 0.2)
+        return found
+
+    # --- the whole run -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Faults, healing, rest; raises when an invariant is broken or something does not come to its end."""
+        self.at(0.5, self._look_round)
+        self.run_until(self.plan.horizon_s)
+        limit_s = self.now + HEAL_LIMIT_S
+        while (why := self.unsettled()) is not None:
+            if self.now >= limit_s:
+                raise Stuck(f"{HEAL_LIMIT_S} s after the last fault: {why}")
+            self.run_until(self.now + 0.5)
+        self._rest()
+
+    def _look_round(self) -> None:
+        for machine in self.machines.values():
+            if machine.up:
+                machine.shim_moves()
+                machine.check_deadlines()
+        self.after(0.25, self._look_round)
+
+    def _rest(self) -> None:
+        before = {m.name: m.daemon.turns for m in self.machines.values() if m.daemon is not None}
+        self.run_until(self.now + REST_S)
+        for machine in self.machines.values():
+            if machine.daemon is not None and machine.name in before:
+                rate_hz = (machine.daemon.turns - before[machine.name]) / REST_S
+                if rate_hz > REST_TURNS_MAX_HZ:
+                    raise Stuck(f"{machine.name} turns {rate_hz:.0f} times a second at rest")
+        why = self.unsettled()
+        if why is not None:
+            raise Stuck(f"what had come to rest has not stayed there: {why}")
+
+    def unsettled(self) -> str | None:
+        """What has not come to its end yet; None when all has."""
+        alive = [m for m in self.machines.values() if not m.gone and not m.left]
+        for spec_id in self.submitted:
+            known = self.checker.tasks.get(spec_id)
+            if known is None:
+                return f"{spec_id} was submitted and is not there"
+            task = known[0]
+            if task.state is State.COMPLETE:
+                continue
+            if task.state is State.QUEUED and not any(_may_run(task.spec, m) for m in alive):
+                continue
+            return f"{spec_id} is {task.state.name}: {task}"
+        for name, machine in self.machines.items():
+            why = self._machine_unsettled(name, machine)
+            if why is not None:
+                return f"{name}: {why}"
+        if not any(m.daemon is not None and m.daemon.agent.leading for m in alive if m.settings.candidate):
+            if any(m.settings.candidate and m.daemon is not None for m in alive):
+                return "nobody leads"
+        return None
+
+    def _machine_unsettled(self, name: NodeId, machine: Machine) -> str | None:
+        if self.checker.holds.get(name):
+            return f"holds {list(self.checker.holds[name])}"
+        if machine.gone or machine.left:
+            return "has not been closed" if name in self.checker.lives else None
+        if machine.daemon is None:
+            return "has no daemon"
+        agent = machine.daemon.agent
+        if agent.leaving:
+            return "has not left"
+        if agent.session.phase is not Phase.ACTIVE:
+            return f"is {agent.session.phase}"
+        if machine.shim.held:
+            return f"its shim holds {list(machine.shim.held)}"
+        if agent.claims.round is not None:
+            return f"its claims go on: {agent.claims.round}"
+        if not agent.holdings.empty:
+            return f"its holdings are {agent.holdings.held} {agent.holdings.processes}"
+        return None
+
+
+def _may_run(spec: TaskSpec, machine: Machine) -> bool:
+    record = machine.settings.record
+    return (
+        spec.resources.fits_in(record.capacity)
+        and set(spec.tags_required) <= set(record.tags)
+        and not set(spec.tags_forbidden) & set(record.tags)
+    )
+
