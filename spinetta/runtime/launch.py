@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -69,29 +69,32 @@ def _open_log(state_dir: Path) -> BinaryIO:
 async def _run_launcher(state_dir: Path, node: str, kill_margin_s: float, refused: str) -> dict[str, str]:
     """Run the program that becomes the shim until it has said what came of it."""
     config = {"state_dir": str(state_dir), "node": node, "kill_margin_s": kill_margin_s, "isolate": refused}
-    with _open_log(state_dir) as errors:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", "-X", "utf8", str(SHIM_DIR), json.dumps(config)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=errors,
-            env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
-            start_new_session=True,
-        )
-    assert process.stdout is not None  # noqa: S101 - asked for above
+    # In a thread: what it says ends when the shim lets go of the pipe, and no transport is left half open should we
+    # be cancelled.
+    output = await asyncio.to_thread(_launcher_output, state_dir, json.dumps(config))
     try:
-        async with asyncio.timeout(START_LIMIT_S):
-            line = await process.stdout.readline()
-            await process.wait()
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        raise RuntimeUnavailable(f"the shim for {state_dir} was not ready after {START_LIMIT_S:.0f} s") from None
-    try:
-        said = json.loads(line)
+        said = json.loads(output)
     except ValueError:
         said = {}
     if not isinstance(said, dict) or not said:
         return {"failed": f"see {state_dir / 'shim.log'}"}
     return {str(name): str(value) for name, value in said.items()}
+
+
+def _launcher_output(state_dir: Path, config: str) -> bytes:
+    with _open_log(state_dir) as errors:
+        try:
+            return subprocess.run(
+                [sys.executable, "-I", "-S", "-X", "utf8", str(SHIM_DIR), config],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+                start_new_session=True,
+                timeout=START_LIMIT_S,
+                check=False,
+            ).stdout
+        except subprocess.TimeoutExpired:
+            raise RuntimeUnavailable(f"the shim for {state_dir} was not ready after {START_LIMIT_S:.0f} s") from None
+        except OSError as error:
+            raise RuntimeUnavailable(f"the shim for {state_dir} could not be started: {error}") from None

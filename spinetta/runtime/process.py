@@ -297,7 +297,7 @@ class ProcessRuntime:
             return
         try:
             await self._serve_connection()
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, NotADirectoryError, PermissionError, ConnectionRefusedError):
             started = await launch(
                 self._state_dir, node=self._node, kill_margin_s=self._kill_margin_s, isolate=self._isolate
             )

@@ -73,10 +73,11 @@ def _number(path: Path) -> int | None:
 def _below(group: Path, depth: int = 0) -> Iterator[Path]:
     """A group and those inside it, innermost first."""
     if depth < DEPTH_MAX:
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(group):
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _below(Path(entry.path), depth + 1)
+        inner: list[Path] = []
+        with contextlib.suppress(OSError), os.scandir(group) as entries:
+            inner = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for child in inner:
+            yield from _below(child, depth + 1)
     yield group
 
 
