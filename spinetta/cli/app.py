@@ -120,8 +120,8 @@ def _call(arguments: Sequence[str]) -> None:
     try:
         root.main(list(arguments), prog_name="spinetta", standalone_mode=False)
     except BaseExceptionGroup as group:
-        ours = group.subgroup((SpinettaError, KeyboardInterrupt))
-        if ours is None or group.split((SpinettaError, KeyboardInterrupt))[1] is not None:
+        ours, others = group.split((SpinettaError, KeyboardInterrupt, BrokenPipeError, Finished))
+        if ours is None or others is not None:
             raise  # there is a bug among them
         first: BaseException = ours
         while isinstance(first, BaseExceptionGroup):

@@ -16,7 +16,7 @@ from spinetta.errors import SpinettaError, UserError
 
 if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient
-    from spinetta.config import ClientSettings, FileTable
+    from spinetta.config import FileTable, ResolvedClient
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,11 +97,13 @@ def _read_toml(path: Path, *, must_exist: bool) -> FileTable | None:
         raise UserError(f"{path} is not TOML: {e}", field="config", hint="mend that line") from e
 
 
-def client_settings(node: str | None, timeout: str | None, config_file: str | None) -> ClientSettings:
-    """Which cluster to talk to."""
+FIRST_CONTACT_S = 2.0  # a person has typed a wrong address; who wants more patience says so with --timeout
+
+
+def _resolved_client(node: str | None, timeout: str | None, config_file: str | None) -> ResolvedClient:
     from spinetta.config import resolve_client
 
-    return resolve_client({"node": node, "timeout": timeout}, os.environ, config_files(config_file)).settings
+    return resolve_client({"node": node, "timeout": timeout}, os.environ, config_files(config_file))
 
 
 def with_client(
@@ -113,10 +115,11 @@ def with_client(
     """Run a coroutine with a client, on an event loop of its own."""
     from spinetta.client.aio import AsyncClient
 
-    settings = client_settings(node, timeout, config_file)
+    resolved = _resolved_client(node, timeout, config_file)
+    patience_s = FIRST_CONTACT_S if resolved.origins["timeout_s"].kind == "default" else None
 
     async def run() -> T:
-        async with AsyncClient.from_settings(settings) as client:
+        async with AsyncClient.from_settings(resolved.settings, first_contact_s=patience_s) as client:
             return await work(client)
 
     return asyncio.run(run())

@@ -107,10 +107,11 @@ def list_nodes(as_json: bool, node: str | None, timeout: str | None, config_file
     if as_json:
         output.put_json({"nodes": [show.node_document(n) for n in found.nodes], "notices": list(found.notices)})
         return
-    _node_table(found)
+    node_table(found)
 
 
-def _node_table(found: NodeList) -> None:
+def node_table(found: NodeList) -> None:
+    """Nodes as a table; notices to standard error."""
     from spinetta import units
     from spinetta.cli import show
 

@@ -49,15 +49,23 @@ class AsyncClient:
     Args:
         nodes: addresses, in order of preference.
         timeout_s: for one call with all its retries; waiting and following have limits of their own.
+        first_contact_s: the same, for as long as no node has ever answered; None: no shorter.
     """
 
-    def __init__(self, nodes: str | Sequence[str] = DEFAULT_ADDRESS, *, timeout_s: float = 20.0) -> None:
-        self._nodes = Nodes(parse_nodes(nodes), timeout_s)
+    def __init__(
+        self,
+        nodes: str | Sequence[str] = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 20.0,
+        first_contact_s: float | None = None,
+    ) -> None:
+        patience_s = timeout_s if first_contact_s is None else first_contact_s
+        self._nodes = Nodes(parse_nodes(nodes), timeout_s, patience_s)
 
     @classmethod
-    def from_settings(cls, settings: ClientSettings) -> Self:
+    def from_settings(cls, settings: ClientSettings, *, first_contact_s: float | None = None) -> Self:
         """A client as the settings say."""
-        return cls(settings.nodes, timeout_s=settings.timeout_s)
+        return cls(settings.nodes, timeout_s=settings.timeout_s, first_contact_s=first_contact_s)
 
     async def __aenter__(self) -> Self:
         return self

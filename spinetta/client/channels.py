@@ -55,12 +55,16 @@ class Nodes:
     Attributes:
         addresses: in order of preference; the one that answered last is asked first.
         timeout_s: for a whole call, with all retries.
+        first_contact_s: for as long as no node has ever answered a call gives up after this time already: the
+            addresses may be wrong, and nobody likes to wait for that.
     """
 
     addresses: tuple[str, ...]
     timeout_s: float
+    first_contact_s: float
     _links: dict[str, _Link] = field(default_factory=dict)
     _current: int = 0
+    _met: bool = False  # a connection stood once
 
     async def close(self) -> None:
         """Close all connections. May be called twice."""
@@ -93,6 +97,7 @@ class Nodes:
                     state = channel.get_state(try_to_connect=True)
         except TimeoutError as e:
             raise StoreUnavailable(f"no node answers at {address}") from e
+        self._met = True
         return link.stub
 
     def _order(self) -> list[tuple[int, str]]:
@@ -125,7 +130,8 @@ class Nodes:
             OutcomeUnknown: no node answered, and one may have carried it out.
             UserError, and others: what the node answered.
         """
-        end_s = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        start_s = time.monotonic()
+        end_s = start_s + (self.timeout_s if timeout_s is None else timeout_s)
         unknown: OutcomeUnknown | None = None
 
         async def one_round() -> A:
@@ -146,10 +152,15 @@ class Nodes:
                     return answer
             raise failure or StoreUnavailable("the time was over before any node answered")
 
+        def is_worth_another(error: BaseException) -> bool:
+            if not self._met and time.monotonic() - start_s >= self.first_contact_s:
+                return False
+            return isinstance(error, (StoreUnavailable, OutcomeUnknown))
+
         retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_before_delay(max(end_s - time.monotonic(), 0.0)),
+            stop=tenacity.stop_before_delay(max(end_s - start_s, 0.0)),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=RETRY_WAIT_MAX_S),
-            retry=tenacity.retry_if_exception_type((StoreUnavailable, OutcomeUnknown)),
+            retry=tenacity.retry_if_exception(is_worth_another),
             reraise=True,
         )
         try:

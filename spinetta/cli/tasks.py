@@ -1,0 +1,400 @@
+"""``spinetta status``, ``list``, ``cancel`` and ``wait``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from spinetta.cli import exits, output
+from spinetta.cli.base import Finished, client_options, config_option, json_option, with_client
+from spinetta.errors import UserError
+
+if TYPE_CHECKING:
+    from spinetta.client.aio import AsyncClient
+    from spinetta.client.views import CancelResult, NodeList, TaskFilter, TaskInfo, WaitResult
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LIST_LIMIT = 100  # a few screens; --limit 0 for all
+PENDING_COUNTED_MAX = 1000  # for the summary: one page
+_STATES = {"blocked": "BLOCKED", "pending": "QUEUED", "queued": "QUEUED", "running": "RUNNING", "complete": "COMPLETE"}
+_OUTCOMES = ("succeeded", "failed", "cancelled", "lost")
+
+
+# --- status ------------------------------------------------------------------------------------------------------
+
+
+@click.command(epilog=exits.HELP)
+@click.argument("ids", nargs=-1, metavar="[ID]…")
+@json_option
+@client_options
+def status(ids: tuple[str, ...], as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
+    """Show tasks in full; without ID the state of the cluster.
+
+    ID may be the beginning (4 or more characters) or the end (6 or more) of a task's id, if it is the only one.
+
+    \b
+    Examples:
+      spinetta status
+      spinetta status 3f2a9c
+      spinetta status --json ID | jq .tasks[0].attempts
+    """
+    if not ids:
+        _cluster_status(as_json, (node, timeout, config_file))
+        return
+
+    async def work(client: AsyncClient) -> list[TaskInfo]:
+        return await client.get_many(ids)
+
+    found = with_client(work, node, timeout, config_file)
+    from spinetta.cli import show
+
+    if as_json:
+        output.put_json({"tasks": [show.task_document(i) for i in found]})
+        return
+    for n, info in enumerate(found):
+        if n:
+            output.say()
+        for heading, text in show.task_lines(info):
+            output.say(f"{heading + ':':<14}{output.printable(text)}")
+        rows = show.attempt_rows(info.task)
+        if len(rows) > 1 or info.task.attempts_started > 1:
+            output.say()
+            output.table(("ATTEMPT", "NODE", "OUTCOME", "EXIT", "TOOK", "USED", "MESSAGE"), rows)
+
+
+def _cluster_status(as_json: bool, where: tuple[str | None, str | None, str | None]) -> None:
+    from spinetta import units
+
+    async def work(client: AsyncClient) -> tuple[NodeList, int]:
+        from spinetta.client.views import TaskFilter
+        from spinetta.model import State
+
+        nodes = await client.nodes()
+        waiting = 0
+        wanted = TaskFilter(states=(State.QUEUED, State.BLOCKED))
+        async with contextlib.aclosing(client.list(wanted, limit=PENDING_COUNTED_MAX)) as tasks:
+            async for _ in tasks:
+                waiting += 1
+        return nodes, waiting
+
+    found, waiting = with_client(work, *where)
+    ready = [n for n in found.nodes if n.status == "ready"]
+    running = sum(n.record.running for n in found.nodes)
+    leader = next((n.record.name for n in found.nodes if n.leader), "")
+    if as_json:
+        output.put_json(
+            {
+                "nodes": len(found.nodes),
+                "ready": len(ready),
+                "voters": sum(n.voter for n in found.nodes),
+                "leader": leader,
+                "running": running,
+                "waiting": waiting,
+                "waiting_at_least": waiting == PENDING_COUNTED_MAX,
+                "notices": list(found.notices),
+            }
+        )
+        return
+    free = sum(n.record.free.cpu_millis for n in ready)
+    all_ = sum(n.record.capacity.cpu_millis for n in ready)
+    more = " or more" if waiting == PENDING_COUNTED_MAX else ""
+    output.say(f"Nodes:   {len(ready)} ready of {len(found.nodes)}, leader {leader or 'none'}")
+    output.say(f"Tasks:   {running} running, {waiting}{more} waiting")
+    output.say(f"Cores:   {units.format_cpus(free)} free of {units.format_cpus(all_)}")
+    for notice in found.notices:
+        output.tell(f"notice: {notice}")
+
+
+# --- list --------------------------------------------------------------------------------------------------------
+
+
+def filter_options(command: F) -> F:
+    """Which tasks."""
+    for decorate in (
+        click.option("--on", "on_node", metavar="NODE", help="Run, or ran last, on this node."),
+        click.option("--name", "task_name", metavar="NAME", help="With exactly this name."),
+        click.option("--mine", is_flag=True, help="Short for --owner with your login name."),
+        click.option("--owner", metavar="NAME", help="Of this owner."),
+        click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="With this label; may be repeated."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def make_filter(
+    states: Sequence[str] = (),
+    outcomes: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    owner: str | None = None,
+    mine: bool = False,
+    task_name: str | None = None,
+    on_node: str | None = None,
+) -> TaskFilter:
+    """A filter from options.
+
+    Raises:
+        UserError: names the option.
+    """
+    from spinetta.cli.submit import login_name, pair
+    from spinetta.client.views import TaskFilter
+    from spinetta.model import Outcome, State
+    from spinetta.validate import check_filter
+
+    if mine and owner is not None:
+        raise UserError("--mine and --owner are given", field="owner", hint="give one of them")
+    found = TaskFilter(
+        states=tuple(sorted({State[_STATES[s]] for s in states})),
+        outcomes=tuple(sorted({Outcome[o.upper()] for o in outcomes})),
+        labels=tuple(sorted(dict(pair(text, "label") for text in labels).items())),
+        owner=login_name() if mine else owner or "",
+        name=task_name or "",
+        node=on_node or "",
+    )
+    check_filter(found.labels, found.owner, found.name, found.node)
+    return found
+
+
+@click.command("list", epilog=exits.HELP)
+@click.option("--state", "states", multiple=True, type=click.Choice(list(_STATES)), help="May be repeated.")
+@click.option("--outcome", "outcomes", multiple=True, type=click.Choice(_OUTCOMES), help="May be repeated.")
+@filter_options
+@click.option("--limit", metavar="N", type=click.IntRange(0), default=LIST_LIMIT, show_default=True, help="0: all.")
+@click.option("--oldest-first", is_flag=True, help="In order of submission; else the newest come first.")
+@click.option("--quiet", "-q", is_flag=True, help="Print ids only.")
+@click.option("--watch", is_flag=True, help="Go on and print a line for each change, until Ctrl-C.")
+@json_option
+@client_options
+def list_tasks(
+    states: tuple[str, ...],
+    outcomes: tuple[str, ...],
+    limit: int,
+    oldest_first: bool,
+    quiet: bool,
+    watch: bool,
+    as_json: bool,
+    node: str | None,
+    timeout: str | None,
+    config_file: str | None,
+    **filters: Any,
+) -> None:
+    """List tasks. With --json, one document; with --json --watch, one line for each change.
+
+    \b
+    Examples:
+      spinetta list --state running
+      spinetta list --outcome failed --label run=7 --limit 0
+      spinetta list --mine -q --state pending | xargs spinetta cancel
+    """
+    wanted = make_filter(states, outcomes, **filters)
+    if watch:
+        _watch(wanted, quiet, as_json, (node, timeout, config_file))
+        return
+
+    async def work(client: AsyncClient) -> tuple[list[TaskInfo], bool]:
+        ask = limit + 1 if limit else 0
+        async with contextlib.aclosing(client.list(wanted, newest_first=not oldest_first, limit=ask)) as tasks:
+            found = [info async for info in tasks]
+        return (found[:limit], True) if limit and len(found) > limit else (found, False)
+
+    found, more = with_client(work, node, timeout, config_file)
+    from spinetta.cli import show
+
+    if as_json:
+        output.put_json({"tasks": [show.task_document(i) for i in found], "more": more})
+        return
+    if quiet:
+        for info in found:
+            output.say(info.id)
+    elif found:
+        task_table(found)
+    else:
+        output.tell("no tasks match" if wanted != make_filter() else "there are no tasks")
+    if more:
+        output.tell(f"there are more than these {limit}; --limit 0 shows all")
+
+
+def task_table(found: Sequence[TaskInfo]) -> None:
+    """Tasks as a table."""
+    from spinetta.cli import show
+
+    header = ("ID", "NAME", "STATE", "EXIT", "NODE", "TRIES", "AGE", "TOOK", "COMMAND")
+    rows, colours = [], {}
+    for n, info in enumerate(found):
+        t = info.task
+        word = show.state_word(info)
+        rows.append(
+            (
+                info.id,
+                t.spec.name,
+                word,
+                show.exit_word(info),
+                info.node,
+                str(t.attempts_started),
+                show.age(t.submitted_ms),
+                show.run_time(info),
+                show.command_line(t.spec),
+            )
+        )
+        colours[(n, 2)] = show.STATE_COLOURS.get(word, "")
+    output.table(header, rows, right=(5,), colours=colours)
+
+
+def _watch(wanted: TaskFilter, quiet: bool, as_json: bool, where: tuple[str | None, str | None, str | None]) -> None:
+    from spinetta.cli import show
+
+    async def work(client: AsyncClient) -> None:
+        async with contextlib.aclosing(client.watch(wanted)) as changes:
+            async for change in changes:
+                for info in change.tasks:
+                    if as_json:
+                        output.put_json_line(show.task_document(info))
+                    elif quiet:
+                        output.say(info.id)
+                    else:
+                        words = (info.id, show.state_word(info), info.node, show.exit_word(info), info.task.spec.name)
+                        output.say("  ".join(output.printable(w) for w in words if w))
+                sys.stdout.flush()
+
+    try:
+        with_client(work, *where)
+    except KeyboardInterrupt:
+        raise Finished(exits.INTERRUPTED) from None
+
+
+# --- cancel ------------------------------------------------------------------------------------------------------
+
+
+@click.command(epilog=exits.HELP)
+@click.argument("ids", nargs=-1, metavar="[ID]…")
+@click.option("--all", "all_", is_flag=True, help="All unfinished tasks that match the options below.")
+@filter_options
+@click.option(
+    "--state", "states", multiple=True, type=click.Choice(["blocked", "pending", "running"]), help="With --all."
+)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--reason", metavar="TEXT", default="", help="Kept with the task.")
+@json_option
+@client_options
+def cancel(
+    ids: tuple[str, ...],
+    all_: bool,
+    states: tuple[str, ...],
+    yes: bool,
+    reason: str,
+    as_json: bool,
+    node: str | None,
+    timeout: str | None,
+    config_file: str | None,
+    **filters: Any,
+) -> None:
+    """Cancel tasks. Those that wait are over at once; of those that run the node is asked to end them.
+
+    Cancelling a task that has ended changes nothing and is no error.
+
+    \b
+    Examples:
+      spinetta cancel 3f2a9c 77ab01
+      spinetta cancel --all --label run=7
+      spinetta cancel --all --mine --yes --reason "wrong reference"
+    """
+    where = (node, timeout, config_file)
+    wanted = make_filter(states or ("blocked", "queued", "running"), **filters)
+    if all_ and ids:
+        raise UserError("ids and --all are given", field="ids", hint="give one of them")
+    if not all_ and (states or wanted != make_filter(("blocked", "queued", "running"))):
+        raise UserError("a filter without --all", field="all", hint="add --all, or name tasks by id")
+    if not all_ and not ids:
+        raise UserError("no task is named", field="ids", hint="spinetta cancel ID…, or --all with a filter")
+    chosen = list(ids) if ids else _confirmed(wanted, yes, as_json, where)
+    done: list[CancelResult] = []
+
+    async def work(client: AsyncClient) -> None:
+        done.extend(await client.cancel(chosen, reason))
+
+    if chosen:
+        with_client(work, *where)
+    if as_json:
+        output.put_json(
+            {"tasks": [{"id": c.id, "state": c.state.name.lower(), "was_complete": c.was_complete} for c in done]}
+        )
+        return
+    for c in done:
+        what = "had ended before" if c.was_complete else "is being ended" if c.state.name == "RUNNING" else "cancelled"
+        output.say(f"{c.id}  {what}")
+
+
+def _confirmed(
+    wanted: TaskFilter, yes: bool, as_json: bool, where: tuple[str | None, str | None, str | None]
+) -> list[str]:
+    """The ids of the tasks that match, once somebody has agreed."""
+
+    async def collect(client: AsyncClient) -> list[TaskInfo]:
+        async with contextlib.aclosing(client.list(wanted)) as tasks:
+            return [info async for info in tasks]
+
+    found = with_client(collect, *where)
+    if not found:
+        if not as_json:
+            output.tell("no unfinished tasks match")
+        return []
+    if yes:
+        return [i.id for i in found]
+    running = sum(1 for i in found if i.task.state.name == "RUNNING")
+    if as_json or not sys.stdin.isatty():
+        raise UserError(
+            f"{len(found)} tasks would be cancelled and there is nobody to ask", field="yes", hint="add --yes"
+        )
+    click.confirm(f"Cancel {len(found)} tasks, {running} of them running?", abort=True, err=True)
+    return [i.id for i in found]
+
+
+# --- wait --------------------------------------------------------------------------------------------------------
+
+
+@click.command(epilog=exits.HELP)
+@click.argument("ids", nargs=-1, required=True, metavar="ID…")
+@click.option("--timeout", "limit", metavar="TIME", help="How long; default: as long as it takes.")
+@click.option("--any", "any_", is_flag=True, help="Until the first one has ended.")
+@json_option
+@click.option("--node", metavar="HOST:PORT,…", help="Nodes to talk to (SPINETTA_NODE).")
+@config_option
+def wait(
+    ids: tuple[str, ...], limit: str | None, any_: bool, as_json: bool, node: str | None, config_file: str | None
+) -> None:
+    """Wait until tasks have ended, then list them.
+
+    Exits with 0 when all of them (with --any: those that have ended) succeeded, 1 when not, 5 when the time was over.
+
+    \b
+    Examples:
+      spinetta wait 3f2a9c 77ab01 --timeout 1h
+      spinetta submit --file tasks.yaml | xargs spinetta wait
+    """
+    from spinetta.cli import show
+    from spinetta.units import parse_duration
+
+    limit_s = parse_duration(limit, "timeout") if limit is not None else None
+
+    async def work(client: AsyncClient) -> WaitResult:
+        return await client.wait(ids, timeout_s=limit_s, any_=any_)
+
+    try:
+        result = with_client(work, node, None, config_file)
+    except KeyboardInterrupt:
+        output.tell("\nno longer waiting; the tasks go on")
+        raise Finished(exits.INTERRUPTED) from None
+    if as_json:
+        output.put_json({"tasks": [show.task_document(i) for i in result.tasks], "timed_out": result.timed_out})
+    else:
+        task_table(result.tasks)
+    if result.timed_out:
+        if not as_json:
+            output.tell(f"not all have ended within {limit}")
+        raise Finished(exits.TIMED_OUT)
+    ended = [i for i in result.tasks if i.done]
+    raise Finished(exits.OK if all(i.succeeded for i in ended) else exits.TASK_FAILED)
