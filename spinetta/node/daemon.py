@@ -332,9 +332,8 @@ def check_port_free(address: str, what: str) -> None:
 
 def configure_logging(level: str) -> None:
     """Plain lines on standard error, for a terminal, a file or the journal."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
-    )
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logging.getLogger("spinetta").setLevel(level.upper())  # not the root: libraries have other ideas of what matters
 
 
 def run(resolved: Resolved) -> int:
