@@ -124,8 +124,8 @@ same_process() { [ -n "${2:-}" ] && [ "$(started "$1")" = "$2" ]; }
 
 # daemon NODE, shim NODE: its pid if it runs.
 daemon() {
-    local pid since
-    read -r pid since 2>/dev/null <"$state/$1.pid" && same_process "$pid" "$since" && echo "$pid"
+    local pid since _
+    read -r pid since _ 2>/dev/null <"$state/$1.pid" && same_process "$pid" "$since" && echo "$pid"
 }
 shim() {
     local pid since
@@ -133,7 +133,10 @@ shim() {
         same_process "$pid" "$since" && echo "$pid"
 }
 # What the shim wrote of itself, on one line.
-identity() { tr -d '\n' <"$state/$1/shim/shim.json" 2>/dev/null; }
+identity() {
+    tr '\n' ' ' 2>/dev/null <"$state/$1/shim/shim.json" || return 1
+    echo # a last line without its end is no line to `read`
+}
 # The control groups that the shim made; they outlive it when it is killed.
 cgroups() { identity "$1" | sed -En 's/.*"cgroups": ?\[([^]]*)\].*/\1/p' | grep -oE '"/[^"]+"' | tr -d '"'; }
 
@@ -149,10 +152,12 @@ start_node() {
         --etcd-client-port $((port + 1)) --etcd-peer-port $((port + 2)) --cpus "$cpus" --memory "$memory")
     if [ -n "$peers" ]; then options+=(--peers "${peers#,}"); fi
     printf '\n--- %s devcluster.sh starts %s\n' "$(date -u +%FT%TZ)" "$name" >>"$state/$name.log"
+    local wall_ms
+    wall_ms=$(date +%s%3N)
     # A session of its own: a Ctrl-C at this terminal is not meant for it.
     (cd / && exec setsid "$spinetta" node join "${options[@]}" >>"$state/$name.log" 2>&1 </dev/null 9<&-) &
     pid=$!
-    echo "$pid $(started "$pid")" >"$state/$name.pid" || die "$name ended at once; see $state/$name.log"
+    echo "$pid $(started "$pid") $wall_ms" >"$state/$name.pid" || die "$name ended at once; see $state/$name.log"
 }
 
 # Crash a node. The shim is PID 1 of its PID namespace: the kernel ends all that is in there with it.
@@ -200,19 +205,26 @@ wait_until() {
 node_list() { SPINETTA_NODE=$(all_addresses) SPINETTA_TIMEOUT=5s "$spinetta" node list "$@" 2>/dev/null; }
 
 # Prints the nodes among the arguments that are not ready yet, and "voters" while there are fewer than there will be.
+# A node that crashed is listed as it was until its lease ends, so what counts is what its present daemon says.
 unready() {
+    local name since wanted=()
+    for name in "$@"; do
+        read -r _ _ since 2>/dev/null <"$state/$name.pid" || since=0
+        wanted+=("$name=${since:-0}")
+    done
     node_list --json | "$bin/python" -c '
 import json, sys
-size, wanted = int(sys.argv[1]), sys.argv[2:]
+size, wanted = int(sys.argv[1]), dict(w.split("=") for w in sys.argv[2:])
 try:
     nodes = {n["name"]: n for n in json.load(sys.stdin)["nodes"]}
 except ValueError:  # nobody answers
     nodes = {}
-missing = [name for name in wanted if nodes.get(name, {}).get("status") != "ready"]
+up = {name for name, n in nodes.items() if n["status"] == "ready" and n["started_ms"] >= int(wanted.get(name, 0))}
+missing = [name for name in wanted if name not in up]
 if sum(bool(n["voter"]) for n in nodes.values()) < (3 if size >= 3 else 1):
     missing.append("voters")
 print(" ".join(missing))
-' "$size" "$@"
+' "$size" "${wanted[@]}"
 }
 
 # Wait until these nodes are ready. When one ends, or none of it comes to pass within the limit, show its log.

@@ -80,7 +80,7 @@ class Progress:
             self._drawn = not final
         elif final or now_s - self._last_s >= LINE_EVERY_S:
             print(line, flush=True)
-        self._last_s = now_s
+            self._last_s = now_s
 
     def leave(self) -> None:
         """Whatever is printed next begins on a line of its own."""
