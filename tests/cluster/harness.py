@@ -104,9 +104,8 @@ class Node:
                 words = (proc / "cmdline").read_bytes().split(b"\0")
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if any(w.endswith(b"/runtime/shim") for w in words) and any(
-                w.startswith(os.fsencode(self.data_dir)) for w in words
-            ):
+            state_dir = os.fsencode(json.dumps(str(self.data_dir / "shim")))
+            if any(w.endswith(b"/runtime/shim") for w in words) and any(state_dir in w for w in words):
                 pid = int(proc.name)
                 if "NSpid" in (status := (proc / "status").read_text()):
                     inner = next(line for line in status.splitlines() if line.startswith("NSpid")).split()[-1]

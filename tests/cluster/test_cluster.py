@@ -118,9 +118,9 @@ def test_every_task_completes_once_though_a_node_dies_in_the_middle(trio: Cluste
 
 def test_etcdctl_shows_the_schema_of_the_design(trio: Cluster) -> None:
     task = submit(trio, "sleep", "60", options=("--tag", "no-such-tag"))
-    assert trio.etcdctl("get", "--prefix", "/status/queued/", "--keys-only").split() == [f"/status/queued/{task}"]
-    via_cli = trio.cli("etcdctl", "get", f"/task/{task}", "--print-value-only", node=1)
-    assert task in via_cli.stdout
+    assert f"/status/queued/{task}" in trio.etcdctl("get", "--prefix", "/status/queued/", "--keys-only").split()
+    via_cli = trio.cli("etcdctl", "get", "--prefix", "/task/", "--keys-only", node=1)
+    assert f"/task/{task}" in via_cli.stdout.split()
     decoded = json.loads(trio.cli("decode", f"/task/{task}").stdout)
     assert decoded["spec"]["command"] == ["sleep", "60"]
     trio.cli("cancel", task)
