@@ -117,8 +117,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def _call(arguments: Sequence[str]) -> None:
     """Call the command; of several errors at once raise the first of ours, which is what a user can act upon."""
+    out = sys.stdout
     try:
         root.main(list(arguments), prog_name="spinetta", standalone_mode=False)
+    except SystemExit as e:
+        if sys.stdout is not out:  # click's answer to a broken pipe; its exit code 1 would be that of a failed task
+            sys.stdout = out
+            raise BrokenPipeError from e
+        raise
     except BaseExceptionGroup as group:
         ours, others = group.split((SpinettaError, KeyboardInterrupt, BrokenPipeError, Finished))
         if ours is None or others is not None:
@@ -143,7 +149,7 @@ def _options(arguments: Sequence[str]) -> Sequence[str]:
 
 def _ours(code: int, arguments: Sequence[str]) -> int:
     """The code, or 125 where a task's own code was to be expected."""
-    given = _options(arguments)
+    given = list(_options(arguments))
     if given[:1] == ["submit"] and any(o in ("--wait", "--follow", "-w", "-f") for o in given):
         return exits.OURS
     return code

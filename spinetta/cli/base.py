@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -113,6 +112,8 @@ def with_client(
     config_file: str | None,
 ) -> T:
     """Run a coroutine with a client, on an event loop of its own."""
+    import asyncio
+
     from spinetta.client.aio import AsyncClient
 
     resolved = _resolved_client(node, timeout, config_file)

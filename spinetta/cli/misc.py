@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import platform
 from pathlib import Path
 
@@ -65,6 +64,8 @@ def shim(
     Example:
       spinetta shim --data-dir /tmp/n1 --name n1
     """
+    import asyncio
+
     from spinetta.cli.node import resolved_node
     from spinetta.runtime.launch import launch
 

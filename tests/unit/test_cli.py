@@ -1,0 +1,264 @@
+"""The command line without a node: what it refuses, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spinetta.cli import exits
+from spinetta.cli.app import COMMANDS, root, run
+from spinetta.cli.taskfile import read_specs
+from spinetta.errors import UserError
+from tests.bad_input import CLI, FILES, Cli, File
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No settings of the machine's, no variables of the caller's, a directory of our own."""
+    for name in list(os.environ):
+        if name.startswith("SPINETTA_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr("spinetta.cli.base.ETC_FILE", tmp_path / "etc.toml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def give(stdin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+
+
+def name_of(case: Cli | File) -> str:
+    return " ".join(case.argv)[:60] if isinstance(case, Cli) else case.message[:60]
+
+
+def test_the_table_is_large_enough() -> None:
+    assert len(CLI) + len(FILES) > 100
+
+
+@pytest.mark.parametrize("case", [c for c in CLI if not c.online], ids=name_of)
+def test_refused(
+    case: Cli, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in case.files.items():
+        (elsewhere / name).write_text(text)
+    for name, value in case.env.items():
+        monkeypatch.setenv(name, value)
+    give(case.stdin, monkeypatch)
+    code = run(case.argv)
+    out, err = capsys.readouterr()
+    assert case.message in err
+    assert (code, out) == (case.code, "")
+    assert "Traceback" not in err
+    assert err.startswith("error: ")
+
+
+@pytest.mark.parametrize("case", FILES, ids=name_of)
+def test_task_files_refused(case: File, elsewhere: Path) -> None:
+    path = elsewhere / f"tasks.{case.format_}"
+    path.write_text(case.text)
+    with pytest.raises(UserError) as caught:
+        read_specs(str(path), None, {})
+    assert str(caught.value).startswith(str(path))
+    assert case.message in str(caught.value)
+    assert caught.value.field == case.part
+    assert caught.value.hint
+
+
+def test_errors_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "--json", "--memory", "lots", "--", "true"]) == 2
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert (error["field"], error["reason"], error["exit_code"], err) == ("memory", "invalid", 2, "")
+    assert error["message"] == "not a size: 'lots'"
+    assert error["hint"].startswith("write a number with a unit")
+    assert run(["list", "--json", "--nonsense"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["reason"] == "usage"
+
+
+def test_json_of_the_tasks_own_command_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "--memory", "lots", "--", "aws", "--json", "--wait"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def dry(*argv: str) -> list[str]:
+    return ["submit", "--dry-run", *argv]
+
+
+def test_every_option_of_submit_arrives(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIVEN", "from here")
+    task_id = "01890a5d-ac96-774b-bcce-b302099a8057"
+    assert run(dry(
+        "--name", "n", "--label", "a=1", "--label", "b=x=y", "--cpus", "1.5", "--memory", "2GiB", "--disk", "1G",
+        "--gpu", "2", "--countable", "fpga=1", "--time", "1h30m", "--tag", "ssd", "--not-tag", "old", "--env", "A=b",
+        "--env", "GIVEN", "--workdir", "/tmp", "--priority", "-3", "--retries", "2", "--backoff", "5s", "--no-restart",
+        "--grace", "30s", "--owner", "me", "--id", task_id, "--", "echo", "--name", "--", "x",
+    )) == 0  # fmt: skip
+    [spec] = json.loads(capsys.readouterr().out)["tasks"]
+    assert spec == {
+        "id": task_id, "name": "n", "command": ["echo", "--name", "--", "x"], "labels": {"a": "1", "b": "x=y"},
+        "env": {"A": "b", "GIVEN": "from here"}, "working_directory": "/tmp",
+        "resources": {
+            "cpu_millis": 1500, "memory_bytes": 2 << 30, "disk_bytes": 10**9, "countables": {"fpga": 1, "gpu": 2},
+        },
+        "walltime_s": 5400.0, "tags_required": ["ssd"], "tags_forbidden": ["old"], "priority": -3, "retries": 2,
+        "retry_backoff_s": 5.0, "restart_on_node_failure": False, "owner": "me", "grace_s": 30.0,
+    }  # fmt: skip
+
+
+def test_options_are_defaults_for_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    give('{"command": "echo a b", "cpus": 2, "labels": {"x": "1"}}\n{"command": ["b"]}\n', monkeypatch)
+    assert run(dry("--file", "-", "--format", "jsonl", "--cpus", "1", "--label", "run=7", "--owner", "me")) == 0
+    first, second = json.loads(capsys.readouterr().out)["tasks"]
+    assert first["command"] == ["echo", "a", "b"]
+    assert (first["resources"]["cpu_millis"], second["resources"]["cpu_millis"]) == (2000, 1000)
+    assert (first["labels"], second["labels"]) == ({"run": "7", "x": "1"}, {"run": "7"})
+    assert first["owner"] == second["owner"] == "me"
+    assert first["id"] < second["id"]
+
+
+def test_yaml_and_json_say_the_same(elsewhere: Path) -> None:
+    entry = {
+        "command": ["a", "b"],
+        "memory": "1GiB",
+        "time": 90,
+        "tags": ["x"],
+        "countables": {"gpu": 1},
+        "restart": False,
+    }
+    (elsewhere / "t.json").write_text(json.dumps([entry]))
+    (elsewhere / "t.yaml").write_text(
+        "- command: [a, b]\n  memory: 1GiB\n  time: 90\n  tags: x\n  countables: {gpu: 1}\n  restart: no\n"
+    )
+    from dataclasses import replace
+
+    [one], [two] = read_specs("t.json", None, {}), read_specs("t.yaml", None, {})
+    assert replace(one, id=two.id) == two
+    assert one.restart_on_node_failure is False
+
+
+def test_help_of_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert run([name, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert name in ("version", "config") or "Example" in out, name
+
+
+def test_the_table_of_commands_tells_what_each_says_of_itself() -> None:
+    import click
+
+    with click.Context(root) as ctx:
+        for name in COMMANDS:
+            assert root.get_command(ctx, name) is not None
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["completion", shell]) == 0
+    assert "_SPINETTA_COMPLETE" in capsys.readouterr().out
+
+
+def test_completion_completes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "spinetta.cli"],
+        env={**os.environ, "_SPINETTA_COMPLETE": "bash_complete", "COMP_WORDS": "spinetta sub", "COMP_CWORD": "1"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert "submit" in done.stdout
+
+
+def test_config_show(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "etc.toml").write_text('[node]\nmemory = "1GiB"\ntags = ["ssd"]\n[client]\nnode = "127.0.0.5:1"\n')
+    monkeypatch.setenv("SPINETTA_CPUS", "2")
+    monkeypatch.setenv("SPINETTA_MEMROY", "2")
+    assert run(["config", "show", "--json", "--grace", "2m"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["node"]["memory_bytes"] == {
+        "value": 1 << 30, "origin": "file", "from": f"{elsewhere}/etc.toml, [node] memory",
+    }  # fmt: skip
+    assert shown["node"]["cpu_millis"] == {"value": 2000, "origin": "environment", "from": "SPINETTA_CPUS"}
+    assert shown["node"]["grace_s"] == {"value": 120.0, "origin": "flag", "from": "--grace"}
+    assert shown["node"]["lease_ttl_s"] == {"value": 10, "origin": "default", "from": ""}
+    assert shown["client"]["nodes"]["value"] == ["127.0.0.5:1"]
+    assert shown["warnings"] == ["environment variable SPINETTA_MEMROY is no setting (did you mean SPINETTA_MEMORY?)"]
+    assert run(["config", "show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["FOR", "SETTING", "VALUE", "FROM"]
+    assert any(line.split() == ["node", "cpus", "2", "SPINETTA_CPUS"] for line in lines)
+
+
+def test_own_file_before_the_machines(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "etc.toml").write_text('[client]\ntimeout = "9s"\nnode = "127.0.0.5:1"\n')
+    own = elsewhere / "config" / "spinetta" / "spinetta.toml"
+    own.parent.mkdir(parents=True)
+    own.write_text('[client]\ntimeout = "3s"\n')
+    assert run(["config", "show", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["client"]["timeout_s"]["value"], shown["client"]["nodes"]["value"]) == (3.0, ["127.0.0.5:1"])
+
+
+def test_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import base64
+
+    from spinetta import codec
+    from spinetta.model import Holding, IncarnationId
+
+    value = codec.encode_holding(Holding(2, IncarnationId("abc"), 60.0, True, "why"))
+    key = b"/status/running/n1/01890a5d-ac96-774b-bcce-b302099a8057"
+    wanted = {"attempt": 2, "incarnation": "abc", "grace_s": 60.0, "cancel_requested": True, "cancel_reason": "why"}
+
+    def decoded(data: bytes, *options: str) -> str:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert run(["decode", *options]) == 0
+        return capsys.readouterr().out
+
+    assert json.loads(decoded(value, "--type", "running")) == wanted
+    assert json.loads(decoded(value + b"\n", "--type", "running")) == wanted
+    assert json.loads(decoded(key + b"\n" + value + b"\n")) == wanted
+    assert json.loads(decoded(key + b"\n\n")) == {}
+    kvs = [{"key": base64.b64encode(key).decode(), "value": base64.b64encode(value).decode()}] * 2
+    lines = decoded(json.dumps({"header": {}, "kvs": kvs, "count": 2}).encode()).splitlines()
+    assert [json.loads(line) for line in lines] == [{"key": key.decode(), "value": wanted}] * 2
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xff")))
+    assert run(["decode", "--type", "task"]) == 2
+    assert "the value of task cannot be read" in capsys.readouterr().err
+
+
+def test_a_broken_pipe_is_quiet() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m spinetta.cli submit --help | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", "141")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from spinetta.cli.app import run; run(['--help']); run(['version']); "
+        "heavy = ('grpc', 'rich', 'yaml', 'google.protobuf', 'asyncio', 'uuid6', 'psutil'); "
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "--help"]) == 0
+    out = capsys.readouterr().out
+    for code in (
+        exits.OK,
+        exits.NOT_FOUND,
+        exits.UNAVAILABLE,
+        exits.TIMED_OUT,
+        exits.UNKNOWN,
+        exits.OURS,
+        exits.WALLTIME,
+    ):
+        assert f"  {code}  " in out
