@@ -9,9 +9,11 @@ The work directory must be one that all nodes see; in a cluster on one machine a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -138,15 +140,19 @@ class Pipeline:
         """Cancel what has not ended; how many that were."""
         self._progress.leave()
         open_ids = [i for stage in self.stages for i, t in stage.tasks.items() if t is None or not t.done]
-        cancelled = 0
-        for task_id in open_ids:
-            try:  # one by one: some may never have been submitted
-                cancelled += not self._client.cancel([task_id], "the demonstration was stopped")[0].was_complete
-            except NotFound:
-                continue
-            except SpinettaError as e:
-                print(f"  {task_id}: {e}", file=sys.stderr)
-        return cancelled
+        try:
+            return self._cancelled(open_ids)
+        except NotFound:  # the submit itself was interrupted: take those that are there one by one
+            count = 0
+            for task_id in open_ids:
+                with contextlib.suppress(NotFound):
+                    count += self._cancelled([task_id])
+            return count
+
+    def _cancelled(self, ids: Sequence[str]) -> int:
+        if not ids:
+            return 0
+        return sum(not c.was_complete for c in self._client.cancel(ids, "the demonstration was stopped"))
 
     def _story(self, task: TaskInfo) -> str:
         t = task.task
@@ -254,6 +260,7 @@ def main() -> int:
             parser.error(
                 f"{path} is not there (Debian's bowtie2-examples has the defaults; scripts/setup.sh installs it)"
             )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end cancels the tasks, too
     try:
         return demonstrate(args)
     except (SpinettaError, StepFailed) as e:
