@@ -25,7 +25,7 @@ EPILOG = exits.HELP
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--name", metavar="NAME", help="For people; need not be unique.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="To filter by; may be repeated.")
-@click.option("--cpus", metavar="N", help="Cores, e.g. 2, 0.5 or 1500m.")
+@click.option("--cpus", metavar="N", help="Cores, e.g. 2, 0.5 or 1500m (1).")
 @click.option("--memory", metavar="SIZE", help="E.g. 2GiB. A task that uses more is ended as out of memory.")
 @click.option("--disk", metavar="SIZE", help="Scratch space.")
 @click.option("--gpu", metavar="N", type=int, help="Short for --countable gpu=N.")

@@ -27,7 +27,7 @@ def make_spec(
     labels: Mapping[str, str] | Iterable[tuple[str, str]] = (),
     env: Mapping[str, str] | Iterable[tuple[str, str]] = (),
     workdir: str = "",
-    cpus: float | str = 0,
+    cpus: float | str = 1,
     memory: int | str = 0,
     disk: int | str = 0,
     gpu: int = 0,
@@ -51,7 +51,7 @@ def make_spec(
         labels: key and value pairs to filter by.
         env: environment variables of the process; nothing else is inherited.
         workdir: absolute path; empty: a fresh scratch directory.
-        cpus: cores, e.g. ``0.5``, ``2``, ``"1500m"``.
+        cpus: cores, e.g. ``0.5``, ``2``, ``"1500m"``; a task takes one unless it says otherwise.
         memory, disk: bytes or e.g. ``"2GiB"``.
         gpu: short for ``countables={"gpu": n}``.
         countables: whole things by name, or ``"gpu=1,fpga=2"``.
