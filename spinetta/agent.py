@@ -89,7 +89,8 @@ class Agent:
 
     def free(self) -> Resources:
         """What is neither held nor reserved by claims under way."""
-        return self.settings.record.capacity - self.holdings.demand() - self.claims.reserved()
+        reserved = self.claims.reserved(self.holdings.counted())
+        return (self.settings.record.capacity - self.holdings.demand() - reserved).at_least_nothing()
 
     @property
     def next_s(self) -> float | None:
@@ -285,12 +286,15 @@ class Agent:
             self.lives.open(now)
         elif not self.leading and self.lives.wanted:
             effects += self.lives.close()
+        session = self.session
+        if session.registration is not None and self.holdings.listed_at < session.registration.since:
+            self.mine.refresh(now)
         for mirror in self._mirrors.values():
             effects += mirror.poll(now)
-        session = self.session
-        if session.must_stop and self.claims.round is not None:
+        if session.must_stop:
             self.claims.life_ended()
-        effects += self.holdings.poll(now, now_ms, may_start=session.may_start, must_stop=session.must_stop)
+        life = session.incarnation
+        effects += self.holdings.poll(now, now_ms, life, may_start=session.may_start, must_stop=session.must_stop)
         if self.leaving and session.active and self.holdings.empty:
             effects += self.leadership.resign()
             effects += session.deregister()
@@ -299,15 +303,18 @@ class Agent:
         if self._may_lead:
             office = self.offices.entries.get(keys.OFFICE)
             lives = self.lives.entries if self.lives.synced else None
-            effects += self.leadership.poll(now, office, self.nodes.entries, lives)
+            effects += self.leadership.poll(now, office, self.nodes.entries, lives, session.incarnation)
         effects += self.claims.poll(
             now, self._claim_under, session.incarnation, self._takeable(), self._slots(), self._peers
         )
         return effects
 
     def _takeable(self) -> Resources | None:
-        known = self.holdings.runtime_known and self.holdings.store_known and self.holdings.all_read
-        return self.free() if known and not self.draining else None
+        registration, holdings = self.session.registration, self.holdings
+        if self.draining or registration is None or not (holdings.runtime_known and holdings.all_read):
+            return None
+        # Claims that an earlier daemon had under way may have been committed after an older listing.
+        return self.free() if holdings.listed_at >= registration.since else None
 
     def _slots(self) -> int:
         return self.settings.attempts_max - len(self.holdings.held)

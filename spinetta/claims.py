@@ -8,7 +8,7 @@ still commit as long as its queue key has the revision it is guarded by.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from spinetta import codec, keys, lifecycle, steal, txn
@@ -65,6 +65,7 @@ class Round:
     incarnation: IncarnationId
     bids: dict[TaskId, Bid] = field(default_factory=dict)
     act_at_s: float = 0.0
+    doubted: bool = False  # an answer was lost: an earlier proposal may commit in the place of the latest
 
 
 class Claims:
@@ -79,24 +80,25 @@ class Claims:
         self._watching = False
         self._serial = 0
         self._listing_after: str | None = None
+        self._listing_void = False  # the window was cleared meanwhile: a page from its middle is of no use
         self._paused = False
         self._not_before_s = 0.0  # after a failure: a pause, or an unreachable store would be asked in a tight loop
         self._reconcile_at_s = 0.0
         self._reading_hints = False
         self._full_since_s: float | None = None
         self._look_again_at_s: float | None = None
-        self._hungry = False
         self._stale = True  # something changed since the last plan
         self._hungry = False  # as of the last poll; a full node has nothing to look again for
 
     # --- outside view ---
 
-    def reserved(self) -> Resources:
-        """What the claims under way would take."""
+    def reserved(self, counted: Collection[TaskId] = ()) -> Resources:
+        """What the claims under way would take, without tasks that are counted as held already."""
         total = Resources()
         if self.round is not None:
-            for bid in self.round.bids.values():
-                total = total + bid.demand
+            for task_id, bid in self.round.bids.items():
+                if task_id not in counted:
+                    total = total + bid.demand
         return total
 
     @property
@@ -132,13 +134,14 @@ class Claims:
     ) -> list[Effect]:
         """What time and room ask for. `free` None: do not take anything now (draining, fenced, or not known yet)."""
         effects: list[Effect] = []
+        if self.round is not None and incarnation != self.round.incarnation:
+            self.life_ended()
         if self.round is not None:
             effects += self._pursue(now)
         if self._not_before_s > now:
             return effects
         self._paused = False
         hungry = free is not None and registration is not None and slots > 0 and free.cpu_millis > 0
-        self._hungry = hungry
         self._hungry = hungry
         effects += self._tend_window(now, hungry)
         if hungry and registration is not None and incarnation is not None and free is not None and self.round is None:
@@ -171,13 +174,18 @@ class Claims:
         effects: list[Effect] = [Unwatch(QUEUE)] if self._watching else []
         self._open = self._watching = False
         self._full_since_s = None
-        self.window.clear()
+        self._clear()
         return effects
+
+    def _clear(self) -> None:
+        self.window.clear()
+        self._listing_void = self._listing_after is not None
 
     def listed(self, done: ListDone, now: float) -> list[Effect]:
         """A page of the queue."""
         after, self._listing_after = self._listing_after, None
-        if not self._open or after is None:
+        void, self._listing_void = self._listing_void, False
+        if not self._open or after is None or (void and after != ""):
             return []
         if done.listing is None:
             self._pause(now)
@@ -204,7 +212,7 @@ class Claims:
         if self._watching and lost.serial == self._serial:
             self._watching = False
             self._pause(now)
-            self.window.clear()
+            self._clear()
 
     def _read_hints(self) -> list[Effect]:
         wanted = () if self._reading_hints else self.window.without_hint()
@@ -267,7 +275,11 @@ class Claims:
                 continue
             size_bytes += len(entry.value) + 512
             task = codec.decode_task(entry.value)
-            if task.state is not State.QUEUED or (size_bytes > BATCH_BYTES_MAX and len(current.bids) > 1):
+            if task.state is not State.QUEUED:
+                self.window.drop(task_id, bid.waiting.revision)
+                del current.bids[task_id]
+                continue
+            if size_bytes > BATCH_BYTES_MAX and len(current.bids) > 1:
                 del current.bids[task_id]
                 continue
             self._bid(bid, task, current.incarnation, now_ms)
@@ -296,18 +308,25 @@ class Claims:
         if current is None or current.stage is not Stage.COMMITTING:
             return True
         if done.result is None:
+            current.doubted = True
             current.stage = Stage.DOUBTFUL
             current.act_at_s = now + RETRY_S
             return True
-        if isinstance(done.result, txn.Conflict):
+        refused = isinstance(done.result, txn.Conflict)
+        if isinstance(done.result, txn.Committed):
+            for (task_id, bid), won in zip(list(current.bids.items()), done.result.nested, strict=True):
+                if won and bid.task is not None and bid.holding is not None:
+                    holdings.claimed(bid.task, done.result.revision, bid.holding)
+                elif current.doubted:
+                    continue  # lost perhaps to our own earlier proposal
+                self.window.drop(task_id, bid.waiting.revision)
+                del current.bids[task_id]
+        if current.doubted and current.bids:
+            current.stage = Stage.DOUBTFUL
+            current.act_at_s = now + (RETRY_S if refused else 0.0)
+        else:
             self._abandon()
-            return False
-        for (task_id, bid), won in zip(list(current.bids.items()), done.result.nested, strict=True):
-            self.window.drop(task_id, bid.waiting.revision)
-            if won and bid.task is not None and bid.holding is not None:
-                holdings.claimed(bid.task, done.result.revision, bid.holding)
-        self._abandon()
-        return True
+        return not refused
 
     def _abandon(self) -> list[Effect]:
         self.round = None

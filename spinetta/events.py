@@ -175,6 +175,11 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class ListRuntime:
+    """Ask the runtime what it holds, after all that it was asked before. → `RuntimeListed`, or nothing: asked again."""
+
+
+@dataclass(frozen=True, slots=True)
 class RenewRuntime:
     """Feed the dead-man's switch with the time before a committed renewal was sent. Yields nothing."""
 
@@ -201,6 +206,7 @@ Effect = (
     | Start
     | Stop
     | Forget
+    | ListRuntime
     | RenewRuntime
     | Notice
 )

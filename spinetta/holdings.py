@@ -8,6 +8,7 @@ process without a key has been fenced and is stopped; an end is recorded under t
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from spinetta.events import (
     Effect,
     Entry,
     Forget,
-    HeldAttempt,
+    ListRuntime,
     NoAnswer,
     Read,
     ReadDone,
@@ -30,9 +31,11 @@ from spinetta.events import (
     attempt_key,
 )
 from spinetta.mirror import Delta
-from spinetta.model import Exit, Holding, NodeId, QueueHint, Reason, Resources, Revision, State, Task, TaskId
+from spinetta.model import Exit, Holding, IncarnationId, NodeId, QueueHint, Reason, Resources, Revision, Task, TaskId
 
 RETRY_S = 0.5
+STOP_AGAIN_S = 5.0  # a request that was lost is made again; one that was not changes nothing
+PAST_MAX = 1024  # ends remembered after they were forgotten: about twice what a node may hold at once
 FINISHES_MAX = txn.NESTED_MAX
 READ_MAX = 100  # records read at once: below etcd's 128 operations a transaction
 
@@ -56,9 +59,9 @@ class Held:
     token: Revision
     holding: Holding
     step: Step
+    seen: Revision  # of the running key, a request in it included
     task: Task | None = None
     exit: Exit | None = None
-    stopping: bool = False
 
     @property
     def key(self) -> str:
@@ -76,6 +79,7 @@ class Holdings:
         self.runtime_known = False
         self.store_known = False  # both truths must be known before anything is judged a stray
         self._ends: dict[str, Exit] = {}
+        self._past: dict[str, Exit] = {}  # of attempts that are forgotten: a listing that was under way may show them
         self._reading: frozenset[TaskId] = frozenset()
         self._finishing: tuple[tuple[TaskId, Revision], ...] = ()
         self._resolving: tuple[tuple[TaskId, Revision], ...] = ()
@@ -83,25 +87,40 @@ class Holdings:
         self._releasing: Reason | None = None
         self._over: dict[TaskId, Revision] = {}  # tokens known to be spent, until a listing is newer than they
         self._listed_at = Revision(0)
-        self._stopped: set[str] = set()
-        self._starting: set[str] = set()
+        self._stopped: dict[str, float] = {}  # when the runtime was last asked to end it
+        self._asked: dict[str, int] = {}  # starts that are to be answered
+        self._unsure: set[str] = set()  # starts that were not answered: they may run
+        self._list_at_s: float | None = None  # when to ask the runtime what it holds
 
     # --- outside view ---
 
     @property
     def next_s(self) -> float | None:
-        """When `poll` has something to do that failed before."""
-        return self._retry_at_s
+        """When `poll` has something to do that failed before, or to ask for again."""
+        times = [t for t in (self._retry_at_s, self._list_at_s) if t is not None]
+        if self._stopped:
+            times.append(min(self._stopped.values()) + STOP_AGAIN_S)
+        return min(times, default=None)
 
     @property
     def nothing_runs(self) -> bool:
         """True once the runtime has said what it holds, none of it runs and nothing is being started."""
-        return self.runtime_known and not self._starting and all(k in self._ends for k in self.processes)
+        sure = self.runtime_known and not self._asked and not self._unsure
+        return sure and all(k in self._ends for k in self.processes)
 
     @property
     def empty(self) -> bool:
         """True when neither the store nor the runtime has anything of ours."""
         return self.runtime_known and not self.held and not self.processes
+
+    @property
+    def listed_at(self) -> Revision:
+        """The revision of the latest listing of what this node holds: no claim up to it is unknown."""
+        return self._listed_at
+
+    def counted(self) -> set[TaskId]:
+        """The tasks whose demand is in `demand`."""
+        return {t for t, h in self.held.items() if h.task is not None}
 
     def demand(self) -> Resources:
         """The sum of what all held attempts were promised (those whose record is unread are not counted)."""
@@ -127,7 +146,7 @@ class Holdings:
             return
         if self._spent(task.id, token):
             return
-        self.held[task.id] = Held(task.id, token, holding, Step.STARTING, task)
+        self.held[task.id] = Held(task.id, token, holding, Step.STARTING, token, task)
 
     def follow(self, deltas: Iterable[Delta]) -> list[Effect]:
         """The store's view of what this node holds has changed."""
@@ -170,11 +189,11 @@ class Holdings:
         if known is None or known.token < entry.created:
             if self._over.get(task_id, 0) >= entry.created:
                 return []
-            known = Held(task_id, entry.created, holding, Step.UNREAD)
+            known = Held(task_id, entry.created, holding, Step.UNREAD, entry.modified)
             self.held[task_id] = known
-        elif known.token > entry.created:
+        elif known.token > entry.created or known.seen > entry.modified:
             return []
-        known.holding = holding
+        known.holding, known.seen = holding, entry.modified
         return []
 
     # --- from the runtime ---
@@ -182,29 +201,34 @@ class Holdings:
     def runtime_listed(self, listed: RuntimeListed) -> list[Effect]:
         """The runtime is connected (again): this is all it holds."""
         self.runtime_known = True
-        self._stopped.clear()
-        self._starting.clear()
+        self._stopped.clear()  # requests that were under way may have been lost: make them again
+        self._unsure.clear()
+        self._list_at_s = None
         self.processes = {a.key: a.token for a in listed.held}
-        self._ends = {a.key: a.exit for a in listed.held if a.exit is not None}
-        by_key: dict[str, HeldAttempt] = {a.key: a for a in listed.held}
+        # What is known to have ended stays so, whatever a listing says that was under way meanwhile.
+        ends = {**self._past, **self._ends, **{a.key: a.exit for a in listed.held if a.exit is not None}}
+        self._ends = {k: ends[k] for k in self.processes if k in ends}
         for h in self.held.values():
-            h.stopping = False  # a request that was under way may have been lost: make it again
-            if h.step is Step.RUNNING and h.key not in by_key:
+            if h.step is Step.RUNNING and h.key not in self.processes and h.key not in self._asked:
                 h.step = Step.STARTING
         return []
 
     def started(self, done: Started, now: float) -> list[Effect]:
         """The answer to a start."""
-        held = self._by_key(done.key)
+        left = self._asked.pop(done.key, 1) - 1
+        if left:
+            self._asked[done.key] = left
         if isinstance(done.exit, NoAnswer):
-            # It may run. While it is ours it is started again, which is harmless; until then it counts as running.
-            self._retry_at_s = now + RETRY_S
-            if held is None:
-                return [Stop(done.key, Reason.FENCED.value)]
-            if held.step is Step.RUNNING:
+            # It may run, so nothing is decided on it until the runtime has said what it holds.
+            self._unsure.add(done.key)
+            self._list_at_s = now + RETRY_S if self._list_at_s is None else self._list_at_s
+            held = self._by_key(done.key)
+            if held is not None and held.step is Step.RUNNING and done.key not in self.processes:
                 held.step = Step.STARTING
             return []
-        self._starting.discard(done.key)
+        self._unsure.discard(done.key)
+        if done.key in self._past and done.exit is not None:
+            return [Forget(done.key)]
         self.processes.setdefault(done.key, done.token)
         if done.exit is not None:
             self._ends[done.key] = done.exit
@@ -213,6 +237,8 @@ class Holdings:
     def attempt_ended(self, ended: AttemptEnded) -> list[Effect]:
         """A process is gone. Its end may be told more than once, and before the answer to its start."""
         held = self._by_key(ended.key)
+        if held is None and ended.key in self._past:
+            return [Forget(ended.key)]
         self.processes.setdefault(ended.key, held.token if held is not None else Revision(0))
         self._ends[ended.key] = ended.exit
         return []
@@ -223,61 +249,84 @@ class Holdings:
         """Give everything back: running attempts are stopped, waiting starts are not made."""
         self._releasing = why
 
-    def poll(self, now: float, now_ms: int, *, may_start: bool, must_stop: bool) -> list[Effect]:
+    def poll(
+        self, now: float, now_ms: int, life: IncarnationId | None, *, may_start: bool, must_stop: bool
+    ) -> list[Effect]:
         """Bring the two truths together; idempotent. Starts, stops, forgets, and records ends in one batch.
 
+        `life`: the incarnation that is ours. What another one of the same name holds (an earlier life, or a node
+        elsewhere that has the name) is not touched in the store, and not ours to run.
         `must_stop`: this life of the node has been ended by others. What ended by itself before may still be recorded
         while its key stands; all else is stopped and given back.
         """
+        if self._list_at_s is not None and self._list_at_s <= now:
+            self._list_at_s = now + STOP_AGAIN_S
+            return [ListRuntime()]
         if not self.runtime_known or not self.store_known:
             return []
         if self._retry_at_s is not None and self._retry_at_s <= now:
             self._retry_at_s = None
         stop = Reason.FENCED if must_stop else self._releasing
-        effects = self._tend_strays()
-        for h in self.held.values():
-            effects += self._tend(h, now_ms, stop, may_start)
+        ours = [h for h in self.held.values() if h.holding.incarnation == life]
+        effects = self._tend_strays(ours, now)
+        for h in ours:
+            effects += self._tend(h, now, now_ms, stop, may_start)
         effects += self._read_unread()
         if self._retry_at_s is None:
             effects += self._record_ends(now_ms)
             effects += self._resolve_doubts()
         return effects
 
-    def _tend_strays(self) -> list[Effect]:
+    def _tend_strays(self, held: Iterable[Held], now: float) -> list[Effect]:
         effects: list[Effect] = []
-        ours = {h.key: h.token for h in self.held.values()}
+        ours = {h.key: h.token for h in held}
         for key, token in list(self.processes.items()):
             if ours.get(key) == token:
                 continue
             if key in self._ends:
-                effects.append(Forget(key))
-                del self.processes[key], self._ends[key]
-                self._stopped.discard(key)
-            elif key not in self._stopped:
-                self._stopped.add(key)
-                effects.append(Stop(key, Reason.FENCED.value))
+                effects += self._forget(key)
+            else:
+                effects += self._stop(key, Reason.FENCED, now)
+        for key in [k for k in self._stopped if k not in self.processes or k in self._ends]:
+            del self._stopped[key]
         return effects
 
-    def _tend(self, h: Held, now_ms: int, stop: Reason | None, may_start: bool) -> list[Effect]:
+    def _forget(self, key: str) -> list[Effect]:
+        del self.processes[key]
+        self._past[key] = self._ends.pop(key)
+        if len(self._past) > PAST_MAX:
+            del self._past[next(iter(self._past))]
+        return [Forget(key)]
+
+    def _stop(self, key: str, why: Reason, now: float) -> list[Effect]:
+        if self._stopped.get(key, -math.inf) + STOP_AGAIN_S > now:
+            return []
+        self._stopped[key] = now
+        return [Stop(key, why.value)]
+
+    def _tend(self, h: Held, now: float, now_ms: int, stop: Reason | None, may_start: bool) -> list[Effect]:
         if h.task is None:
             return []
         if h.step in (Step.STARTING, Step.RUNNING) and h.key in self._ends:
             h.exit = self._ends[h.key]
             h.step = Step.ENDED
         why = Reason.CANCELLED if h.holding.cancel_requested else stop
+        if why is None:
+            self._stopped.pop(h.key, None)
         if h.step is Step.STARTING and h.key in self.processes:
             h.step = Step.RUNNING
         if h.step is Step.STARTING:
+            if h.key in self._asked or h.key in self._unsure:
+                return []  # it may run: not to be started again, and not to be called "not started"
             if why is not None:
                 h.exit = Exit(why, message="before it was started", ended_ms=now_ms)
                 h.step = Step.ENDED
             elif may_start and self._retry_at_s is None:
                 h.step = Step.RUNNING
-                self._starting.add(h.key)
+                self._asked[h.key] = self._asked.get(h.key, 0) + 1
                 return [Start(h.task.spec, h.holding.attempt, h.token, h.holding.incarnation, h.holding.grace_s)]
-        elif h.step is Step.RUNNING and why is not None and not h.stopping:
-            h.stopping = True
-            return [Stop(h.key, why.value)]
+        elif h.step is Step.RUNNING and why is not None and h.key in self.processes:
+            return self._stop(h.key, why, now)
         return []
 
     def _read_unread(self) -> list[Effect]:
@@ -299,7 +348,7 @@ class Holdings:
             if held is None or held.task is not None or held.token > done.reading.revision:
                 continue
             task = codec.decode_task(entry.value) if entry is not None else None
-            if task is not None and _is_attempt(task, self.node, held.holding):
+            if task is not None and lifecycle.is_attempt(task, self.node, held.holding):
                 held.task, held.step = task, Step.STARTING
             else:
                 self._drop(held)  # the record has moved on, so the key has gone too
@@ -325,7 +374,7 @@ class Holdings:
         if end.event in (lifecycle.Event.FINISH, lifecycle.Event.GIVE_UP):
             return txn.finish(self.node, h.task_id, h.token, record)
         hint = codec.encode_hint(QueueHint.of(end.task.spec, end.delay_s))
-        return txn.give_back(self.node, h.task_id, h.token, record, hint)
+        return txn.give_back(self.node, h.task_id, h.seen, record, hint)
 
     def finished(self, done: CommitDone, now: float) -> list[Effect]:
         """The answer to a batch of ends."""
@@ -337,11 +386,15 @@ class Holdings:
                 if held is not None:
                     held.step = Step.DOUBTFUL
             return []
-        # One that did not commit has lost its token: the attempt is no longer ours, and its end counts for nothing.
-        for task_id, token in batch:
+        # One that did not commit has lost its token, so that its end counts for nothing, or has been asked to end.
+        for (task_id, token), recorded in zip(batch, done.result.nested, strict=True):
             held = self._current(task_id, token)
-            if held is not None:
+            if held is None:
+                continue
+            if recorded:
                 self._drop(held)
+            else:
+                held.step = Step.DOUBTFUL
         return []
 
     def _resolve_doubts(self) -> list[Effect]:
@@ -369,6 +422,7 @@ class Holdings:
             entry = done.reading.entries.get(keys.running(self.node, task_id))
             if entry is not None and entry.created == token:
                 held.step = Step.ENDED
+                held.holding, held.seen = codec.decode_holding(entry.value), entry.modified
             else:
                 self._drop(held)
         return []
@@ -379,11 +433,3 @@ class Holdings:
 
     def _by_key(self, key: str) -> Held | None:
         return next((h for h in self.held.values() if h.key == key), None)
-
-
-def _is_attempt(task: Task, node: NodeId, holding: Holding) -> bool:
-    """Whether the record is of this very attempt, still running."""
-    if task.state is not State.RUNNING or not task.attempts:
-        return False
-    last = task.attempts[-1]
-    return (last.number, last.node, last.incarnation) == (holding.attempt, node, holding.incarnation)

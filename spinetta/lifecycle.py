@@ -11,6 +11,7 @@ from spinetta.model import (
     ATTEMPTS_KEPT_MAX,
     Attempt,
     Exit,
+    Holding,
     IncarnationId,
     NodeId,
     Outcome,
@@ -86,6 +87,14 @@ def claimed(task: Task, node: NodeId, incarnation: IncarnationId, *, now_ms: int
         attempts_started=attempt.number,
         attempts=(*task.attempts, attempt)[-ATTEMPTS_KEPT_MAX:],
     )
+
+
+def is_attempt(task: Task, node: NodeId, holding: Holding) -> bool:
+    """Whether the record is of this very attempt, still running."""
+    if task.state is not State.RUNNING or not task.attempts:
+        return False
+    last = task.attempts[-1]
+    return (last.number, last.node, last.incarnation) == (holding.attempt, node, holding.incarnation)
 
 
 def cancelled_waiting(task: Task, message: str, *, now_ms: int) -> Task:

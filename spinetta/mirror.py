@@ -37,6 +37,7 @@ class Mirror:
         self._serial = 0
         self._watching = False
         self._listing = False
+        self._pausing = False
         self._list_at_s: float | None = None
         self._recent: dict[str, Revision] = {}
         self._listed_at = Revision(0)
@@ -52,6 +53,11 @@ class Mirror:
             self.wanted = True
             self._list_at_s = now
 
+    def refresh(self, now: float) -> None:
+        """List as soon as the pause after a failure allows."""
+        if self.wanted and not self._listing and not self._pausing:
+            self._list_at_s = now
+
     def close(self) -> list[Effect]:
         """Stop mirroring and forget."""
         effects: list[Effect] = [Unwatch(self.tag)] if self._watching else []
@@ -65,6 +71,7 @@ class Mirror:
         if self.next_s is None or self.next_s > now:
             return []
         self._listing = True
+        self._pausing = False
         self._recent.clear()
         return [List(self.tag, self.prefix)]
 
@@ -74,6 +81,7 @@ class Mirror:
         if not self.wanted:
             return [], []
         if done.listing is None:
+            self._pausing = True
             self._list_at_s = now + RETRY_S
             return [], []
         self._list_at_s = now + self._reconcile_s
@@ -96,6 +104,7 @@ class Mirror:
         if self._watching and lost.serial == self._serial:
             self._watching = False
             if not self._listing:
+                self._pausing = True
                 self._list_at_s = now + RETRY_S
 
     def _apply(self, change: Change) -> Delta | None:

@@ -105,6 +105,15 @@ class Resources:
             counts,
         )
 
+    def at_least_nothing(self) -> Resources:
+        """With negative components raised to zero: a node whose capacity was lowered may hold more than it has."""
+        return Resources.of(
+            max(0, self.cpu_millis),
+            max(0, self.memory_bytes),
+            max(0, self.disk_bytes),
+            ((name, max(0, n)) for name, n in self.countables),
+        )
+
     def fits_in(self, room: Resources) -> bool:
         """True when every component is at most that of `room`."""
         if (

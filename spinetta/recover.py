@@ -34,6 +34,7 @@ from spinetta.model import (
     Exit,
     Holding,
     Incarnation,
+    IncarnationId,
     LeaseId,
     Life,
     NodeId,
@@ -64,6 +65,7 @@ class Stray:
 
     task: TaskId
     token: Revision
+    seen: Revision
     holding: Holding
     due_s: float
 
@@ -111,7 +113,9 @@ class Leadership:
         """When `poll` has something to do."""
         times = []
         if self.office is not None:
-            times.append(self._office_until_s if self._keeping_alive else self._keep_alive_at_s)
+            times.append(self._office_until_s)
+            if not self._keeping_alive:
+                times.append(self._keep_alive_at_s)
             times += [c.act_at_s for c in self._cases.values() if not c.busy]
         elif self.candidate and not office_taken and not self._campaigning:
             times.append(self._campaign_at_s)
@@ -120,9 +124,18 @@ class Leadership:
     # --- office ---
 
     def poll(
-        self, now: float, office: Entry | None, nodes: Mapping[str, Entry], lives: Mapping[str, Entry] | None
+        self,
+        now: float,
+        office: Entry | None,
+        nodes: Mapping[str, Entry],
+        lives: Mapping[str, Entry] | None,
+        own: IncarnationId | None,
     ) -> list[Effect]:
-        """What time and the view ask for. `nodes` and `lives` mirror their prefixes; `lives` is None until synced."""
+        """What time and the view ask for.
+
+        `nodes` and `lives` mirror their prefixes; `lives` is None until synced. `own`: our incarnation, whose
+        registration is our session's business.
+        """
         if self.office is None:
             return self._campaign(now, office)
         if office is not None and office.created > self.office.created:
@@ -136,7 +149,7 @@ class Leadership:
             effects.append(KeepAlive("office", self._lease))
         if lives is None:
             return effects
-        effects += self._condemn_absent(now, nodes, lives)
+        effects += self._condemn_absent(now, nodes, lives, own)
         self._open_cases(now, lives)
         for case in list(self._cases.values()):
             if not case.busy and case.act_at_s <= now:
@@ -206,7 +219,7 @@ class Leadership:
     # --- condemning ---
 
     def _condemn_absent(
-        self, now: float, nodes: Mapping[str, Entry], incarnations: Mapping[str, Entry]
+        self, now: float, nodes: Mapping[str, Entry], incarnations: Mapping[str, Entry], own: IncarnationId | None
     ) -> list[Effect]:
         assert self.office is not None  # noqa: S101 - poll looked
         lives = {keys.parse_node(k): (e, codec.decode_incarnation(e.value)) for k, e in sorted(incarnations.items())}
@@ -221,8 +234,10 @@ class Leadership:
         effects: list[Effect] = []
         for node in absent:
             entry, life = lives[node]
-            if node == self.settings.name or self._condemning.get(node, now) > now:
-                continue  # our own registration is our session's business
+            # By the incarnation, not the name: an earlier life of this very node must be ended by somebody, and this
+            # may be the only node there is.
+            if life.id == own or self._condemning.get(node, now) > now:
+                continue
             self._condemning[node] = math.inf
             value = codec.encode_incarnation(replace(life, state=Life.CONDEMNED))
             effects.append(
@@ -281,7 +296,7 @@ class Leadership:
             holding = codec.decode_holding(e.value)
             wait_s = wait_out_s(holding.grace_s, case.life.kill_margin_s, self.settings.clock_rate_error)
             due_s = case.since_s + (0.0 if case.life.state is Life.DEAD else wait_s)
-            case.strays[task] = Stray(task, e.created, holding, due_s)
+            case.strays[task] = Stray(task, e.created, e.modified, holding, due_s)
         if case.strays:
             case.act_at_s = max(now, min(s.due_s for s in case.strays.values()))
             return []
@@ -301,22 +316,25 @@ class Leadership:
         nested = []
         for stray in case.batch:
             entry = done.reading.entries.get(keys.task(stray.task))
-            if entry is not None:
-                nested.append(self._put_back(node, stray, entry, now_ms))
+            body = self._put_back(node, stray, entry, now_ms) if entry is not None else None
+            if body is not None:
+                nested.append(body)
         case.strays.clear()
         assert self.office is not None  # noqa: S101 - _case looked
         guards = txn.requeue_guards(self.office, node, revision)
         return [Commit(CaseTag("requeue", node, revision), txn.batch(nested, guards))]
 
-    def _put_back(self, node: NodeId, stray: Stray, entry: Entry, now_ms: int) -> txn.Txn:
+    def _put_back(self, node: NodeId, stray: Stray, entry: Entry, now_ms: int) -> txn.Txn | None:
         task = codec.decode_task(entry.value)
+        if not lifecycle.is_attempt(task, node, stray.holding):
+            return None  # its holder recorded the end after the listing
         lost = Exit(Reason.NODE_LOST, message=f"node {node} was lost", ended_ms=now_ms)
         cancel = stray.holding.cancel_requested
         end = lifecycle.ended(task, lost, stray.token, cancel_requested=cancel, now_ms=now_ms)
         record = codec.encode_task(end.task)
         if end.event is lifecycle.Event.NODE_LOST:
             hint = codec.encode_hint(QueueHint.of(task.spec))
-            return txn.give_back(node, stray.task, stray.token, record, hint)
+            return txn.give_back(node, stray.task, stray.seen, record, hint)
         return txn.finish(node, stray.task, stray.token, record)
 
     def case_answered(self, tag: CaseTag, done: CommitDone, now: float) -> None:

@@ -70,6 +70,13 @@ class Session:
         self._deregistering = False
         self._open_revision = Revision(0)  # of the incarnation to go on with; 0: none, register a new one
         self._generation = Revision(0)
+        self._granting = False
+        self._remembering = False
+        # The id is of a life that is not known to have begun: it is kept, because a registration whose answer was lost
+        # may commit after a reading that does not show it, and must then be recognised as ours.
+        self._fresh = False
+        self._resumed = False  # requests of an earlier daemon of this life have been shut out
+        self._leaving = False
 
     # --- outside view ---
 
@@ -143,17 +150,25 @@ class Session:
 
     def lease_granted(self, granted: LeaseGranted, now: float) -> list[Effect]:
         """A lease for the node key: first remember the incarnation on disk, then register."""
+        self._granting = False
         if granted.lease is None:
             self._look(now + RETRY_S)
             return []
+        if self.phase is not Phase.JOINING:
+            return [RevokeLease(granted.lease)]
         self.lease = granted.lease
         if self.incarnation is None:
             self.incarnation = IncarnationId(f"{granted.lease:016x}")
+            self._fresh = self._remembering = True
             return [Remember(self.incarnation)]
         return self._commit_registration()
 
     def remembered(self, done: Remembered, now: float) -> list[Effect]:
         """The incarnation is on disk: it may be registered."""
+        self._remembering = False
+        if done.incarnation != self.incarnation or self.phase is not Phase.JOINING:
+            self._look(now + RETRY_S)
+            return []
         if not done.done:
             self.incarnation = None
             self._look(now + POLL_S)
@@ -181,7 +196,9 @@ class Session:
                     return [RevokeLease(self.lease)] if self.lease else []
                 self.suspect(now)
                 return []
-            case _:  # register, reattach, concede: what the store says next decides, whatever the answer was
+            case _:  # register, reattach, resume, concede: what the store says next decides, whatever the answer was
+                if done.tag == "resume" and isinstance(done.result, txn.Committed):
+                    self._resumed = True
                 self._look(now if done.result is not None else now + RETRY_S)
                 return []
 
@@ -196,7 +213,7 @@ class Session:
         """Leave, holding nothing."""
         if self.registration is None or self._deregistering:
             return []
-        self._deregistering = True
+        self._deregistering = self._leaving = True
         return [Commit("deregister", txn.deregister(self.registration))]
 
     # --- inside ---
@@ -229,13 +246,16 @@ class Session:
             return self._wait_for_other(node is not None, now)
         if life.state is Life.OPEN:
             if node is None:
-                self.phase = Phase.JOINING
-                return [GrantLease("self", self.settings.lease_ttl_s)]
+                return self._join(now)
             record = codec.decode_node(node.value)
             if record.incarnation != self.incarnation:
                 return self._wait_for_other(True, now)
+            registration = txn.Registration(name, node.created, inc.modified, self._generation)
+            if node.lease != self.lease and not self._resumed:
+                self.phase = Phase.LOOKING
+                return [Commit("resume", txn.resume(registration, inc.value))]
             self.lease = node.lease
-            return self._activate(txn.Registration(name, node.created, inc.modified, self._generation), now)
+            return self._activate(registration, now)
         return self._condemned_by(inc.modified, life, now, nothing_runs)
 
     def _begin_life(self, node: Entry | None, now: float, nothing_runs: bool) -> list[Effect]:
@@ -247,11 +267,21 @@ class Session:
             self.phase = Phase.WAITING
             self._look(now + POLL_S)
             return [RevokeLease(node.lease)] if node.lease == self.lease else []
-        if self.phase is not Phase.JOINING:
-            # While joining the id is kept: a registration whose answer was lost may commit after this reading, and
-            # must then be recognised as ours.
+        if self._leaving:  # the answer to the deregistration was lost
+            self.phase = Phase.LEFT
+            return []
+        if not self._fresh:
             self.incarnation = None
+            self.renewed_at_s = None
+        return self._join(now)
+
+    def _join(self, now: float) -> list[Effect]:
+        """A lease first; what follows depends on what the store said last."""
         self.phase = Phase.JOINING
+        if self._granting or self._remembering:
+            self._look(now + RETRY_S)
+            return []
+        self._granting = True
         return [GrantLease("self", self.settings.lease_ttl_s)]
 
     def _wait_for_other(self, alive: bool, now: float) -> list[Effect]:
@@ -291,6 +321,7 @@ class Session:
 
     def _activate(self, registration: txn.Registration, now: float) -> list[Effect]:
         self.phase = Phase.ACTIVE
+        self._fresh = False
         self.registration = registration
         self.record = replace(self.record, incarnation=self.incarnation or IncarnationId(""))
         self._advertise_at_s = now

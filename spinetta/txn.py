@@ -114,6 +114,11 @@ class Registration:
     incarnation_revision: Revision
     generation_revision: Revision
 
+    @property
+    def since(self) -> Revision:
+        """No claim of an earlier daemon or registration commits after this revision."""
+        return max(self.node_created, self.incarnation_revision)
+
     def guards(self) -> tuple[Guard, ...]:
         """Alive under the same lease, not condemned, and the cluster not restored from a backup since."""
         return (
@@ -174,10 +179,13 @@ def finish(node: NodeId, task: TaskId, token: Revision, record: bytes) -> Txn:
     )
 
 
-def give_back(node: NodeId, task: TaskId, token: Revision, record: bytes, hint: bytes) -> Txn:
-    """The attempt with this token ends and its task is queued again: a retry, a release or a requeue."""
+def give_back(node: NodeId, task: TaskId, seen: Revision, record: bytes, hint: bytes) -> Txn:
+    """The attempt ends and its task is queued again: a retry, a release or a requeue.
+
+    Guarded by the revision seen, not by the token: a request to cancel that came meanwhile must not be lost.
+    """
     return Txn(
-        when=(CreatedAt(keys.running(node, task), token),),
+        when=(RevisionIs(keys.running(node, task), seen),),
         then=(
             Delete(keys.running(node, task)),
             Put(keys.queued(task), hint),
@@ -231,6 +239,14 @@ def reattach(node: NodeId, lease: LeaseId, record: bytes, incarnation: Revision,
         ),
         then=(Put(keys.node(node), record, lease),),
     )
+
+
+def resume(registration: Registration, incarnation: bytes) -> Txn:
+    """A new daemon goes on with the life it finds, and shuts out what an earlier one may still have under way.
+
+    Writing the incarnation again (unchanged) gives it a revision that no guard of the earlier daemon knows.
+    """
+    return Txn(when=registration.guards(), then=(Put(keys.incarnation(registration.node), incarnation),))
 
 
 def renew(registration: Registration) -> Txn:

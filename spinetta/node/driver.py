@@ -29,6 +29,7 @@ from spinetta.events import (
     List,
     ListDone,
     Listing,
+    ListRuntime,
     NoAnswer,
     Notice,
     Read,
@@ -208,6 +209,8 @@ class Driver:
                 self._spawn(self._quietly(self._runtime.stop(effect.key, effect.why)))
             case Forget():
                 self._spawn(self._quietly(self._runtime.forget(effect.key)))
+            case ListRuntime():
+                self._spawn(self._quietly(self._list_runtime()))
             case RenewRuntime():
                 self._spawn(self._quietly(self._runtime.renew(effect.renewed_at_s)))
             case Notice():
@@ -317,13 +320,16 @@ class Driver:
         except RuntimeUnavailable as e:
             log.info("the runtime did not take a request; it is made again when it is back: %s", e)
 
+    async def _list_runtime(self) -> None:
+        held = await self._runtime.held()
+        now_held = (HeldAttempt(h.key, Revision(h.token), IncarnationId(h.incarnation), h.exit) for h in held)
+        await self.tell(RuntimeListed(tuple(now_held)))
+
     async def _follow_runtime(self) -> None:
         """List what is held, then pass on the ends; again after every loss, and now and then for safety."""
         while True:
             try:
-                held = await self._runtime.held()
-                now_held = (HeldAttempt(h.key, Revision(h.token), IncarnationId(h.incarnation), h.exit) for h in held)
-                await self.tell(RuntimeListed(tuple(now_held)))
+                await self._list_runtime()
                 async for event in self._runtime.events():
                     match event:
                         case Exited(key, exit_):

@@ -1,7 +1,7 @@
 """What the tests of the API stand on: real etcd, real gRPC servers in this process, and nodes with a hand on them.
 
-The daemon behind a server is `HandNode`: what a daemon would decide, the test does (claim, write a log, finish), with the
-project's own transactions.
+The daemon behind a server is `HandNode`: what a daemon would decide, the test does (claim, write a log, finish), with
+the project's own transactions.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class HandNode:
     def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:
         return self.directory / f"{task_id}.{attempt}.{stream}"
 
-    async def running_usage(self, task_id: TaskId) -> Usage | None:
+    async def running_usage(self, task_id: TaskId) -> Usage | None:  # noqa: ARG002
         return self.usage
 
     async def membership(self) -> Membership:
@@ -183,7 +183,7 @@ class HandNode:
     async def set_draining(self, draining: bool) -> None:
         self.draining.append(draining)
 
-    async def leave(self, timeout_s: float) -> AsyncIterator[LeaveStep]:
+    async def leave(self, timeout_s: float) -> AsyncIterator[LeaveStep]:  # noqa: ARG002
         for step in self.steps:
             yield step
 
@@ -245,7 +245,7 @@ class Node:
             transition = txn.finish(self.port.name, ended.id, held.created, encoded)
         else:
             hint = codec.encode_hint(QueueHint.of(ended.spec))
-            transition = txn.give_back(self.port.name, ended.id, held.created, encoded, hint)
+            transition = txn.give_back(self.port.name, ended.id, held.modified, encoded, hint)
         # The token alone would let a cancel requested since the read be forgotten.
         guarded = replace(transition, when=(*transition.when, txn.RevisionIs(key, held.modified)))
         return ended if isinstance(await self.store.commit(guarded), txn.Committed) else None
@@ -292,10 +292,12 @@ async def node(
     store = wrap(inner)
     port = HandNode(name, store, logs)
     try:
-        async with serve(port, [address], hub=hub(store)) as server:
-            async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
-                await announce(inner, name, server.addresses[0])
-                yield Node(port, server, channel)
+        async with (
+            serve(port, [address], hub=hub(store)) as server,
+            grpc.aio.insecure_channel(server.addresses[0]) as channel,
+        ):
+            await announce(inner, name, server.addresses[0])
+            yield Node(port, server, channel)
     finally:
         await inner.close()
 

@@ -24,6 +24,7 @@ from spinetta.events import (
     List,
     ListDone,
     Listing,
+    ListRuntime,
     NoAnswer,
     Notice,
     Read,
@@ -170,6 +171,8 @@ class Direct:
                 node.shim.stop(key, why, self.now)
             case Forget(key):
                 node.shim.forget(key)
+            case ListRuntime():
+                answer = RuntimeListed(node.shim.listing())
             case RenewRuntime(at_s):
                 node.shim.renew(at_s)
             case Remember(incarnation):

@@ -94,7 +94,7 @@ class Checker:
         """Judge one revision, and take it in."""
         self.revision = changes.revision
         touched: set[TaskId] = set()
-        old: dict[TaskId, Held | None] = {}
+        old: dict[TaskId, Held] = {}
         for event in changes.events:
             key, kv = event.key, event.value
             if key.startswith(keys.RUNNING):

@@ -15,6 +15,7 @@ from spinetta.events import (
     Effect,
     Forget,
     Happening,
+    ListRuntime,
     NoAnswer,
     Notice,
     Remember,
@@ -86,7 +87,7 @@ class Machine:
         self.daemon: Daemon | None = None
         self.up = False
         self.gone = False
-        self.left = False
+        self.left = self.returning = False
         self.boots = 0
         self.cut_until_s = 0.0
         self.cut_mode = ""
@@ -187,7 +188,8 @@ class Machine:
     def _list_runtime(self, daemon: Daemon) -> None:
         if daemon is self.daemon and self.connected:
             self.shim_moves()
-            self._post(daemon, WIRE_S, RuntimeListed(self.shim.listing()))
+            # Answers and ends take different ways through the daemon, so that one may overtake the other.
+            self._post(daemon, WIRE_S + self.rng.choice((0.0, 0.002)), RuntimeListed(self.shim.listing()))
 
     def disconnect(self, for_s: float) -> None:
         """The shim does not answer for a while; then the daemon connects again."""
@@ -263,6 +265,9 @@ class Machine:
         match effect:
             case Start() | Stop() | Forget() | RenewRuntime():
                 self._to_shim(daemon, effect)
+            case ListRuntime():
+                if self.connected:
+                    self.world.after(WIRE_S, self._list_runtime, daemon)
             case Watch():
                 self.world.after(self._latency_s(), self._watch, daemon, effect)
             case Unwatch(tag):

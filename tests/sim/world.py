@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from spinetta import codec, keys, lifecycle, txn
 from spinetta.events import LeaveWanted, SetDraining
-from spinetta.model import NodeId, QueueHint, State, TaskId, TaskSpec
+from spinetta.model import IncarnationId, NodeId, QueueHint, State, TaskId, TaskSpec
 from spinetta.session import Phase
 from spinetta.settings import AgentSettings
 from tests.builders import node_record
@@ -58,9 +58,7 @@ class World:
         self._expiry_s = float("inf")
         self.submitted: dict[TaskId, Wish] = {}
         self.cancelled: dict[TaskId, Wish] = {}
-        self.machines: dict[NodeId, Machine] = {
-            m.name: Machine(self, m, self._settings(m.name)) for m in plan.machines
-        }
+        self.machines: dict[NodeId, Machine] = {m.name: Machine(self, m, self._settings(m.name)) for m in plan.machines}
         for m in plan.machines:
             self.at(m.joins_s, self.machines[m.name].boot)
         for at_s, spec in plan.submits:
@@ -75,7 +73,7 @@ class World:
 
     def _settings(self, name: NodeId) -> AgentSettings:
         m = next(m for m in self.plan.machines if m.name == name)
-        record = replace(node_record(name, m.capacity, m.tags), incarnation="")
+        record = replace(node_record(name, m.capacity, m.tags), incarnation=IncarnationId(""))
         return AgentSettings(
             record,
             boot_id=f"boot of {name}",
@@ -202,6 +200,7 @@ class World:
             return
         if fault.mode == "release":
             self.checker.released.add(machine.name)
+        machine.returning = True
         machine.tell(LeaveWanted(release=fault.mode == "release"))
         self.after(fault.for_s + 2.0, self._rejoin, machine)
 
@@ -209,6 +208,7 @@ class World:
         """One that has left comes back; one that has not yet is told to stay."""
         if machine.daemon is None or not machine.daemon.agent.leaving:
             self.checker.released.discard(machine.name)
+            machine.returning = False
             machine.start_daemon()
         elif self.now < self.plan.horizon_s + HEAL_LIMIT_S / 2:
             self.after(1.0, self._rejoin, machine)
@@ -341,12 +341,12 @@ class World:
             why = self._machine_unsettled(name, machine)
             if why is not None:
                 return f"{name}: {why}"
-        if not any(m.daemon is not None and m.daemon.agent.leading for m in alive if m.settings.candidate):
-            if any(m.settings.candidate and m.daemon is not None for m in alive):
-                return "nobody leads"
-        return None
+        candidates = [m.daemon.agent for m in alive if m.settings.candidate and m.daemon is not None]
+        return "nobody leads" if candidates and not any(agent.leading for agent in candidates) else None
 
     def _machine_unsettled(self, name: NodeId, machine: Machine) -> str | None:
+        if machine.returning and not machine.gone:
+            return "is to leave and come back"
         if self.checker.holds.get(name):
             return f"holds {list(self.checker.holds[name])}"
         if machine.gone or machine.left:
@@ -374,4 +374,3 @@ def _may_run(spec: TaskSpec, machine: Machine) -> bool:
         and set(spec.tags_required) <= set(record.tags)
         and not set(spec.tags_forbidden) & set(record.tags)
     )
-
