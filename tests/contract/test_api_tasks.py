@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -98,7 +99,7 @@ def test_the_same_submit_again_changes_nothing(etcd: Etcd, tmp_path: Path) -> No
     ],
 )
 def test_another_task_under_the_same_id_is_refused(
-    etcd: Etcd, tmp_path: Path, change: dict[str, object], field: str
+    etcd: Etcd, tmp_path: Path, change: dict[str, Any], field: str
 ) -> None:
     async def scenario() -> None:
         async with node(etcd, tmp_path) as a:

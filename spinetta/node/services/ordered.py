@@ -81,7 +81,7 @@ async def newest_first(
             continue
         out += _below(page.entries, bound)
         bound = _text(window)
-        is_sparse = len(page.entries) < WINDOW_KEYS // 16
+        is_sparse = len(page.entries) < max(WINDOW_KEYS // 16, 1)
         sparse += is_sparse
         window = _previous(window, widen=is_sparse)
     return Ids(tuple(out[:limit]), window is not None or len(out) > limit, revision)
