@@ -88,8 +88,8 @@ def task_environment(spec: TaskSpec, attempt: int, settings: LaunchSettings) -> 
         "LANG": "C.UTF-8",
         "SPINETTA_TASK_ID": spec.id,
         "SPINETTA_ATTEMPT": str(attempt),
-        "SPINETTA_NODE": settings.node,
-        "SPINETTA_API": settings.api_address,
+        "SPINETTA_NODE_NAME": settings.node,
+        "SPINETTA_NODE": settings.api_address,  # so that `spinetta` and the client work inside a task
         **dict(spec.env),
     }
 
