@@ -9,15 +9,22 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 once=""
 options=()
-for argument in "$@"; do
-    case $argument in
+again=scripts/devcluster.sh # with the option that it does not remember itself
+while [ $# -gt 0 ]; do
+    case $1 in
         --once) once=yes ;;
+        --state)
+            options+=(--state "${2:?--state needs a directory}")
+            again+=" --state $(printf '%q' "$2")"
+            shift
+            ;;
         -h | --help)
             sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
             exit 0
             ;;
-        *) options+=("$argument") ;;
+        *) options+=("$1") ;;
     esac
+    shift
 done
 devcluster() { "$root/scripts/devcluster.sh" "${options[@]}" "$@"; }
 
@@ -30,7 +37,6 @@ devcluster demo
 echo
 echo "all of it took $((SECONDS - began)) s"
 if [ -z "$once" ]; then
-    again="scripts/devcluster.sh${options[*]:+ ${options[*]}}"
     cat <<NEXT
 
 The cluster is still running. To go on with it:
