@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 from spinetta import codec, names, validate
 from spinetta.client import views
 from spinetta.client.channels import RETRY_WAIT_MAX_S, Nodes
+from spinetta.client.errors import NODE_UNREACHABLE
 from spinetta.client.specs import make_spec
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.errors import Compacted, StoreUnavailable, UserError
@@ -282,7 +283,10 @@ class AsyncClient:
                             yield views.LogChunk(m.data, m.offset, m.attempt, m.node)
                         if limit_bytes and not request.limit_bytes:
                             return
-            except StoreUnavailable:
+            except (StoreUnavailable, UserError) as e:
+                # Who follows waits for a node that is being restarted; who does not wants to know.
+                if isinstance(e, UserError) and not (follow and e.reason == NODE_UNREACHABLE):
+                    raise
                 patience.check()
                 await patience.pause()
                 continue

@@ -19,6 +19,8 @@ from spinetta.errors import (
 from spinetta.v1 import api_pb2 as api
 
 DETAIL_KEY = "spinetta-error-bin"
+# What is asked for is on a node that does not answer: asking other nodes again at once would not help.
+NODE_UNREACHABLE = "node-unreachable"
 _Code = grpc.StatusCode
 
 _USERS = frozenset(
@@ -64,7 +66,7 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> Spin
         return Compacted(0)
     if detail and detail.reason == "busy":
         return StoreUnavailable(f"{where}: {text}")
-    if code in _USERS and detail:
+    if (code in _USERS or (detail and detail.reason == NODE_UNREACHABLE)) and detail:
         return UserError(text, field=detail.field, hint=detail.hint, reason=detail.reason)
     if code is _Code.ABORTED:
         return OutcomeUnknown(f"{where}: {text}")

@@ -344,6 +344,30 @@ def test_a_log_is_cut_at_its_limit_across_a_break() -> None:
     asyncio.run(main())
 
 
+def test_a_log_on_a_node_that_is_gone() -> None:
+    tries = 0
+
+    async def log(request: Any, context: Any) -> AsyncIterator[api.LogChunk]:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            await failing(Code.UNAVAILABLE, "node-unreachable", message="n2 does not answer", hint="later")(0, context)
+        yield api.LogChunk(data=b"x", offset=0, attempt=1)
+
+    async def main() -> None:
+        nonlocal tries
+        stand = Stand(Log=log, Get=giving(api.GetResponse(tasks=[view(attempts_started=1)])))
+        async with serving(stand) as address, AsyncClient(address) as client:
+            with pytest.raises(UserError, match="n2 does not answer") as caught:
+                [c async for c in client.log(ID)]
+            assert (caught.value.reason, tries) == ("node-unreachable", 1)
+            tries = 0
+            assert [c.data async for c in client.log(ID, follow=True)] == [b"x"]
+            assert tries == 3
+
+    asyncio.run(main())
+
+
 def test_a_stream_that_cannot_be_had_is_given_up(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spinetta.client.aio.STREAM_PATIENCE_S", 0.3)
 
