@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, Self
 from unittest import mock
@@ -53,7 +53,7 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    async def watch(self, prefix: str, *, start: Revision) -> AsyncIterator[Changes]:
+    async def watch(self, prefix: str, *, start: Revision) -> AsyncGenerator[Changes, None]:
         self.watches += 1
         watch = self.inner.watch(prefix, start=start)
         pending: asyncio.Task[Changes] | None = None
@@ -74,7 +74,7 @@ class Faulty:
             if pending is not None:
                 pending.cancel()
                 await asyncio.wait({pending})
-            await watch.aclose()  # type: ignore[attr-defined]
+            await watch.aclose()
 
 
 def as_store(faulty: Faulty) -> Store:

@@ -134,6 +134,8 @@ class Logs:
             number = request.attempt or max(followed.task.attempts_started, 1)
             span = Span(request.offset, request.tail_bytes, request.limit_bytes)
             if not await self._has_begun(followed, number):
+                if request.follow and not request.attempt:
+                    return  # it ended without having been started: there was nothing to follow
                 raise _not_begun(followed.task, number)
             while True:
                 only = not request.follow or request.attempt > 0
