@@ -86,6 +86,8 @@ class Compare(RuleBasedStateMachine):
         self.prefix = f"/machine/{os.getpid()}-{next(_runs)}/"
         self.past = self.run(self.store.read([])).revision - self.model.revision
         self.granted: list[LeaseId] = []
+        self.grant()
+        self.grant()
 
     # --- between the two ---
 
@@ -159,6 +161,11 @@ class Compare(RuleBasedStateMachine):
         entry = self.model.get(name)
         if entry is not None:
             self.commit(Txn((RevisionIs(name, entry.modified), CreatedAt(name, entry.created)), (Put(name),)))
+
+    @rule(name=names, lease=st.integers(0, 2))
+    def put(self, name: str, lease: int) -> None:
+        """Plain puts: attaching to leases and detaching from them."""
+        self.commit(Txn(then=(Put(name, b"", LeaseId(lease)),)))
 
     @rule()
     def grant(self) -> None:
