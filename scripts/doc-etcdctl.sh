@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Write docs/inspecting.md: start a cluster, give it a few tasks, and show what etcd holds, as printed.
+#
+#   scripts/doc-etcdctl.sh > docs/inspecting.md
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+parent=$(mktemp -d "${TMPDIR:-/tmp}/spinetta-doc.XXXXXX")
+devcluster() { "$root/scripts/devcluster.sh" --state "$parent/cluster" "$@"; }
+finish() {
+    devcluster down >&2 || true
+    rm -rf "$parent"
+}
+trap finish EXIT
+
+devcluster --base 127.0.42. --port 7220 up 3 >&2
+eval "$(devcluster env)"
+
+# show COMMAND: the command and what it prints, as a terminal would.
+show() {
+    printf '\n```\n$ %s\n' "$1"
+    bash -c "$1"
+    printf '```\n'
+}
+# text LINE…: a paragraph.
+text() { printf '\n' && printf '%s\n' "$@"; }
+
+spinetta submit --name hello --wait -- echo hello >&2
+spinetta submit --name failing --wait -- sh -c 'exit 3' >&2 || true
+running=$(spinetta submit --name sleeper --cpus 1 --memory 64MiB -- sleep 600)
+waiting=$(spinetta submit --name picky --tag gpu-node --priority 5 -- nvidia-smi)
+limit=$((SECONDS + 30))
+until spinetta list --state running | grep -q sleeper; do
+    [ $SECONDS -lt $limit ] || { echo "the task does not start" >&2 && exit 1; }
+    sleep 0.1 # between two looks
+done
+holder=$(spinetta list --state running --json | python3 -c '
+import json, sys
+for line in sys.stdin:
+    document = json.loads(line)
+    for task in document.get("tasks", [document]):
+        print(task["node"])' | head -n 1)
+
+cat <<'TEXT'
+# Looking inside
+
+Everything that the cluster knows is in etcd, under a few prefixes. [ARCHITECTURE.md](../ARCHITECTURE.md) lists them; here is what
+they look like in a cluster of three nodes on which one task has succeeded, one has failed, one runs and one waits. This page is
+written by `scripts/doc-etcdctl.sh`, which starts such a cluster and prints what it sees.
+
+Reading is always safe. Never write: the cluster's own writes are guarded, yours would not be.
+
+`spinetta etcdctl` is `etcdctl` with the right endpoints, which it asks a node for.
+
+## The queue
+
+What waits for a node, in the order of submission (the ids are UUIDs of version 7, which begin with the time):
+TEXT
+show "spinetta etcdctl get --prefix /status/queued/ --keys-only"
+text "The value is a hint: the part of the specification that nodes need to decide whether they may run it." \
+    "\`spinetta decode\` shows it, and every other value, as JSON:"
+show "spinetta decode /status/queued/$waiting"
+text "## What runs, and where"
+show "spinetta etcdctl get --prefix /status/running/ --keys-only"
+show "spinetta decode /status/running/$holder/$running"
+text "The key's *create revision* is the attempt's token: a result counts only under the token it was made under."
+show "spinetta etcdctl get /status/running/$holder/$running -w fields | grep -v Value"
+text "## What is over"
+show "spinetta etcdctl get --prefix /status/complete/ --keys-only"
+text "## A task's record"
+text "It is the same key from submission to the end; its states and attempts are in the value."
+show "spinetta etcdctl get --prefix /task/ --keys-only"
+show "spinetta decode /task/$running | python3 -m json.tool"
+text "Many at once, one line each, from etcdctl's own JSON:"
+show "spinetta etcdctl get --prefix /status/running/ -w json | spinetta decode"
+text "## Nodes"
+text "Under a lease, so that they vanish with their node:"
+show "spinetta etcdctl get --prefix /node/ --keys-only"
+show "spinetta decode /node/n1 | python3 -m json.tool"
+text "The life-or-death record, which stays until the leader has taken care of all that the node held:"
+show "spinetta etcdctl get --prefix /incarnation/ --keys-only"
+show "spinetta decode /incarnation/n1"
+text "Heartbeats have no value; their revision says that they go on. The leader's office, under a lease of its own:"
+show "spinetta etcdctl get --prefix /beat/ --keys-only"
+show "spinetta decode /leader/office"
+text "## All keys"
+show "spinetta etcdctl get --prefix / --keys-only | grep . | sed -E 's,/[0-9a-f]{8}-[0-9a-f-]{27}$,/UUID,' | sort | uniq -c"
+text "## etcd itself"
+show "spinetta etcdctl member list -w table"
+show "spinetta etcdctl endpoint status -w table"
+text "## What happened to a task"
+text "etcd keeps at least the last hour of history, and a watch can begin in the past. Here are the keys that the task which" \
+    "failed has had, one line for each put and each delete. The tests' checker replays a cluster's history in this way."
+failed=$(spinetta list --outcome failed -q)
+show "timeout 2 spinetta etcdctl watch --rev=1 --prefix /status/ | grep -a $failed"
