@@ -31,10 +31,12 @@ from spinetta.runtime.process import ProcessRuntime
 from spinetta.settings import AgentSettings
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
+from spinetta.store.supervisor import SERVICE as ETCD_SERVICE
 
 log = logging.getLogger("spinetta.node")
 
-STOP_S = 20.0  # for giving tasks back and deregistering when the node is stopped; past it the others find out
+STOP_S = 20.0  # for tasks to end when the node is stopped: TERM, ten seconds, KILL
+DEREGISTER_S = 5.0  # for giving them back and deregistering then; past it, without a quorum, the others find out
 ENDPOINTS_EVERY_S = 5.0  # how often the voters to talk to are looked up
 SWEEP_EVERY_S = 300.0
 LEAVE_STEP_S = 0.5
@@ -195,8 +197,9 @@ class Daemon:
             return
         log.info("stopping; %d tasks are given back", len(self.agent.holdings.held))
         await self.driver.tell(LeaveWanted(release=True))
-        if not await self.driver.until(lambda a: a.left, STOP_S):
-            log.warning("not deregistered within %g s; the others will find out", STOP_S)
+        await self.driver.until(lambda a: a.left or a.holdings.nothing_runs, STOP_S)
+        if not await self.driver.until(lambda a: a.left, DEREGISTER_S):
+            log.warning("not deregistered within %g s; the others will find out", DEREGISTER_S)
         await self.seat.stop()
         await self._runtime.shutdown_shim()
 
@@ -364,8 +367,19 @@ async def _main(settings: Settings) -> int:
             runtime = await stack.enter_async_context(
                 ProcessRuntime.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
             )
-            entrance = await enter(settings, data_dir, runtime)
+            try:
+                entrance = await enter(settings, data_dir, runtime)
+            except UserError:
+                await _leave_no_idle_shim(runtime)
+                raise
             store = EtcdStore(entrance.endpoints)
             stack.push_async_callback(store.close)
             entrance.seat.attach(store)
             return await Daemon(settings, entrance, runtime, store).run()
+
+
+async def _leave_no_idle_shim(runtime: ProcessRuntime) -> None:
+    """A node that could not come up must not leave a shim behind, unless it holds something."""
+    etcd = await runtime.service(ETCD_SERVICE)
+    if not await runtime.held() and (etcd is None or etcd.exit is not None):
+        await runtime.shutdown_shim()

@@ -38,6 +38,7 @@ def refused(node: Node, peers: list[str], **env: str) -> tuple[int, str]:
     code = node.process.wait(60)
     said = node.log.read_text()
     assert "Traceback" not in said, said
+    assert node.shim_pid() is None, "a refused node leaves no shim behind"
     return code, said
 
 
@@ -83,8 +84,10 @@ def test_a_port_in_use_is_named(tmp_path: Path, port: int) -> None:
 def test_a_data_directory_in_use_is_refused(single: Cluster) -> None:
     first = single.nodes[0]
     second = Node("n9", f"{single.base}3", first.data_dir, first.log.with_name("second.log"), QUICK)
-    code, said = refused(second, [])
-    assert code == 2
+    second.start()
+    assert second.process is not None
+    assert second.process.wait(60) == 2
+    said = second.log.read_text()
     assert "a daemon runs on" in said
 
 

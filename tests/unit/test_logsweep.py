@@ -1,0 +1,46 @@
+"""Which logs of ended attempts are removed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from spinetta.node.logsweep import LogDirectory, sweep_logs, too_many
+
+
+def logs(*ages_and_sizes: tuple[float, int]) -> list[LogDirectory]:
+    return [LogDirectory(Path(f"/logs/{i}"), 1000.0 - age, size) for i, (age, size) in enumerate(ages_and_sizes)]
+
+
+def names(found: list[LogDirectory]) -> list[str]:
+    return [d.path.name for d in found]
+
+
+def test_nothing_is_removed_within_the_limits() -> None:
+    assert too_many(logs((1, 10), (2, 10)), now_s=1000.0, keep_bytes=20, keep_s=5) == []
+
+
+def test_the_oldest_go_until_the_rest_fits() -> None:
+    found = too_many(logs((1, 10), (3, 10), (2, 10)), now_s=1000.0, keep_bytes=15, keep_s=0)
+    assert names(found) == ["1", "2"]
+
+
+def test_what_is_too_old_goes_whatever_its_size() -> None:
+    assert names(too_many(logs((1, 10), (9, 0)), now_s=1000.0, keep_bytes=0, keep_s=5)) == ["1"]
+
+
+def test_no_limits_keep_all() -> None:
+    assert too_many(logs((10**6, 10**12)), now_s=1000.0, keep_bytes=0, keep_s=0) == []
+
+
+def test_a_sweep_spares_what_is_held(tmp_path: Path) -> None:
+    for name in ("held.1", "ended.1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stdout").write_bytes(b"x" * 100)
+        os.utime(tmp_path / name / "stdout", (0, 0))
+    assert sweep_logs(tmp_path, {"held.1"}, now_s=10**9, keep_bytes=1, keep_s=1) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["held.1"]
+
+
+def test_a_sweep_without_logs_is_nothing(tmp_path: Path) -> None:
+    assert sweep_logs(tmp_path / "none", (), now_s=0.0, keep_bytes=1, keep_s=1) == 0
