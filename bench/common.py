@@ -64,14 +64,15 @@ def cluster(nodes: str, count: int, cpus: str) -> Iterator[BenchCluster]:
     state = parent / "cluster"
     base = free_base(count)
     command = [str(DEVCLUSTER), "--state", str(state)]
+    env = {**os.environ, "SPINETTA_VENV": sys.prefix}  # the package that is measured is ours
     try:
         up = [*command, "--base", base, "--port", str(PORT), "--cpus", cpus, "up", str(count)]
-        done = subprocess.run(up, capture_output=True, text=True, timeout=UP_LIMIT_S, check=False)
+        done = subprocess.run(up, capture_output=True, text=True, timeout=UP_LIMIT_S, check=False, env=env)
         if done.returncode != 0:
             raise SystemExit(f"no cluster to measure:\n{done.stdout}{done.stderr}")
         yield BenchCluster(tuple(f"{base}{i}:{PORT}" for i in range(1, count + 1)), state)
     finally:
-        subprocess.run([*command, "down"], capture_output=True, timeout=UP_LIMIT_S, check=False)
+        subprocess.run([*command, "down"], capture_output=True, timeout=UP_LIMIT_S, check=False, env=env)
         shutil.rmtree(parent, ignore_errors=True)
 
 

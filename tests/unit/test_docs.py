@@ -60,7 +60,7 @@ def unknown_words(words: list[str]) -> list[str]:
     for i, word in enumerate(words[1:], 1):
         if not isinstance(command, click.Group):
             known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
-            if command.ignore_unknown_options:
+            if command.context_settings.get("ignore_unknown_options"):
                 return []
             given = [w.partition("=")[0] for w in words[i:] if w.startswith("-") and not re.fullmatch(r"-\d.*", w)]
             return [w for w in given if w not in known]
