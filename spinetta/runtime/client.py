@@ -89,7 +89,7 @@ class ShimClient:
         except (OSError, ValueError) as error:
             why = f"the connection to the shim broke: {error}"
         except BadMessage as error:
-            why = f"the shim sent something unreadable: {error}"
+            why = f"the connection to the shim was given up: {error}"
         finally:
             self._break(why)
 
@@ -100,9 +100,7 @@ class ShimClient:
         number = next(self._ids)
         data = encode({"id": number, "op": op, **fields})
         if len(data) > MESSAGE_BYTES_MAX:
-            raise UserError(
-                f"the command and environment together are longer than {MESSAGE_BYTES_MAX} bytes", field="command"
-            )
+            raise UserError(f"a request of more than {MESSAGE_BYTES_MAX} bytes", field="command")
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:

@@ -17,6 +17,7 @@ from spinetta.runtime.shim.wire import SOCKET_NAME
 SHIM_DIR = Path(__file__).parent / "shim"
 START_LIMIT_S = 40.0  # waiting for the remains of an earlier shim (15 s), killing leftovers (10 s), a slow disk
 CONNECT_LIMIT_S = 5.0
+IDLE_END_S = 60.0  # longer than a daemon takes to be upgraded and started again
 
 
 async def open_socket(state_dir: Path) -> socket.socket:
@@ -38,15 +39,27 @@ async def open_socket(state_dir: Path) -> socket.socket:
     return sock
 
 
-async def launch(state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool = True) -> bool:
+async def launch(
+    state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool = True, idle_end_s: float = IDLE_END_S
+) -> bool:
     """Start a shim for `state_dir`; False when there is one already (or another is just starting it).
 
     Without `isolate`, or where the kernel refuses a pid namespace, it runs as a child subreaper only and says so in its
-    warnings. RuntimeUnavailable tells why none could be started.
+    warnings. One that has nothing to hold and no client for `idle_end_s` ends. RuntimeUnavailable tells why none could
+    be started.
     """
     refused = "" if isolate else "switched off"
     while True:
-        said = await _run_launcher(state_dir, node, kill_margin_s, refused)
+        said = await _run_launcher(
+            state_dir,
+            {
+                "state_dir": str(state_dir),
+                "node": node,
+                "kill_margin_s": kill_margin_s,
+                "isolate": refused,
+                "idle_end_s": idle_end_s,
+            },
+        )
         if "ready" in said:
             return True
         if "busy" in said:
@@ -66,9 +79,8 @@ def _open_log(state_dir: Path) -> BinaryIO:
         raise RuntimeUnavailable(f"cannot use {state_dir}: {error.strerror}") from None
 
 
-async def _run_launcher(state_dir: Path, node: str, kill_margin_s: float, refused: str) -> dict[str, str]:
+async def _run_launcher(state_dir: Path, config: dict[str, object]) -> dict[str, str]:
     """Run the program that becomes the shim until it has said what came of it."""
-    config = {"state_dir": str(state_dir), "node": node, "kill_margin_s": kill_margin_s, "isolate": refused}
     # In a thread: what it says ends when the shim lets go of the pipe, and no transport is left half open should we
     # be cancelled.
     output = await asyncio.to_thread(_launcher_output, state_dir, json.dumps(config))

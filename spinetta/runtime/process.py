@@ -7,16 +7,17 @@ import contextlib
 import math
 import os
 import signal as signals
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from spinetta.errors import RuntimeUnavailable, SpinettaError, UserError
-from spinetta.model import Exit, Usage
+from spinetta.model import Exit, Reason, Usage
 from spinetta.runtime.client import REQUEST_LIMIT_S, Hello, ShimClient, open_client, parse_exit, parse_usage
 from spinetta.runtime.feed import Hub
-from spinetta.runtime.launch import launch
+from spinetta.runtime.launch import IDLE_END_S, launch
 from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
 from spinetta.runtime.shim.wire import KEY, Message
 
@@ -24,6 +25,7 @@ START_LIMIT_S = 30.0  # includes writing the intent, on a slow disk
 RETRY_FIRST_S = 0.02
 RETRY_MOST_S = 2.0
 ATTACH_LIMIT_S = 60.0  # from `connect` to a shim that answers
+ARGUMENTS_CHARACTERS_MAX = 2 << 20  # as much as the kernel takes; escaped (six for one at worst) it is under 16 MiB
 _LOST = ""  # subject of ShimLost; no attempt has this key
 
 
@@ -56,11 +58,12 @@ class ProcessRuntime:
     of them may be repeated. If the shim has died another is started at once.
     """
 
-    def __init__(self, state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool) -> None:
+    def __init__(self, state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool, idle_end_s: float) -> None:
         self._state_dir = state_dir.absolute()
         self._node = node
         self._kill_margin_s = kill_margin_s
         self._isolate = isolate
+        self._idle_end_s = idle_end_s
         self._client: ShimClient | None = None
         self._hello: Hello | None = None
         self._up = asyncio.Event()
@@ -75,15 +78,22 @@ class ProcessRuntime:
     @classmethod
     @asynccontextmanager
     async def connect(
-        cls, state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool = True
+        cls,
+        state_dir: Path,
+        *,
+        node: str,
+        kill_margin_s: float,
+        isolate: bool = True,
+        idle_end_s: float = IDLE_END_S,
     ) -> AsyncIterator[ProcessRuntime]:
         """Attach to the shim of `state_dir`, starting one when none is alive. Leaving the block leaves it running.
 
         `kill_margin_s` is the time before the end of its grace at which the shim kills an attempt; a shim that runs
-        with a wider one keeps it. `isolate=False` does without a pid namespace. RuntimeUnavailable: no shim could be
+        with a wider one keeps it. `isolate=False` does without a pid namespace. A shim that holds nothing and has
+        no client for `idle_end_s` ends by itself. RuntimeUnavailable: no shim could be
         started or reached; UserError: one of another version runs.
         """
-        runtime = cls(state_dir, node=node, kill_margin_s=kill_margin_s, isolate=isolate)
+        runtime = cls(state_dir, node=node, kill_margin_s=kill_margin_s, isolate=isolate, idle_end_s=idle_end_s)
         supervising = asyncio.create_task(runtime._supervise())
         try:
             await runtime._settled.wait()
@@ -106,6 +116,9 @@ class ProcessRuntime:
         """Start an attempt; see `protocol.Runtime.start`."""
         if not KEY.match(launch.key):
             raise UserError(f"{launch.key!r} cannot be the name of a directory and a cgroup", field="key")
+        if problem := _unusable(launch):
+            # Not for the shim to refuse: to be told again and again that a request is malformed would help nobody.
+            return Exit(Reason.SPAWN_FAILED, message=problem, ended_ms=time.time_ns() // 1_000_000)
         answer = await self._ask(
             "start",
             START_LIMIT_S,
@@ -299,7 +312,11 @@ class ProcessRuntime:
             await self._serve_connection()
         except (FileNotFoundError, NotADirectoryError, PermissionError, ConnectionRefusedError):
             started = await launch(
-                self._state_dir, node=self._node, kill_margin_s=self._kill_margin_s, isolate=self._isolate
+                self._state_dir,
+                node=self._node,
+                kill_margin_s=self._kill_margin_s,
+                isolate=self._isolate,
+                idle_end_s=self._idle_end_s,
             )
             if not started:
                 raise
@@ -340,6 +357,23 @@ class ProcessRuntime:
 def _finite(seconds: float) -> float | None:
     """JSON has no infinity; null stands for it."""
     return None if math.isinf(seconds) else seconds
+
+
+def _unusable(launch: Launch) -> str:
+    """Why the shim could not even read this; empty when it can."""
+    for name in ("cpu_millis", "memory_bytes", "pids_max", "token"):
+        if not 0 <= getattr(launch, name) < 1 << 63:
+            return f"{name} must be 0 to 2^63 - 1"
+    for name in ("walltime_s", "grace_s", "stop_wait_s"):
+        if not getattr(launch, name) >= 0:  # also when it is no number
+            return f"{name} must not be negative"
+    cwd = launch.working_directory
+    if cwd and (not cwd.startswith("/") or "\0" in cwd):
+        return f"the working directory must be an absolute path, not {cwd!r}"
+    characters = sum(map(len, launch.argv)) + sum(len(name) + len(value) for name, value in launch.env.items())
+    if characters > ARGUMENTS_CHARACTERS_MAX:
+        return "the arguments and environment together are too long for any machine"
+    return ""
 
 
 def _parse_service(value: Message) -> Service:

@@ -180,8 +180,11 @@ async def test_the_switch_needs_no_disk_and_no_client(state_dir: Path) -> None:
             ended = await end_of(rt, "frozen.1", 10.0)
             assert ended.reason is Reason.FENCED
             assert "not recorded yet" in ended.message
+            # It waits as a zombie for its record, since a reaped child's end is nowhere else.
+            assert [child.state for child in children(shim) if child.pid != writer] == ["Z"]
             assert '"started"' in (state_dir / "attempts" / "frozen.1").read_text()
             os.kill(writer, signal.SIGCONT)
+            await until(lambda: [child.pid for child in children(shim)] == [writer])
             await until(lambda: '"ended"' in (state_dir / "attempts" / "frozen.1").read_text())
     finally:
         os.kill(writer, signal.SIGCONT)

@@ -212,6 +212,32 @@ async def test_shutdown(state_dir: Path, isolate: bool) -> None:
 
 
 @asynchronous
+async def test_a_shim_that_is_of_no_use_ends(state_dir: Path) -> None:
+    async def connect(rt: contextlib.AsyncExitStack) -> ProcessRuntime:
+        connection = ProcessRuntime.connect(state_dir, node="n1", kill_margin_s=1.0, idle_end_s=0.4)
+        return await rt.enter_async_context(connection)
+
+    async with contextlib.AsyncExitStack() as stack:
+        rt = await connect(stack)
+        await rt.renew(boottime_s())
+        pid = rt.shim_pid()
+        assert await rt.start(shell("keeps.1", "read line; exit 3")) is None
+        assert (await end_of(rt, "keeps.1")).exit_code == 3
+        assert await rt.start(shell("keeps.2", "sleep 1.5")) is None
+        await asyncio.sleep(0.8)  # longer than its patience, but it has somebody to talk to
+        assert proctable.read(pid)
+    await until(lambda: json.loads((state_dir / "attempts" / "keeps.2").read_text())["state"] == "ended", 5)
+    await until(lambda: (process := proctable.read(pid)) is None or process.state == "Z", 5)
+    assert not any(Path(folder).exists() for folder in identity(state_dir)["cgroups"])  # noqa: ASYNC240
+    async with contextlib.AsyncExitStack() as stack:
+        rt = await connect(stack)
+        assert [(held.key, held.exit and held.exit.reason) for held in await rt.held()] == [
+            ("keeps.1", Reason.EXIT),
+            ("keeps.2", Reason.EXIT),
+        ]
+
+
+@asynchronous
 async def test_services(state_dir: Path, isolate: bool) -> None:
     log = state_dir.parent / "logs" / "service.log"
     env = {"PATH": "/bin:/usr/bin", "X": "y"}
@@ -229,6 +255,7 @@ async def test_services(state_dir: Path, isolate: bool) -> None:
     async with runtime(state_dir, isolate=isolate, renewed=False) as rt:
         assert await rt.service("svc") == first
         events = rt.service_events()
+        await until(lambda: log.read_text() == "y\n")  # the trap is set
         ended = await rt.stop_service("svc", signal.SIGINT, 5.0)
         assert ended is not None
         assert ended.exit is not None

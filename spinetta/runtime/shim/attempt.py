@@ -36,6 +36,7 @@ class Held:
         status: of the ended main process: (exited, code or signal).
         waiters: called once it runs or has ended.
         end_waiters: called once it has ended.
+        forgetters: called with the outcome once its record is removed.
         recorded: its exit record is durable.
     """
 
@@ -75,6 +76,7 @@ class Held:
     forgotten: bool = False
     waiters: list[Callable[[], None]] = field(default_factory=list)
     end_waiters: list[Callable[[], None]] = field(default_factory=list)
+    forgetters: list[Callable[[str], None]] = field(default_factory=list)
     timers: dict[str, Timer] = field(default_factory=dict)
 
     @property

@@ -139,18 +139,19 @@ class Group:
             with contextlib.suppress(OSError):
                 write_text(self._v2 / "cgroup.kill", "1")  # atomic, since Linux 5.14
         # The rest finds what that cannot: older kernels, and members that moved themselves to another group of v2.
-        freezer = self._v1.get("freezer")
-        # Frozen, they cannot fork while we go through the list; the signal works once they are thawed.
-        if freezer:
-            with contextlib.suppress(OSError):
-                write_text(freezer / "freezer.state", "FROZEN")
+        # Frozen, they cannot fork while we go through the list; on version 1 the signal works once they are thawed.
+        self._freeze("FROZEN", "1")
         for path in self.paths:
             for pid in members(path):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        if freezer:
-            with contextlib.suppress(OSError):
-                write_text(freezer / "freezer.state", "THAWED")
+        self._freeze("THAWED", "0")
+
+    def _freeze(self, v1: str, v2: str) -> None:
+        for path, name, value in ((self._v1.get("freezer"), "freezer.state", v1), (self._v2, "cgroup.freeze", v2)):
+            if path:
+                with contextlib.suppress(OSError):
+                    write_text(path / name, value)
 
     def populated(self) -> bool:
         """Whether a living process is in the groups. Zombies do not count."""

@@ -31,6 +31,7 @@ class Spawn:
         join: control files to write ``0`` to.
         oom_score_adj: how readily the kernel picks it when memory runs out.
         die_with_parent: have the kernel kill it when the shim dies; only without a pid namespace of our own.
+        parent: the shim's pid.
     """
 
     argv: Sequence[str]
@@ -42,6 +43,7 @@ class Spawn:
     join: Sequence[str]
     oom_score_adj: int
     die_with_parent: bool
+    parent: int
     nofile: tuple[int, int]
 
 
@@ -116,6 +118,8 @@ def _become(spawn: Spawn, stage: list[str]) -> NoReturn:
     stage[0] = "setup"
     if spawn.die_with_parent:
         sysapi.set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != spawn.parent:
+            os._exit(127)  # it died before we asked
     _reset_signals()
     _reset_priority(spawn.oom_score_adj)
     with contextlib.suppress(OSError, ValueError):

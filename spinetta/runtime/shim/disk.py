@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from . import sysapi
 from .wire import BadMessage, Lines, Message, decode, encode
 
 TO_TRASH = "moved to the trash"  # the answer to a `discard` that leaves work
@@ -157,10 +159,15 @@ def _serve(sock: socket.socket, log: _Log) -> None:
             sock.sendall(b"".join(encode({"n": n, "error": e}) for n, e in answers.items()))
 
 
-def _writer_main(sock: socket.socket, log_path: Path, close: Callable[[], None]) -> NoReturn:
+def _writer_main(sock: socket.socket, log_path: Path) -> NoReturn:
     status = 1
     try:
-        close()
+        sysapi.set_name("spinetta-writer")
+        # A client must see its connection end, whoever waits for our start the end of its pipe, and the next shim the
+        # lock free.
+        os.dup2(0, 1)
+        os.closerange(3, sock.fileno())
+        os.closerange(sock.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         _serve(sock, _Log(log_path))
         status = 0
     except (OSError, BadMessage) as error:
@@ -176,11 +183,8 @@ def _writer_main(sock: socket.socket, log_path: Path, close: Callable[[], None])
 class Writer:
     """The shim's end of the writing process. Never blocks."""
 
-    OUTPUT_BYTES_MAX = 256 << 20  # a full shim, every intent with the longest arguments; never reached in practice
-
-    def __init__(self, layout: Layout, close_in_child: Callable[[], None]) -> None:
+    def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._close_in_child = close_in_child
         self._waiting: dict[int, tuple[Message, Ack]] = {}
         self._next = 1
         self.pid = 0
@@ -191,8 +195,7 @@ class Writer:
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            ours.close()
-            _writer_main(theirs, self._layout.root / "shim.log", self._close_in_child)
+            _writer_main(theirs, self._layout.root / "shim.log")
         theirs.close()
         ours.setblocking(False)
         self.sock = ours

@@ -26,6 +26,7 @@ class Ending:
 
     Attributes:
         unreaped: pids of main processes that are ours to reap, in time.
+        helpers: gives the pids of the shim's own children.
     """
 
     def __init__(self, loop: Loop, writer: Writer, log: Callable[[str], None], ended: Callable[[Held], None]) -> None:
@@ -34,6 +35,7 @@ class Ending:
         self._log = log
         self._ended = ended
         self.unreaped: set[int] = set()
+        self.helpers: Callable[[], set[int]] = set
 
     def noticed(self, held: Held) -> bool:
         """Look whether the main process has ended; if so set its end going. True when it has."""
@@ -74,7 +76,12 @@ class Ending:
         if held.group and held.group.kills:
             held.group.kill()
         else:
-            proctable.kill_session(held.pid)
+            self._kill_family(held)
+
+    def _kill_family(self, held: Held) -> bool:
+        """Without cgroups an orphan cannot be told to be this one's, unless there is no other that it could be of."""
+        others = (self.unreaped | self.helpers()) - {held.pid}
+        return proctable.kill_family(held.pid, others, strays=self.unreaped == {held.pid})
 
     def finish(self, held: Held) -> None:
         """Record the end (`held.exit`) if anything was recorded before, then report it."""
@@ -102,7 +109,7 @@ class Ending:
             if left:
                 held.group.kill()
         else:
-            left = proctable.kill_session(held.pid)
+            left = self._kill_family(held)
         if left and now_s() - held.leftover_since_s < LEFTOVER_WAIT_S:
             delay_s = _DELAYS_S[min(tries, len(_DELAYS_S) - 1)]
             held.set_timer("clear", self._loop.call_in(delay_s, lambda: self._clear(held, tries + 1)))
@@ -120,13 +127,9 @@ class Ending:
         if held.spawn_error:
             reason, message = "spawn-failed", held.spawn_error
         elif held.stop_why and held.signalled:
-            reason = held.stop_why
+            reason, message = held.stop_why, message or _why_stopped(held)
         elif counters.oom_kills:
-            reason = "out-of-memory"
-            limit = held.limits.memory_bytes
-            message = (
-                f"killed for exceeding its memory limit of {limit} bytes" if limit else "the machine ran out of memory"
-            )
+            reason, message = "out-of-memory", _why_out_of_memory(held.limits.memory_bytes, counters)
         else:
             reason = "exit" if exited else "signal"
         failed = bool(held.spawn_error)
@@ -185,3 +188,21 @@ class Ending:
                 os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG)
             self.unreaped.discard(held.pid)
         held.close()
+
+
+def _why_stopped(held: Held) -> str:
+    match held.stop_why:
+        case "walltime":
+            return f"ran longer than its wall time of {held.walltime_s:g} s"
+        case "fenced":
+            return f"killed by the shim: no renewal for its grace of {held.grace_s:g} s, less the kill margin"
+        case _:
+            return ""
+
+
+def _why_out_of_memory(limit_bytes: int, counters: Counters) -> str:
+    """Its own limit or the machine's: the kernel counts both alike, but it was near its own only in the first case."""
+    peak = counters.memory_peak_bytes
+    if limit_bytes and (peak is None or peak > limit_bytes - limit_bytes // 10):
+        return f"killed for exceeding its memory limit of {limit_bytes} bytes"
+    return "killed because memory ran out around it: the machine's, or that of a group above the task's"

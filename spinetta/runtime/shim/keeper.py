@@ -149,18 +149,13 @@ class Keeper:
         if held.phase is not Phase.ENDED:
             raise Refused("running", f"{key} has not ended")
 
-        def removed(error: str) -> None:
-            if not error and self.attempts.get(key) is held:
-                del self.attempts[key]
-                self._forgotten[key] = held.exit or make_exit("shim-lost")
-                if len(self._forgotten) > FORGOTTEN_MAX:
-                    self._forgotten.popitem(last=False)
-            done(error)
-
+        held.forgetters.append(done)
+        if len(held.forgetters) > 1:
+            return  # asked again while a slow disk is at it
         self.ending.drop(held)
         if held.scratch:
             self._writer.discard(held.scratch, self._discarded)
-        self._writer.remove(held.record_path, removed)
+        self._writer.remove(held.record_path, lambda error: self._removed(held, error))
 
     def adopt_ended(self, held: Held) -> None:
         """Take over what an earlier shim left behind: an end, recorded or not."""
@@ -169,10 +164,25 @@ class Keeper:
         if not held.recorded:
             self.ending.record(held)
 
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, and all that has ended is on disk."""
+        return all(held.phase is Phase.ENDED and (held.recorded or not held.has_intent) for held in self.all_held())
+
     def all_held(self) -> Iterable[Held]:
         """Attempts and services."""
         yield from self.attempts.values()
         yield from self.services.values()
+
+    def _removed(self, held: Held, error: str) -> None:
+        if not error:
+            del self.attempts[held.key]
+            self._forgotten[held.key] = held.exit or make_exit("shim-lost")
+            if len(self._forgotten) > FORGOTTEN_MAX:
+                self._forgotten.popitem(last=False)
+        forgetters, held.forgetters = held.forgetters, []
+        for done in forgetters:
+            done(error)
 
     # Starting ----------------------------------------------------------------------------------------------------
 
@@ -186,7 +196,7 @@ class Keeper:
         if problem := child.unusable(held.argv, held.env):
             self._not_started(held, "spawn-failed", problem)
         elif self._overdue(held):
-            self._not_started(held, "fenced", self._overdue_message())
+            self._not_started(held, "fenced", self._overdue_message(held))
         else:
             held.started_ms = now_ms()
             self._writer.put(held.record_path, held.intent(), lambda error: self._intended(held, error))
@@ -199,7 +209,7 @@ class Keeper:
             self._not_started(held, held.stop_why, "ended before it was started")
         elif self._overdue(held):
             # Again: the disk may have taken its time.
-            self._not_started(held, "fenced", self._overdue_message())
+            self._not_started(held, "fenced", self._overdue_message(held))
         else:
             self._spawn(held)
 
@@ -291,7 +301,12 @@ class Keeper:
     def _overdue(self, held: Held) -> bool:
         return now_s() >= self._deadline_s(held)
 
-    def _overdue_message(self) -> str:
+    def _overdue_message(self, held: Held) -> str:
+        if held.grace_s <= self._kill_margin_s:
+            return (
+                f"not started: its grace of {held.grace_s:g} s is not longer than the kill margin of "
+                f"{self._kill_margin_s:g} s"
+            )
         if self._renewed_at_s is None:
             return "not started: the node has not renewed its registration yet"
         return "not started: the node's latest renewal is too old"

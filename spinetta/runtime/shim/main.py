@@ -15,16 +15,18 @@ from pathlib import Path
 from . import detach, proctable, sysapi
 from .attempt import Held, Phase, make_exit
 from .cgroup import Cgroups, Limits, sweep
+from .connection import listen
 from .disk import Layout, Writer, put_file, read_records
 from .hierarchy import detect
 from .keeper import Keeper
-from .loop import READ, WRITE, Loop
-from .server import Identity, Server, listen
+from .loop import READ, WRITE, Loop, now_s
+from .server import Identity, Server
 from .spawn import Surroundings
 from .wire import IDENTITY_NAME
 
 SWEEP_LIMIT_S = 10.0
 ORPHANS_AGAIN_S = 1.0
+IDLE_LOOKS_PER_WAIT = 4
 _IGNORED = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "TSTP", "TTIN", "TTOU", "PIPE", "XFSZ")
 
 
@@ -84,7 +86,7 @@ class Shim:
         leftovers = self._leftovers()
         self._listening = listen(layout.root)
         self._loop = Loop(self._log)
-        self._writer = Writer(layout, lambda: self._close_inherited(around))
+        self._writer = Writer(layout)
         self._keeper = Keeper(
             self._loop,
             layout,
@@ -97,7 +99,9 @@ class Shim:
         for held in leftovers:
             self._keeper.adopt_ended(held)
         self._server = Server(self._loop, self._listening, self._keeper, layout, self.identity, self._log)
+        self._idle_end_s = float(str(config["idle_end_s"]))
         self._janitor = 0
+        self._keeper.ending.helpers = lambda: {self._writer.pid, self._janitor}
         self._orphans_later = False
 
     def run(self) -> None:
@@ -106,11 +110,12 @@ class Shim:
         self._watch_writer()
         self._loop.on_turn = self._after_turn
         self._empty_trash()
+        self._end_when_idle()
         gc.collect()
         gc.freeze()  # children share these pages
         self._log(f"shim {self.identity.shim} of node {self.identity.node} serves; " + "; ".join(self._warnings))
         self._loop.run()
-        self._log("ended as asked")
+        self._log("ended")
         self._cgroups.remove()
         with contextlib.suppress(OSError):
             (self._layout.root / "shim.sock").unlink()
@@ -158,6 +163,8 @@ class Shim:
     def _capabilities(self, around: detach.Detached) -> tuple[str, ...]:
         for name, reason in self._cgroups.missing.items():
             self._warnings.append(f"{name} is missing: {reason}")
+        if "cgroup-kill" in self._cgroups.missing:
+            self._warnings.append("without cgroups a process that a task detaches may outlive it")
         names = ["process", *self._cgroups.capabilities]
         if around.isolated:
             names.append("pid-namespace")
@@ -202,13 +209,6 @@ class Shim:
     def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._writer.log(f"{stamp} {text}\n")
-
-    def _close_inherited(self, around: detach.Detached) -> None:
-        """In the writing process: what it must not hold on to."""
-        sysapi.set_name("spinetta-writer")
-        os.close(around.lock_fd)
-        self._listening.close()
-        os.dup2(0, 1)  # whoever waits for our start must see the end of that pipe
 
     def _watch_writer(self) -> None:
         self._writer_mask = READ
@@ -266,6 +266,17 @@ class Shim:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
         if pid == self._janitor:
             self._janitor = 0
+
+    def _end_when_idle(self) -> None:
+        """A shim that holds nothing and has nobody to talk to is of no use: the next daemon starts another."""
+        quiet_since_s = self._server.quiet_since_s
+        if quiet_since_s is not None and now_s() - quiet_since_s >= self._idle_end_s and self._keeper.idle:
+            self._log("nothing to hold and nobody to talk to")
+            self._keeper.closing = True
+            self._server.close()
+            self._loop.stop()
+            return
+        self._loop.call_in(self._idle_end_s / IDLE_LOOKS_PER_WAIT, self._end_when_idle)
 
     def _empty_trash(self) -> None:
         """Remove what tasks left in their scratch directories, in a process of its own: it may take long."""

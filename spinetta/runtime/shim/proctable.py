@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,32 @@ def kill_session(session: int, not_before_ticks: int = 0) -> bool:
         some = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, signal.SIGKILL)
+    return some
+
+
+def kill_family(main: int, spared: Collection[int], *, strays: bool) -> bool:
+    """SIGKILL to what belongs to the process `main`, which is not reaped yet; True when any of it was living.
+
+    Its session and all its descendants; with `strays` also our own children and theirs: orphans that became ours. Not
+    those of `spared`, nor their descendants. For want of cgroups.
+    """
+    table = read_all()
+    me = os.getpid()
+    family = {process.pid for process in table if process.session == main} | {main}
+    if strays:
+        family |= {process.pid for process in table if process.parent == me}
+    family -= set(spared)
+    while True:
+        more = {process.pid for process in table if process.parent in family} - family - set(spared)
+        if not more:
+            break
+        family |= more
+    some = False
+    for process in table:
+        if process.pid in family and process.pid != me and process.state not in "ZX":
+            some = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process.pid, signal.SIGKILL)
     return some
 
 

@@ -9,25 +9,20 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .attempt import Held, Phase
 from .cgroup import Limits
+from .connection import Connection
 from .disk import Layout
 from .keeper import Keeper, Refused
-from .loop import READ, WRITE, Loop
+from .loop import READ, Loop, now_s
 from .wire import (
     CONNECTIONS_MAX,
-    OUTPUT_BYTES_MAX,
     PAGE_ATTEMPTS,
     PROTOCOL_VERSION,
-    SOCKET_NAME,
     BadMessage,
-    Lines,
     Message,
-    decode,
-    encode,
     integer,
     key,
     number,
@@ -36,7 +31,6 @@ from .wire import (
     texts,
 )
 
-_RECEIVE_BYTES = 1 << 18
 REASONS = ("cancelled", "released", "fenced", "walltime", "node-lost")
 
 
@@ -50,97 +44,12 @@ class Identity:
     warnings: tuple[str, ...]
 
 
-def listen(state_dir: Path) -> socket.socket:
-    """The socket, in `state_dir`, however long its path is: an address holds 108 bytes only, so by descriptor."""
-    folder = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(SOCKET_NAME, dir_fd=folder)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        sock.bind(f"/proc/self/fd/{folder}/{SOCKET_NAME}")
-        os.chmod(SOCKET_NAME, 0o600, dir_fd=folder)
-    finally:
-        os.close(folder)
-    sock.listen(CONNECTIONS_MAX)
-    return sock
-
-
-class Connection:
-    """One client."""
-
-    def __init__(self, server: Server, sock: socket.socket) -> None:
-        self._server = server
-        self._sock = sock
-        self._lines = Lines()
-        self._out = bytearray()
-        self.greeted = False
-        self.subscribed = False
-        self.open = True
-        self.closing = False
-
-    def on_ready(self, mask: int) -> None:
-        """Read what came, send what waits."""
-        if mask & WRITE:
-            self.flush()
-        if self.open and mask & ~WRITE:
-            self._receive()
-
-    def send(self, message: Message) -> None:
-        """Queue a message. A client that does not read is cut: after reconnecting it is told everything again."""
-        if not self.open:
-            return
-        self._out += encode(message)
-        if len(self._out) > OUTPUT_BYTES_MAX:
-            self._server.cut(self, "it does not read")
-            return
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what fits."""
-        try:
-            while self._out:
-                del self._out[: self._sock.send(self._out)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._server.cut(self, "")
-            return
-        if self.closing and not self._out:
-            self._server.cut(self, "")
-        else:
-            self._server.watch(self, READ | WRITE if self._out else READ)
-
-    def fileno(self) -> int:
-        """The socket's descriptor."""
-        return self._sock.fileno()
-
-    def close(self) -> None:
-        """Close the socket."""
-        self.open = False
-        self._sock.close()
-
-    def _receive(self) -> None:
-        try:
-            data = self._sock.recv(_RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._server.cut(self, "")
-            return
-        try:
-            for line in self._lines.feed(data):
-                self._server.handle(self, decode(line))
-                if not self.open:
-                    return
-        except BadMessage as error:
-            self.send({"id": 0, "error": "bad-message", "message": str(error)})
-            self._server.cut(self, str(error))
-
-
 class Server:
-    """Serves the keeper to clients of our own user."""
+    """Serves the keeper to clients of our own user.
+
+    Attributes:
+        quiet_since_s: when the last client went; None while there is one.
+    """
 
     def __init__(
         self,
@@ -171,6 +80,7 @@ class Server:
             "subscribe": self._subscribe,
             "shutdown": self._shutdown,
         }
+        self.quiet_since_s: float | None = now_s()
         keeper.on_end = self._on_end
         loop.watch(sock.fileno(), READ, self._accept)
 
@@ -186,6 +96,8 @@ class Server:
             self._loop.unwatch(connection.fileno())
             connection.close()
         self._connections.discard(connection)
+        if not self._connections:
+            self.quiet_since_s = now_s()
 
     def handle(self, connection: Connection, message: Message) -> None:
         """Answer one request."""
@@ -227,6 +139,7 @@ class Server:
                 self._refuse(connection, "full", f"{CONNECTIONS_MAX} clients are connected already")
             else:
                 self._connections.add(connection)
+                self.quiet_since_s = None
                 self.watch(connection, READ)
 
     def _refuse(self, connection: Connection, code: str, message: str) -> None:

@@ -41,6 +41,7 @@ def spawn(held: Held, around: Surroundings) -> None:
         join=held.group.join_files() if held.group else [],
         oom_score_adj=SERVICE_OOM_SCORE_ADJ if held.service else TASK_OOM_SCORE_ADJ,
         die_with_parent=not around.isolated,
+        parent=os.getpid(),
         nofile=around.nofile,
     )
     receive, send = os.pipe2(os.O_CLOEXEC)

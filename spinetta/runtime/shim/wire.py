@@ -13,7 +13,7 @@ from typing import Any
 PROTOCOL_VERSION = 1
 SOCKET_NAME = "shim.sock"
 IDENTITY_NAME = "shim.json"
-MESSAGE_BYTES_MAX = 4 << 20  # twice the longest argv and environment that the kernel takes (ARG_MAX is 2 MiB)
+MESSAGE_BYTES_MAX = 16 << 20  # the longest argv and environment that the kernel takes, 2 MiB, escaped at its worst
 OUTPUT_BYTES_MAX = 8 << 20  # what a slow reader may owe us: all exits of a full shim (4096 x 1 KiB) and some answers
 CONNECTIONS_MAX = 16  # a daemon, its successor, and people looking
 ATTEMPTS_MAX = 4096  # running or not yet forgotten; beyond it nothing more is started

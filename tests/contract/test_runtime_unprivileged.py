@@ -1,0 +1,141 @@
+"""The runtime of a user without rights: no pid namespace, no cgroups. Less is promised, and that is said."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import spinetta
+
+pytestmark = pytest.mark.contract
+
+SCRIPT = """
+import asyncio, os, signal, sys, time
+from pathlib import Path
+
+home = Path(sys.argv[1])
+os.setgid(65534); os.setgroups([]); os.setuid(65534)
+os.chdir(home)
+
+from spinetta.model import Reason
+from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.protocol import Exited, Launch
+from spinetta.runtime.shim import proctable
+
+
+def shell(key, script, **changes):
+    fields = dict(env={"PATH": "/usr/bin:/bin"}, working_directory="", cpu_millis=500, memory_bytes=1 << 26, pids_max=9)
+    fields |= dict(walltime_s=0.0, grace_s=600.0, token=7, incarnation="i1", stop_wait_s=0.2)
+    return Launch(key=key, argv=["/bin/sh", "-c", script], **(fields | changes))
+
+
+def living(marker):
+    found = []
+    for process in proctable.read_all():
+        try:
+            line = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if marker.encode() in line and process.state not in "ZX" and process.pid != os.getpid():
+            found.append(process.pid)
+    return found
+
+
+async def end_of(rt, key):
+    async for event in rt.events():
+        if isinstance(event, Exited) and event.key == key:
+            return event.exit
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def main():
+    async with asyncio.timeout(60), ProcessRuntime.connect(home / "state", node="n1", kill_margin_s=1.0) as rt:
+        await rt.renew(time.clock_gettime(time.CLOCK_BOOTTIME))
+        assert rt.capabilities() == ("process",), rt.capabilities()
+        said = "\\n".join(rt.warnings())
+        for word in ("pid-namespace", "memory-limit", "cpu-limit", "pids-limit", "cgroup-kill", "outlive", "kill late"):
+            assert word in said, (word, said)
+
+        await rt.start(shell("plain.1", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exit 3"))
+        ended = await end_of(rt, "plain.1")
+        assert (ended.reason, ended.exit_code) == (Reason.EXIT, 3)
+        # Counted by the kernel for a process and those that it waited for.
+        assert 0 < ended.usage.cpu_user_s + ended.usage.cpu_system_s < 5
+        assert ended.usage.memory_peak_bytes > 0
+
+        # Detached twice over, and still found: it can be of no other.
+        marker = "alpha-" + str(os.getpid())
+        daemon = f"setsid sh -c '(setsid sh -c \\"echo up; sleep 1000; : {marker}\\" &)'; sleep 1000; : {marker}"
+        await rt.start(shell("daemon.1", daemon))
+        await until(lambda: "up" in rt.log_path("daemon.1", "stdout").read_text())
+        await rt.stop("daemon.1", Reason.CANCELLED)
+        assert (await end_of(rt, "daemon.1")).reason is Reason.CANCELLED
+        assert living(marker) == []
+
+        # With others running, its session and descendants are, and the others live on.
+        await rt.start(shell("other.1", f"sleep 1000; : beta-{marker}"))
+        await rt.start(shell("tree.1", f"trap '' TERM; setsid sh -c 'sleep 1000; : gamma-{marker}' & sleep 1000; wait"))
+        await until(lambda: living("gamma-" + marker))
+        await rt.stop("tree.1", Reason.CANCELLED)
+        await end_of(rt, "tree.1")
+        assert living("gamma-" + marker) == []
+        assert living("beta-" + marker)
+
+        # The shim is killed: main processes die by the kernel's doing, the rest of their session by the next shim's.
+        await rt.start(shell("left.1", f"(trap '' TERM HUP; sleep 1000; : delta-{marker}) & sleep 1000; wait"))
+        await until(lambda: living("delta-" + marker))
+        events = rt.events()
+        os.kill(rt.shim_pid(), signal.SIGKILL)
+        lost = {}
+        async for event in events:
+            if isinstance(event, Exited) and event.exit.reason is Reason.SHIM_LOST:
+                lost[event.key] = event.exit
+                if len(lost) == 2:
+                    break
+        assert set(lost) == {"other.1", "left.1"}
+        assert living("delta-" + marker) == []
+        assert living("beta-" + marker) == []
+        await rt.shutdown_shim()
+    print("all is well")
+
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A directory that user nobody owns, with a copy of the package that it may read."""
+    with tempfile.TemporaryDirectory(prefix="spinetta-nobody-") as folder:
+        path = Path(folder)
+        source = Path(spinetta.__file__).parent
+        (path / "lib" / "spinetta").mkdir(parents=True)
+        for name in ("__init__.py", "errors.py", "model.py"):
+            shutil.copy(source / name, path / "lib" / "spinetta" / name)
+        shutil.copytree(source / "runtime", path / "lib" / "spinetta" / "runtime")
+        subprocess.run(["chown", "-R", "65534:65534", folder], check=True)
+        subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+        yield path
+
+
+def test_a_user_without_rights(home: Path) -> None:
+    # Debian's own Python: that of a virtual environment may be in a place where another user has no access.
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", SCRIPT, str(home)],
+        env={"PYTHONPATH": str(home / "lib"), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+    assert done.stdout == "all is well\n"

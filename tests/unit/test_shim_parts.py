@@ -1,0 +1,156 @@
+"""The shim's parts that need no shim: what it may import, its messages, its records, its words."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spinetta.runtime.shim as package
+from spinetta.runtime.shim import child, proctable, wire
+from spinetta.runtime.shim.disk import put_file, read_records
+from spinetta.runtime.shim.loop import Loop, now_s
+
+SOURCES = sorted(Path(package.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_the_shim_imports_the_standard_library_only(path: Path) -> None:
+    siblings = {source.stem for source in SOURCES}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            assert node.module in siblings or {alias.name for alias in node.names} <= siblings
+            continue
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "nothing above the shim's directory"
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            assert name.split(".")[0] in sys.stdlib_module_names
+
+
+messages = st.dictionaries(
+    st.text(max_size=5), st.one_of(st.text(), st.integers(), st.lists(st.text(), max_size=3), st.none()), max_size=4
+)
+
+
+@given(st.lists(messages, max_size=6), st.lists(st.integers(1, 40), min_size=1, max_size=8))
+def test_messages_survive_any_cutting_of_the_stream(sent: list[wire.Message], sizes: list[int]) -> None:
+    data = b"".join(wire.encode(message) for message in sent)
+    lines, got, at = wire.Lines(), [], 0
+    while at < len(data):
+        size = sizes[at % len(sizes)]
+        got += [wire.decode(line) for line in lines.feed(data[at : at + size])]
+        at += size
+    assert got == sent
+
+
+@given(st.integers(1, 50), st.lists(st.integers(0, 60), max_size=8), st.integers(1, 30))
+def test_a_line_may_be_as_long_as_allowed_and_no_longer(most: int, lengths: list[int], chunk: int) -> None:
+    data = b"".join(b"x" * length + b"\n" for length in lengths)
+    lines, got = wire.Lines(most), 0
+    try:
+        for at in range(0, len(data), chunk):
+            got += len(lines.feed(data[at : at + chunk]))
+    except wire.BadMessage:
+        assert max(lengths) > most
+    else:
+        assert max(lengths, default=0) <= most
+        assert got == len(lengths)
+
+
+@pytest.mark.parametrize("value", [-1, "1", True, float("nan"), [], {}])
+def test_numbers_that_are_none(value: object) -> None:
+    with pytest.raises(wire.BadMessage):
+        wire.number({"n": value}, "n")
+    with pytest.raises(wire.BadMessage):
+        wire.integer({"n": value}, "n")
+
+
+def test_fields() -> None:
+    message = {"none": None, "n": 1.5, "i": 7, "t": "x", "l": ["a"], "m": {"a": "b"}, "k": "0190-a.1"}
+    assert wire.number(message, "none") == float("inf")
+    assert (wire.number(message, "n"), wire.integer(message, "i"), wire.text(message, "t")) == (1.5, 7, "x")
+    assert (wire.texts(message, "l"), wire.text_map(message, "m"), wire.key(message, "k")) == (
+        ["a"],
+        {"a": "b"},
+        "0190-a.1",
+    )
+    assert wire.number(message, "absent", 3.0) == 3.0
+    for ask in (wire.number, wire.integer, wire.text):
+        with pytest.raises(wire.BadMessage):
+            ask(message, "absent")
+    for bad in ({"l": "a"}, {"l": [1]}, {}):
+        with pytest.raises(wire.BadMessage):
+            wire.texts(bad, "l")
+
+
+@pytest.mark.parametrize("name", ["a\n", "", ".", "..", "-a", "a/b", "é", "a" * 129])
+def test_keys_that_are_not_safe(name: str) -> None:
+    with pytest.raises(wire.BadMessage):
+        wire.key({"key": name})
+
+
+def test_records(tmp_path: Path) -> None:
+    put_file(tmp_path / "a.1", json.dumps({"v": 1}).encode())
+    put_file(tmp_path / "a.1", json.dumps({"v": 2}).encode())
+    (tmp_path / "b.1").write_text('{"v": ')
+    (tmp_path / "c.1").write_text("[]")
+    (tmp_path / ".d.1.tmp").write_text("half")
+    assert read_records(tmp_path) == ({"a.1": {"v": 2}}, ["b.1", "c.1"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.1", "b.1", "c.1"]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    put_file(tmp_path / "a.1", b"old")
+    (tmp_path / ".a.1.tmp").mkdir()
+    with pytest.raises(IsADirectoryError):
+        put_file(tmp_path / "a.1", b"new")
+    assert (tmp_path / "a.1").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["sh", "a b", "x) S 1 2", "((", ""])
+def test_the_process_table_with_any_name(name: str) -> None:
+    fields = "S 17 20 30 0 -1 4194560 1 0 0 0 1 2 3 4 20 0 1 0 369751 199 3527"
+    assert proctable.parse_stat(f"42 ({name}) {fields}\n") == proctable.Process(42, "S", 17, 30, 369751)
+
+
+def test_the_process_table_of_this_machine() -> None:
+    me = proctable.read(os.getpid())
+    assert me is not None
+    assert (me.pid, me.parent, me.session) == (os.getpid(), os.getppid(), os.getsid(0))
+    assert me in [process for process in proctable.read_all() if process.pid == me.pid]
+    assert proctable.read(1 << 22) is None
+
+
+@pytest.mark.parametrize("stage", ["setup", "cgroup", "logs", "scratch", "cwd", "exec", "interpreter"])
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.ENOEXEC, errno.E2BIG])
+def test_every_failure_has_words(stage: str, number: int) -> None:
+    assert child.explain(stage, number, "prog", "/dir").isprintable()
+
+
+def test_timers_in_their_order_and_errors_that_do_not_end_the_loop() -> None:
+    errors: list[str] = []
+    loop, seen = Loop(errors.append), []
+    start = now_s()
+    loop.call_at(start + 0.03, loop.stop)
+    loop.call_at(start + 0.02, lambda: seen.append("second"))
+    loop.call_at(start + 0.01, lambda: seen.append("first"))
+    loop.call_at(start + 0.015, lambda: seen.append(str(1 // 0)))
+    loop.call_at(start + 0.005, lambda: seen.append("cancelled")).cancel()
+    loop.call_at(start - 5, lambda: seen.append("overdue"))
+    loop.run()
+    assert seen == ["overdue", "first", "second"]
+    assert now_s() >= start + 0.03
+    assert len(errors) == 1
+    assert "ZeroDivisionError" in errors[0]
