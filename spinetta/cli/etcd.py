@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spinetta.cli import output
-from spinetta.cli.base import client_options, with_client
+from spinetta.cli.base import client_options, json_option, with_client
 from spinetta.errors import NotFound, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
@@ -66,8 +66,16 @@ def _environment(node: str | None, timeout: str | None, config_file: str | None)
 @click.command()
 @click.argument("key", required=False)
 @click.option("--type", "type_", metavar="TYPE", help="task, queued, running, node, incarnation, office or generation.")
+@json_option
 @client_options
-def decode(key: str | None, type_: str | None, node: str | None, timeout: str | None, config_file: str | None) -> None:
+def decode(
+    key: str | None,
+    type_: str | None,
+    as_json: bool,  # noqa: ARG001 - it is JSON anyway; errors look at the command line
+    node: str | None,
+    timeout: str | None,
+    config_file: str | None,
+) -> None:
     """Print a stored record as JSON: the value of KEY, or what is read from standard input.
 
     Standard input may be one value as etcdctl prints it (--type tells what it is), a key and its value on two lines,

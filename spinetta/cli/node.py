@@ -288,8 +288,9 @@ async def _is_gone(client: AsyncClient, name: str) -> bool:
 @node.command()
 @click.option("--data-dir", metavar="PATH", help="Of the node to stop [SPINETTA_DATA_DIR].")
 @click.option("--keep", is_flag=True, help="End the daemon only: tasks and etcd go on for the next one.")
+@json_option
 @config_option
-def stop(data_dir: str | None, keep: bool, config_file: str | None) -> None:
+def stop(data_dir: str | None, keep: bool, as_json: bool, config_file: str | None) -> None:
     """Stop the node that runs on this machine with this data directory.
 
     Its tasks go back to the queue, its etcd member ends, and it may join again later; to take it out of the cluster
@@ -303,12 +304,20 @@ def stop(data_dir: str | None, keep: bool, config_file: str | None) -> None:
     pid = holder(directory)
     if pid is not None:
         _end(pid, signal.SIGTERM if keep else signal.SIGINT, KEEP_LIMIT_S if keep else STOP_LIMIT_S)
-    if keep:
-        output.say("the daemon has ended; tasks and etcd go on" if pid else "no daemon was running")
-        return
     # The daemon ends its shim itself; one whose daemon had died before is still there.
-    shim = _end_shim(directory)
-    output.say("stopped" if pid or shim else "nothing was running")
+    shim = False if keep else _end_shim(directory)
+    if as_json:
+        output.put_json(
+            {
+                "data_dir": str(directory),
+                "daemon_stopped": pid is not None,
+                "shim_stopped": not keep and (shim or pid is not None),
+            }
+        )
+    elif keep:
+        output.say("the daemon has ended; tasks and etcd go on" if pid else "no daemon was running")
+    else:
+        output.say("stopped" if pid or shim else "nothing was running")
 
 
 def _end(pid: int, number: signal.Signals, limit_s: float) -> None:
