@@ -26,6 +26,7 @@ T = TypeVar("T")
 LISTENERS_MAX = 2000  # each holds up to PENDING_MAX changes
 PENDING_MAX = 10_000  # changed tasks not yet taken by a listener; past it the listener reads all again
 LINGER_S = 10.0  # the watch stays this long after the last listener: waits often come one after another
+STOPPING = "this node is stopping"
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0  # between attempts to get a lost watch back
 
 
@@ -55,16 +56,23 @@ class Listener:
         self._pending: OrderedDict[str, Change] = OrderedDict()
         self._pending_max = pending_max
         self._gap = False
+        self._closed = False
         self._wake = asyncio.Event()
         self.ready = False  # has been told that the watch stands, and may have read since
 
     async def news(self, timeout_s: float) -> News:
-        """What has happened, as soon as something has; empty when nothing does for `timeout_s`."""
+        """What has happened, as soon as something has; empty when nothing does for `timeout_s`.
+
+        Raises:
+            StoreUnavailable: the node stops; another one can tell.
+        """
         try:
             async with asyncio.timeout(max(timeout_s, 0.0)):
                 await self._wake.wait()
         except TimeoutError:
             return News((), gap=False)
+        if self._closed:
+            raise StoreUnavailable(STOPPING)
         self._wake.clear()
         out = News(tuple(self._pending.values()), self._gap)
         self._pending.clear()
@@ -88,6 +96,11 @@ class Listener:
         self._gap = True
         self._wake.set()
 
+    def close(self) -> None:
+        """Called by the hub: nothing will come any more."""
+        self._closed = True
+        self._wake.set()
+
 
 class Hub:
     """Serves the changes of tasks to any number of listeners. `run` must be running."""
@@ -99,6 +112,7 @@ class Hub:
         self._by_key: dict[str, set[Listener]] = {}
         self._to_all: set[Listener] = set()
         self._count = 0
+        self._closed = False
         self._changed = asyncio.Event()  # the number of listeners
         self._standing = asyncio.Event()  # the watch is there: what happens from now on is seen
 
@@ -114,9 +128,11 @@ class Hub:
         """Changes of these tasks (None: of all) from now on.
 
         Raises:
-            StoreUnavailable: the watch could not be had within `timeout_s`.
+            StoreUnavailable: the watch could not be had within `timeout_s`, or the node stops.
             UserError: too many listen already (reason ``busy``).
         """
+        if self._closed:
+            raise StoreUnavailable(STOPPING)
         if self._count >= LISTENERS_MAX:
             raise UserError(
                 f"this node already serves {LISTENERS_MAX} listeners", reason="busy", hint="try another node"
@@ -157,6 +173,12 @@ class Hub:
 
     def _everybody(self) -> set[Listener]:
         return self._to_all.union(*self._by_key.values())
+
+    def close(self) -> None:
+        """Let all who listen go, because the node stops."""
+        self._closed = True
+        for listener in self._everybody():
+            listener.close()
 
     async def run(self) -> None:
         """Keep the watch while it is wanted. Runs until it is cancelled."""

@@ -224,6 +224,28 @@ def test_ids_that_name_nothing(
     run(scenario())
 
 
+def test_get_of_the_largest_tasks(etcd: Etcd, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a:
+            largest = spec(
+                command=["x" * 126_000, "y" * 126_000, "z" * 10_000],
+                labels={f"{i:0128}": "v" * 256 for i in range(validate.LABELS_MAX)},
+                name="n" * validate.NAME_MAX,
+            )
+            ids: list[str] = []
+            for _ in range(3):
+                specs = [pb.TaskSpec.FromString(largest.SerializeToString()) for _ in range(40)]
+                for s in specs:
+                    s.id = new_id()
+                ids += await a.submit(*specs)
+            got = await a.api.Get(api.GetRequest(ids=ids))
+            assert [v.task.spec.id for v in got.tasks] == ids
+            done = await a.api.Cancel(api.CancelRequest(ids=ids))
+            assert len(done.tasks) == 120
+
+    run(scenario())
+
+
 def test_get_shows_a_running_task(etcd: Etcd, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with node(etcd, tmp_path) as a, node(etcd, tmp_path, "b") as b:

@@ -12,11 +12,13 @@ from spinetta.errors import InvariantViolation, OutcomeUnknown, StoreUnavailable
 from spinetta.model import Outcome, State, Task, TaskId
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
+from spinetta.node.services.portions import portions
 from spinetta.store.protocol import READ_KEYS_MAX, KeyValue, Snapshot
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 
 _GROUP = READ_KEYS_MAX // 3  # a task, its queue key and its blocked key in one read
+_KEYS_BYTES = 1500  # of one transition: three keys, and a request with its reason
 _REQUEST = b""  # in place of a record: the holder was asked
 
 
@@ -68,15 +70,15 @@ class Canceller:
         for n in range(limits.TRIES_MAX):
             if n:
                 await asyncio.sleep(limits.TRY_WAIT_S * 2**n * random.uniform(0.5, 1.0))  # noqa: S311 - not a secret
-            moves: list[_Move] = []
+            portion: list[_Move] = []
             try:
                 moves = await self._look(group, fields, reason, answers, sent)
-                if moves:
-                    result = await self._port.store.commit(txn.batch([m.txn for m in moves]))
-                    self._note(moves, result, answers)
+                for portion in portions(moves, lambda m: len(m.record or _REQUEST) + _KEYS_BYTES):
+                    result = await self._port.store.commit(txn.batch([m.txn for m in portion]))
+                    self._note(portion, result, answers)
             except OutcomeUnknown as e:
                 unknown = e
-                sent.update((m.task, m.record or _REQUEST) for m in moves)
+                sent.update((m.task, m.record or _REQUEST) for m in portion)
             except StoreUnavailable as e:
                 if unknown is None:
                     raise

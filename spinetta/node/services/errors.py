@@ -7,6 +7,7 @@ UserError            INVALID_ARGUMENT       mend the input (or another status, b
 NotFound             NOT_FOUND
 AlreadyExists        ALREADY_EXISTS
 StoreUnavailable     UNAVAILABLE            try again: nothing was changed
+RuntimeUnavailable   UNAVAILABLE            the same
 OutcomeUnknown       ABORTED                read back: it may have happened
 Compacted            OUT_OF_RANGE           list again
 Fenced               UNAVAILABLE            ask another node
@@ -31,6 +32,7 @@ from spinetta.errors import (
     InvariantViolation,
     NotFound,
     OutcomeUnknown,
+    RuntimeUnavailable,
     SpinettaError,
     StoreUnavailable,
     UserError,
@@ -96,7 +98,7 @@ def _code(error: SpinettaError) -> tuple[grpc.StatusCode, str]:
             return grpc.StatusCode.ALREADY_EXISTS, error.reason
         case UserError():
             return BY_REASON.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), error.reason
-        case StoreUnavailable():
+        case StoreUnavailable() | RuntimeUnavailable():
             return grpc.StatusCode.UNAVAILABLE, "unavailable"
         case OutcomeUnknown():
             return grpc.StatusCode.ABORTED, "outcome-unknown"

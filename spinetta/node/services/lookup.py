@@ -9,7 +9,7 @@ from spinetta.errors import NotFound, UserError
 from spinetta.model import NodeId, TaskId
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, ordered, views
-from spinetta.store.protocol import READ_KEYS_MAX, KeyValue, Store
+from spinetta.store.protocol import KeyValue, Store
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 
@@ -18,8 +18,8 @@ async def read_all(store: Store, wanted: Collection[str]) -> dict[str, KeyValue]
     """Those of the keys that exist. Read in groups, each at its own revision."""
     todo = list(wanted)
     found: dict[str, KeyValue] = {}
-    for i in range(0, len(todo), READ_KEYS_MAX):
-        snapshot = await store.read(todo[i : i + READ_KEYS_MAX])
+    for i in range(0, len(todo), limits.READ_KEYS):
+        snapshot = await store.read(todo[i : i + limits.READ_KEYS])
         found.update((k, entry) for k, entry in snapshot.entries.items() if entry is not None)
     return found
 

@@ -33,7 +33,7 @@ from spinetta.v1 import api_pb2_grpc as rpc
 log = logging.getLogger(__name__)
 
 SERVICES = ("spinetta.v1.Spinetta", "spinetta.v1.Peer")
-STOP_GRACE_S = 2.0  # for calls in flight when the daemon stops; streams are cut and their clients try elsewhere
+STOP_GRACE_S = 2.0  # for calls in flight when the daemon stops, then they are cut
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", validate.MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", validate.MESSAGE_BYTES_MAX),
@@ -165,6 +165,7 @@ async def serve(port: NodePort, addresses: Sequence[str], *, hub: Hub | None = N
                 of_body = e
                 raise
             finally:
+                hub.close()  # streams and waiters end at once, and their clients ask another node
                 await server.stop(STOP_GRACE_S)
                 for task in running:
                     task.cancel()

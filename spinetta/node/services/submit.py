@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spinetta import codec, keys, lifecycle, txn, validate
@@ -12,6 +12,7 @@ from spinetta.errors import AlreadyExists, InvariantViolation, OutcomeUnknown, S
 from spinetta.model import QueueHint, Task, TaskSpec
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
+from spinetta.node.services.portions import portions
 from spinetta.v1 import api_pb2 as api
 
 _CONVERTED_PER_TURN = 100  # specifications checked before other calls get a turn: about 5 ms
@@ -45,7 +46,7 @@ class Submitter:
         """
         entries = await self._entries(request)
         existed: dict[int, bool] = {}
-        for chunk in _chunks(entries):
+        for chunk in portions(entries, lambda e: e.size_bytes):
             existed.update(await self._settle(chunk))
         return api.SubmitResponse(
             tasks=[api.Submitted(id=e.task.id, existed=existed[e.index]) for e in entries],
@@ -144,16 +145,3 @@ def _difference(a: TaskSpec, b: TaskSpec) -> str:
                     return f"resources.{r.name}"
         return f.name
     raise InvariantViolation(f"specifications differ in no field: {a} {b}")
-
-
-def _chunks(entries: Sequence[_Entry]) -> Iterator[Sequence[_Entry]]:
-    chunk: list[_Entry] = []
-    size = 0
-    for entry in entries:
-        if chunk and (len(chunk) == txn.NESTED_MAX or size + entry.size_bytes > limits.BATCH_BYTES_MAX):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(entry)
-        size += entry.size_bytes
-    if chunk:
-        yield chunk
