@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import spinetta
+from tests.contract.shims import clean_up
 
 pytestmark = pytest.mark.contract
 
@@ -124,7 +125,10 @@ def home() -> Iterator[Path]:
         shutil.copytree(source / "runtime", path / "lib" / "spinetta" / "runtime")
         subprocess.run(["chown", "-R", "65534:65534", folder], check=True)
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
-        yield path
+        try:
+            yield path
+        finally:
+            clean_up(path / "state")
 
 
 def test_a_user_without_rights(home: Path) -> None:
@@ -138,4 +142,4 @@ def test_a_user_without_rights(home: Path) -> None:
         check=False,
         timeout=90,
     )
-    assert done.stdout == "all is well\n"
+    assert done.stdout == "all is well\n", done.stdout

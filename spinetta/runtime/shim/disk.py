@@ -163,6 +163,8 @@ def _writer_main(sock: socket.socket, log_path: Path) -> NoReturn:
     status = 1
     try:
         sysapi.set_name("spinetta-writer")
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, -10)  # every start and every end waits for it
         # A client must see its connection end, whoever waits for our start the end of its pipe, and the next shim the
         # lock free.
         os.dup2(0, 1)

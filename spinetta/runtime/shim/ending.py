@@ -67,16 +67,17 @@ class Ending:
 
     def kill_all(self, held: Held) -> None:
         """One round of SIGKILL to everything that belongs to it."""
+        if held.group and held.group.kills:
+            held.group.kill()
+        else:
+            # First of all: once the main process is dead its children are ours, and nobody can tell whose they were.
+            self._kill_family(held)
         if held.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(held.pidfd, signal.SIGKILL)
         # Not reaped yet, so neither the group's nor the session's number can be another's.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(held.pid, signal.SIGKILL)
-        if held.group and held.group.kills:
-            held.group.kill()
-        else:
-            self._kill_family(held)
 
     def _kill_family(self, held: Held) -> bool:
         """Without cgroups an orphan cannot be told to be this one's, unless there is no other that it could be of."""
