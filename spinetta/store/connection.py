@@ -32,6 +32,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", RECEIVE_BYTES_MAX),
     ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_ANSWER_S * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_ANSWER_S * 1000)),  # 60 s otherwise, whatever the line above says
     ("grpc.http2.max_pings_without_data", 0),  # an idle watch must be pinged for ever
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 2000),  # also the limit of one attempt to connect
@@ -79,7 +80,7 @@ REFUSED_CODES = frozenset(
     }
 )
 TOO_LARGE_FOR_SERVER = "grpc: received message larger than max"
-TOO_LARGE_FOR_CLIENT = "CLIENT: Received message larger than max"
+TOO_LARGE_FOR_CLIENT = "CLIENT: Received message larger than max"  # with more around it
 
 
 def meaning_of(code: grpc.StatusCode, text: str) -> Meaning:
@@ -252,7 +253,7 @@ class Connections:
                     raise
                 code, text = grpc.StatusCode.CANCELLED, "the connection was closed"
             meaning = meaning_of(code, text)
-            if meaning is Meaning.REFUSED or (not write and text.startswith(TOO_LARGE_FOR_CLIENT)):
+            if meaning is Meaning.REFUSED or (not write and TOO_LARGE_FOR_CLIENT in text):
                 raise Refused(code, text)
             silent = code is grpc.StatusCode.DEADLINE_EXCEEDED
             connection.hold(HOLD_SILENT_S if silent else HOLD_REFUSED_S)

@@ -156,7 +156,7 @@ class EtcdStore:
         except Refused as error:
             if "has been compacted" in error.text:
                 raise Compacted(revision + 1) from error
-            if error.text.startswith(TOO_LARGE_FOR_CLIENT):
+            if TOO_LARGE_FOR_CLIENT in error.text:
                 raise _PageTooLarge from error
             raise refusal(error) from error
         entries = tuple(wire.key_value(kv) for kv in response.kvs)

@@ -1,0 +1,467 @@
+"""What the store says while etcd is killed, stopped, cut off, full or gone. Real etcd only; each test has its own."""
+
+# ruff: noqa: SIM117 - a server, then what is done to it
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import grpc
+import pytest
+
+from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.model import LeaseId, Revision
+from spinetta.store import connection, watch
+from spinetta.store.connection import Meaning, meaning_of, normal_endpoints
+from spinetta.store.etcd import EtcdStore
+from spinetta.store.protocol import Change
+from spinetta.store.watch import Reassembly
+from spinetta.txn import Absent, Committed, Conflict, Put, Txn
+from tests.contract.etcds import etcd, free_port, loopback_host
+
+pytestmark = pytest.mark.contract
+
+WRITE = Txn(then=(Put("/a", b"1"),))
+Code = grpc.StatusCode
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(90):
+            await scenario
+
+    asyncio.run(limited())
+
+
+@contextlib.asynccontextmanager
+async def store_of(*endpoints: str) -> AsyncIterator[EtcdStore]:
+    store = EtcdStore(endpoints)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def until_committed(store: EtcdStore, limit_s: float) -> float:
+    """Seconds until a write succeeds again."""
+    start_s = time.monotonic()
+    while True:
+        try:
+            assert isinstance(await store.commit(WRITE, timeout_s=1.0), Committed)
+            return time.monotonic() - start_s
+        except (StoreUnavailable, OutcomeUnknown):
+            assert time.monotonic() - start_s < limit_s
+            await asyncio.sleep(0.05)
+
+
+# --- nobody there ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_listens() -> None:
+    async def scenario() -> None:
+        host = loopback_host()
+        async with store_of(f"{host}:{free_port(host)}", f"{host}:{free_port(host)}") as store:
+            for work in (
+                store.commit(WRITE),
+                store.read(["/a"]),
+                store.list("/"),
+                store.grant_lease(5),
+                store.keep_alive(LeaseId(1)),
+                store.revoke_lease(LeaseId(1)),
+                anext(store.watch("/", start=Revision(1))),
+            ):
+                start_s = time.monotonic()
+                with pytest.raises(StoreUnavailable):
+                    await work
+                assert time.monotonic() - start_s < 2.0
+
+    run(scenario())
+
+
+def test_something_else_listens_and_says_nothing() -> None:
+    async def scenario() -> None:
+        with socket.create_server((loopback_host(), 0)) as silent:
+            host, port = silent.getsockname()
+            async with store_of(f"{host}:{port}") as store:
+                start_s = time.monotonic()
+                with pytest.raises(StoreUnavailable):  # it never connected, so that nothing was sent
+                    await store.commit(WRITE)
+                assert time.monotonic() - start_s < 3.0
+
+    run(scenario())
+
+
+# --- killed, stopped, and back -----------------------------------------------------------------------------------
+
+
+def test_killed_in_the_middle_of_writes_and_back_again() -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            answers: dict[int, str] = {}
+            answered = asyncio.Event()
+
+            async def write(number: int) -> None:
+                try:
+                    result = await store.commit(Txn(when=(Absent(f"/w/{number:04}"),), then=(Put(f"/w/{number:04}"),)))
+                    answers[number] = type(result).__name__
+                    answered.set()
+                except (StoreUnavailable, OutcomeUnknown) as error:
+                    answers[number] = type(error).__name__
+
+            async with asyncio.TaskGroup() as group:
+                for number in range(2000):
+                    group.create_task(write(number))
+                await answered.wait()
+                server.kill()
+            kinds = set(answers.values())
+            assert kinds <= {"Committed", "StoreUnavailable", "OutcomeUnknown"}
+            assert {"Committed", "OutcomeUnknown"} <= kinds
+
+            server.launch()
+            await until_committed(store, 15)
+            found = {int(entry.key.removeprefix("/w/")) for entry in (await store.list("/w/")).entries}
+            assert {number for number, kind in answers.items() if kind == "Committed"} <= found
+            assert not {number for number, kind in answers.items() if kind == "StoreUnavailable"} & found
+
+    run(scenario())
+
+
+def test_a_frozen_etcd_is_unknown_and_not_a_hang() -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            await store.commit(WRITE)
+            server.send(signal.SIGSTOP)
+            try:
+                start_s = time.monotonic()
+                with pytest.raises(OutcomeUnknown):
+                    await store.commit(Txn(when=(Absent("/b"),), then=(Put("/b"),)), timeout_s=1.0)
+                with pytest.raises(StoreUnavailable):
+                    await store.read(["/a"], timeout_s=1.0)
+                with pytest.raises(StoreUnavailable):
+                    await store.keep_alive(LeaseId(1), timeout_s=1.0)
+                with pytest.raises(OutcomeUnknown):
+                    await store.grant_lease(5, timeout_s=1.0)
+                assert time.monotonic() - start_s < 6.0
+            finally:
+                server.send(signal.SIGCONT)
+            await until_committed(store, 15)
+            # Whether the write that was sent meanwhile took place is a matter of milliseconds: unknown means unknown.
+            assert isinstance(await store.commit(Txn(when=(Absent("/b"),), then=(Put("/b"),))), Committed | Conflict)
+
+    run(scenario())
+
+
+def test_cancelling_a_call_cancels_it() -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            await store.commit(WRITE)
+            server.send(signal.SIGSTOP)
+            try:
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await store.commit(WRITE, timeout_s=30)
+            finally:
+                server.send(signal.SIGCONT)
+
+    run(scenario())
+
+
+def test_closing_under_a_call_does_not_cancel_the_caller() -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            await store.commit(WRITE)
+            server.send(signal.SIGSTOP)
+            try:
+                calls = [
+                    asyncio.create_task(store.commit(WRITE, timeout_s=30)),
+                    asyncio.create_task(anext_of(store)),
+                ]
+                await asyncio.sleep(0.2)  # let them be sent; nothing can be seen of it
+                await store.close()
+                done = await asyncio.gather(*calls, return_exceptions=True)
+            finally:
+                server.send(signal.SIGCONT)
+            assert [type(each) for each in done] == [OutcomeUnknown, StoreUnavailable]
+
+    async def anext_of(store: EtcdStore) -> object:
+        return await anext(store.watch("/", start=Revision(1)))
+
+    run(scenario())
+
+
+# --- several endpoints -------------------------------------------------------------------------------------------
+
+
+def test_a_second_endpoint_serves_while_the_preferred_one_is_down_and_then_no_more() -> None:
+    async def scenario() -> None:
+        async with etcd() as other, etcd() as preferred, store_of(preferred.client, other.client) as store:
+            await store.commit(Txn(then=(Put("/who", b"preferred"),)))
+            async with store_of(other.client) as side:
+                await side.commit(Txn(then=(Put("/who", b"other"),)))
+
+            async def who() -> bytes | None:
+                entry = (await store.read(["/who"])).entries["/who"]
+                return entry.value if entry else None
+
+            assert await who() == b"preferred"
+            preferred.kill()
+            assert await who() == b"other"
+            assert isinstance(await store.commit(WRITE), Committed)
+            preferred.launch()
+            await preferred.ready()
+            end_s = time.monotonic() + 15
+            while await who() != b"preferred":
+                assert time.monotonic() < end_s
+                await asyncio.sleep(0.05)
+
+    run(scenario())
+
+
+def test_a_frozen_preferred_endpoint_costs_one_unknown_write_only() -> None:
+    async def scenario() -> None:
+        async with etcd() as other, etcd() as preferred, store_of(preferred.client, other.client) as store:
+            await store.commit(WRITE)
+            preferred.send(signal.SIGSTOP)
+            try:
+                with pytest.raises(OutcomeUnknown):
+                    await store.commit(WRITE, timeout_s=1.0)
+                start_s = time.monotonic()
+                for _ in range(20):
+                    await store.commit(WRITE, timeout_s=1.0)
+                assert time.monotonic() - start_s < 5.0
+            finally:
+                preferred.send(signal.SIGCONT)
+
+    run(scenario())
+
+
+def test_a_read_asks_the_next_one_within_its_own_time() -> None:
+    async def scenario() -> None:
+        async with etcd() as other, etcd() as preferred, store_of(preferred.client, other.client) as store:
+            await store.commit(WRITE)
+            preferred.send(signal.SIGSTOP)
+            try:
+                await store.read(["/a"], timeout_s=2.0)
+            finally:
+                preferred.send(signal.SIGCONT)
+
+    run(scenario())
+
+
+def test_endpoints_change_under_a_watch() -> None:
+    async def scenario() -> None:
+        async with etcd() as first, etcd() as second, store_of(first.client) as store:
+            async with contextlib.aclosing(store.watch("/", start=Revision(2))) as changes:
+                await anext(changes)
+                await store.set_endpoints([f"http://{second.client}/", second.client])
+                assert store.endpoints == (second.client,)
+                with pytest.raises(StoreUnavailable):
+                    await anext(changes)
+            assert isinstance(await store.commit(WRITE), Committed)
+            async with store_of(second.client) as side:
+                assert (await side.read(["/a"])).entries["/a"] is not None
+
+    run(scenario())
+
+
+# --- watches -----------------------------------------------------------------------------------------------------
+
+
+def test_a_watch_ends_when_etcd_is_killed_and_goes_on_from_where_it_was() -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            async with contextlib.aclosing(store.watch("/", start=Revision(2))) as changes:
+                await anext(changes)
+                await store.commit(WRITE)
+                seen = await anext(changes)
+                server.kill()
+                start_s = time.monotonic()
+                with pytest.raises(StoreUnavailable):
+                    await anext(changes)
+                assert time.monotonic() - start_s < 2.0
+            server.launch()
+            await until_committed(store, 15)
+            async with contextlib.aclosing(store.watch("/", start=Revision(seen.revision + 1))) as changes:
+                await anext(changes)
+                assert (await anext(changes)).events[0].revision == seen.revision + 1
+
+    run(scenario())
+
+
+def test_a_watch_on_a_frozen_etcd_ends_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "IDLE_S", 0.5)
+    monkeypatch.setattr(watch, "ANSWER_S", 0.5)
+
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            async with contextlib.aclosing(store.watch("/", start=Revision(2))) as changes:
+                await anext(changes)
+                quiet = asyncio.create_task(anext(changes))
+                await asyncio.sleep(2.0)  # quiet, but alive: asked three times and answered
+                assert not quiet.done()
+                server.send(signal.SIGSTOP)
+                try:
+                    start_s = time.monotonic()
+                    with pytest.raises(StoreUnavailable, match="silent"):
+                        await quiet
+                    assert time.monotonic() - start_s < 3.0
+                finally:
+                    server.send(signal.SIGCONT)
+
+    run(scenario())
+
+
+def test_keepalive_finds_a_dead_connection_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "IDLE_S", 60.0)
+    options = {**dict(connection.CHANNEL_OPTIONS), "grpc.keepalive_time_ms": 5000, "grpc.http2.ping_timeout_ms": 1000}
+    monkeypatch.setattr(connection, "CHANNEL_OPTIONS", tuple(options.items()))
+
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            async with contextlib.aclosing(store.watch("/", start=Revision(2))) as changes:
+                await anext(changes)
+                server.send(signal.SIGSTOP)
+                try:
+                    start_s = time.monotonic()
+                    with pytest.raises(StoreUnavailable, match="broke"):
+                        await anext(changes)
+                    assert time.monotonic() - start_s < 9.0
+                finally:
+                    server.send(signal.SIGCONT)
+
+    run(scenario())
+
+
+def test_a_slow_consumer_holds_etcd_back_and_loses_nothing() -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            async with contextlib.aclosing(store.watch("/big/", start=Revision(2))) as changes:
+                await anext(changes)
+                for number in range(60):  # 60 MB, far beyond what gRPC buffers
+                    await store.commit(Txn(then=(Put(f"/big/{number % 3}", b"x" * 1_000_000),)))
+                seen: list[int] = []
+                while len(seen) < 60:
+                    seen += [event.revision for event in (await anext(changes)).events]
+                assert seen == list(range(2, 62))
+
+    run(scenario())
+
+
+def test_fragments_are_put_together_into_whole_revisions() -> None:
+    def change(revision: int, key: str) -> Change:
+        return Change(key, None, Revision(revision))
+
+    whole = Reassembly(Revision(5))
+    assert whole.add([change(5, "a")], fragment=True) == []
+    assert whole.add([change(5, "b")], fragment=True) == []
+    (found,) = whole.add([change(5, "c"), change(6, "a"), change(7, "a")], fragment=True)
+    assert (found.revision, len(found.events)) == (6, 4)
+    assert whole.add([], fragment=True) == []
+    (found,) = whole.add([change(7, "b")], fragment=False)
+    assert (found.revision, [event.key for event in found.events]) == (7, ["a", "b"])
+    assert whole.add([change(7, "a"), change(6, "a")], fragment=False) == []  # told twice
+    assert whole.add([], fragment=False) == []
+
+
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_larger_than_a_message_comes_in_pages() -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            for number in range(40):
+                await store.commit(Txn(then=(Put(f"/l/{number:02}", b"x" * 1_000_000),)), timeout_s=20)
+            page = await store.list("/l/", timeout_s=20)
+            assert (len(page.entries), page.more) == (40, False)
+            assert [entry.key for entry in page.entries] == sorted(entry.key for entry in page.entries)
+            limited = await store.list("/l/", limit=39, newest_first=True, timeout_s=20)
+            assert (len(limited.entries), limited.more) == (39, True)
+            assert limited.entries[0].key == "/l/39"
+
+    run(scenario())
+
+
+def test_a_full_store_says_so() -> None:
+    async def fill(store: EtcdStore) -> None:
+        for number in range(20):
+            await store.commit(Txn(then=(Put(f"/{number}", b"x" * 1_000_000),)))
+
+    async def scenario() -> None:
+        async with etcd("--quota-backend-bytes=4194304") as server, store_of(server.client) as store:
+            with pytest.raises(StoreUnavailable, match="NOSPACE"):
+                await fill(store)
+            assert len((await store.list("/", keys_only=True)).entries) > 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("size", [1_600_000, 5_000_000])
+def test_a_request_too_large_says_so(size: int) -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            with pytest.raises(UserError, match=r"1\.5 MiB"):
+                await store.commit(Txn(then=(Put("/a", b"x" * size),)))
+            assert isinstance(await store.commit(WRITE), Committed)
+
+    run(scenario())
+
+
+def test_keys_of_others_need_not_be_text() -> None:
+    async def scenario() -> None:
+        async with etcd() as server, store_of(server.client) as store:
+            odd = b"/odd/\xff\xfe\x00".decode("utf-8", "surrogateescape")
+            await store.commit(Txn(then=(Put(odd, b"\xff"),)))
+            (entry,) = (await store.list("/odd/")).entries
+            assert (entry.key, entry.value) == (odd, b"\xff")
+
+    run(scenario())
+
+
+# --- the meaning of failures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "meaning"),
+    [
+        (Code.UNAVAILABLE, "failed to connect to all addresses; last error: …", Meaning.NOT_DONE),
+        (Code.UNAVAILABLE, "etcdserver: no leader", Meaning.NOT_DONE),
+        (Code.UNAVAILABLE, "etcdserver: rpc not supported for learner", Meaning.NOT_DONE),
+        (Code.RESOURCE_EXHAUSTED, "etcdserver: too many requests", Meaning.NOT_DONE),
+        (Code.UNAVAILABLE, "etcdserver: request timed out", Meaning.UNKNOWN),
+        (Code.UNAVAILABLE, "etcdserver: request timed out, possibly due to previous leader failure", Meaning.UNKNOWN),
+        (Code.UNAVAILABLE, "etcdserver: leader changed", Meaning.UNKNOWN),
+        (Code.UNAVAILABLE, "etcdserver: server stopped", Meaning.UNKNOWN),
+        (Code.UNAVAILABLE, "Socket closed", Meaning.UNKNOWN),
+        (Code.UNAVAILABLE, "", Meaning.UNKNOWN),
+        (Code.CANCELLED, "the connection was closed", Meaning.UNKNOWN),
+        (Code.DEADLINE_EXCEEDED, "Deadline Exceeded", Meaning.UNKNOWN),
+        (Code.UNKNOWN, "anything", Meaning.UNKNOWN),
+        (Code.RESOURCE_EXHAUSTED, "GOAWAY received; ENHANCE_YOUR_CALM", Meaning.UNKNOWN),
+        (Code.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (9 vs. 8)", Meaning.UNKNOWN),
+        (Code.RESOURCE_EXHAUSTED, "grpc: received message larger than max (9 vs. 8)", Meaning.REFUSED),
+        (Code.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", Meaning.REFUSED),
+        (Code.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request", Meaning.REFUSED),
+        (Code.NOT_FOUND, "etcdserver: requested lease not found", Meaning.REFUSED),
+        (Code.UNAVAILABLE, "etcdserver: unhealthy cluster", Meaning.REFUSED),
+    ],
+)
+def test_what_a_failure_means_for_a_write(code: grpc.StatusCode, text: str, meaning: Meaning) -> None:
+    assert meaning_of(code, text) is meaning
+
+
+@pytest.mark.parametrize("endpoint", ["", "127.0.0.1", "127.0.0.1:", ":2379", "https://127.0.0.1:2379", "127.0.0.1:x"])
+def test_what_is_no_endpoint(endpoint: str) -> None:
+    with pytest.raises(UserError):
+        EtcdStore([endpoint])
+
+
+def test_endpoints_in_normal_form() -> None:
+    assert normal_endpoints(["http://127.0.0.1:1/", "127.0.0.1:2", "127.0.0.1:1"]) == ("127.0.0.1:1", "127.0.0.1:2")
+    with pytest.raises(UserError):
+        normal_endpoints([])
