@@ -64,6 +64,7 @@ CLI = [
     Cli(("list", "--limit", "-1"), "-1 is not in the range"),
     Cli(("list", "--mine", "--owner", "x"), "--mine and --owner are given"),
     Cli(("log", "--both", "--stderr", ID), "--stderr and --both are given"),
+    Cli(("log", "--tail", "0", ID), "a tail of nothing"),
     Cli(("completion", "tcsh"), "'tcsh' is not one of"),
     # a task's options
     Cli(submit("--memory", "lots"), "memory: not a size: 'lots' (write a number with a unit"),

@@ -40,7 +40,10 @@ def etcdctl(arguments: tuple[str, ...], node: str | None, timeout: str | None, c
       spinetta etcdctl endpoint status -w table
     """
     program = _program()
-    environment = _environment(node, timeout, config_file)
+    if any(a.startswith("--endpoints") for a in arguments):  # etcdctl refuses to be told twice
+        environment = {**os.environ, "ETCDCTL_API": "3"}
+    else:
+        environment = _environment(node, timeout, config_file)
     sys.stdout.flush()
     os.execve(program, ["etcdctl", *arguments], environment)  # noqa: S606 - becomes etcdctl: same streams, same exit code
 

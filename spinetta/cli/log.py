@@ -56,10 +56,13 @@ def log(
 
     if stderr and both:
         raise UserError("--stderr and --both are given", field="both", hint="give one of them")
+    tail_bytes = parse_bytes(tail, "tail") if tail is not None else 0
+    if tail is not None and tail_bytes == 0:
+        raise UserError("a tail of nothing", field="tail", hint="e.g. --tail 4KiB")
     options: dict[str, Any] = {
         "follow": follow,
         "attempt": attempt or 0,
-        "tail_bytes": parse_bytes(tail, "tail") if tail else 0,
+        "tail_bytes": tail_bytes,
     }
     streams = ("stdout", "stderr") if both else ("stderr",) if stderr else ("stdout",)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -19,6 +20,8 @@ COLOURS = {
     "bold": "1",
 }
 
+_STRANGE_ESCAPE = re.compile(r"\x1b(?!\[\d{1,2}m)")
+
 
 def say(text: str = "") -> None:
     """A line to standard output."""
@@ -26,8 +29,12 @@ def say(text: str = "") -> None:
 
 
 def tell(text: str) -> None:
-    """A line to standard error: progress and remarks, which must not get into a pipe."""
-    sys.stderr.write(text + "\n")
+    """To standard error: progress and remarks, which must not get into a pipe.
+
+    What it quotes may be other people's (a task's message); only our own colours and ends of lines get through.
+    """
+    safe = "".join(c if c.isprintable() or c in "\n\x1b" else f"\\x{ord(c):02x}" for c in text)
+    sys.stderr.write(_STRANGE_ESCAPE.sub(r"\\x1b", safe) + "\n")
     sys.stderr.flush()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,6 +19,60 @@ from spinetta.model import TaskId, TaskSpec
 T = TypeVar("T")
 
 
+CLOSE_LIMIT_S = 5.0  # for calls that are cancelled to end
+
+
+class _LoopThread:
+    """An event loop in a thread, and the end of both."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.closed = False
+        self._thread = threading.Thread(target=self.loop.run_forever, name="spinetta-client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and wait for it here."""
+        if self.closed:
+            work.close()
+            raise RuntimeError("this client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C in the caller's thread must end the call, too
+            raise
+
+    def close(self, client: AsyncClient) -> None:
+        """End all calls, connections and the thread. May be called twice.
+
+        Registered to run before the interpreter stops daemon threads: whoever waits for one after that waits for ever.
+        """
+        if self.closed:
+            return
+        if threading.current_thread() is self._thread:  # the garbage collector happened to run there
+            self.closed = True
+            self.loop.stop()
+            return
+        try:
+            self.run(self._end_all(client))
+        finally:
+            self.closed = True
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
+
+    @staticmethod
+    async def _end_all(client: AsyncClient) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=CLOSE_LIMIT_S)
+        await asyncio.get_running_loop().shutdown_asyncgens()
+        await client.close()
+
+
 class Client:
     """Talks to a cluster through any of its nodes. Methods, arguments and errors are those of `AsyncClient`.
 
@@ -26,10 +81,8 @@ class Client:
 
     def __init__(self, nodes: str | Sequence[str] = DEFAULT_ADDRESS, *, timeout_s: float = 20.0) -> None:
         self._client = AsyncClient(nodes, timeout_s=timeout_s)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="spinetta-client", daemon=True)
-        self._thread.start()
-        self._closed = False
+        self._thread = _LoopThread()
+        self._end = weakref.finalize(self, self._thread.close, self._client)
 
     @classmethod
     def from_settings(cls, settings: ClientSettings) -> Self:
@@ -46,24 +99,10 @@ class Client:
 
     def close(self) -> None:
         """Close all connections and end the thread. May be called twice."""
-        if self._closed:
-            return
-        self._run(self._client.close())
-        self._closed = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._end()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._closed:
-            work.close()
-            raise RuntimeError("this client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C in the caller's thread must end the call, too
-            raise
+        return self._thread.run(work)
 
     def _iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         try:

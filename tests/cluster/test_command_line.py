@@ -230,6 +230,19 @@ def test_python(pair: Cluster) -> None:
         assert client.cluster().voters[0].name == "n1"
 
 
+def test_a_program_that_forgets_to_close_its_client_ends(pair: Cluster) -> None:
+    program = f"""
+from spinetta.client import Client
+client = Client("{pair.nodes[0].address}")
+changes = client.watch()
+print(next(changes).restarted)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
 def test_a_log_is_followed_through_another_node_when_one_dies(pair: Cluster) -> None:
     """The client asks the worker first, whose daemon is killed; no byte may be missing or come twice."""
     worker = pair.nodes[1]

@@ -249,6 +249,15 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_other_peoples_text_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from spinetta.cli import output
+
+    output.tell("a\x1b[2Jb\x07c\x1b[31mred\x1b[0m\x9b5m")
+    assert capsys.readouterr().err == "a\\x1b[2Jb\\x07c\x1b[31mred\x1b[0m\\x9b5m\n"
+    output.table(("A", "B"), [("x\x1b[2J", "y\nz"), ("日本", "w")], right=(0,))
+    assert capsys.readouterr().out == "       A  B\nx\\x1b[2J  y\\x0az\n    日本  w\n"
+
+
 def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["submit", "--help"]) == 0
     out = capsys.readouterr().out
