@@ -204,7 +204,8 @@ wait_until() {
 
 node_list() { SPINETTA_NODE=$(all_addresses) SPINETTA_TIMEOUT=5s "$spinetta" node list "$@" 2>/dev/null; }
 
-# Prints the nodes among the arguments that are not ready yet, and "voters" while there are fewer than there will be.
+# Prints the nodes among the arguments that are not ready yet; when they are all there are, also "voters" while there
+# are fewer of them than there will be.
 # A node that crashed is listed as it was until its lease ends, so what counts is what its present daemon says.
 unready() {
     local name since wanted=()
@@ -221,7 +222,8 @@ except ValueError:  # nobody answers
     nodes = {}
 up = {name for name, n in nodes.items() if n["status"] == "ready" and n["started_ms"] >= int(wanted.get(name, 0))}
 missing = [name for name in wanted if name not in up]
-if sum(bool(n["voter"]) for n in nodes.values()) < (3 if size >= 3 else 1):
+voters = sum(bool(n["voter"]) for n in nodes.values())
+if len(wanted) == size and voters < (3 if size >= 3 else 1):
     missing.append("voters")
 print(" ".join(missing))
 ' "$size" "${wanted[@]}"
