@@ -246,9 +246,7 @@ class Node:
         else:
             hint = codec.encode_hint(QueueHint.of(ended.spec))
             transition = txn.give_back(self.port.name, ended.id, held.modified, encoded, hint)
-        # The token alone would let a cancel requested since the read be forgotten.
-        guarded = replace(transition, when=(*transition.when, txn.RevisionIs(key, held.modified)))
-        return ended if isinstance(await self.store.commit(guarded), txn.Committed) else None
+        return ended if isinstance(await self.store.commit(transition), txn.Committed) else None
 
     def write_log(self, task_id: str, data: bytes, *, attempt: int = 1, stream: str = "stdout") -> None:
         """Append to a log."""

@@ -175,12 +175,12 @@ def test_no_store_no_harm(etcd: Etcd, tmp_path: Path) -> None:
         made: list[Lossy] = []
         async with node(etcd, tmp_path, wrap=lossy(made)) as a:
             (task_id,) = await a.submit()
-            for call in (
-                a.api.Get(api.GetRequest(ids=[task_id])),
-                a.api.Cancel(api.CancelRequest(ids=[task_id])),
+            for call in (  # made one after the other: a call begins when it is made, not when it is awaited
+                lambda: a.api.Get(api.GetRequest(ids=[task_id])),
+                lambda: a.api.Cancel(api.CancelRequest(ids=[task_id])),
             ):
                 made[0].reads = [REFUSED]
-                failed = await failure(call)
+                failed = await failure(call())
                 assert (failed.code, failed.detail.reason) == (Code.UNAVAILABLE, "unavailable")
                 assert "no leader" in failed.text
                 assert failed.detail.hint == "nothing was changed: try again"

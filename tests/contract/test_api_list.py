@@ -290,7 +290,7 @@ async def walk(store: Sorted, *, newest: bool, limit: int, now_ms: int) -> Seque
 def test_the_walk_finds_each_id_once_and_in_order(
     ids: list[str], limit: int, window: int, now_ms: int, newest: bool
 ) -> None:
-    with mock.patch.object(ordered, "WINDOW_KEYS", window):
+    with mock.patch.multiple(ordered, WINDOW_KEYS_MIN=window, WINDOW_KEYS_MAX=window):
         found = asyncio.run(walk(Sorted(ids), newest=newest, limit=limit, now_ms=now_ms))
     assert list(found) == sorted(ids, reverse=newest)
 

@@ -13,7 +13,7 @@ from spinetta import keys
 from spinetta.model import Revision, TaskId
 from spinetta.store.protocol import KeyValue, Store
 
-WINDOW_KEYS = 1000  # read of one window; with more it is narrowed
+WINDOW_KEYS_MIN, WINDOW_KEYS_MAX = 128, 1000  # read of one window, about twice as many as are wanted
 DEPTH = 7  # hexadecimal digits shared in a first window: 17 minutes
 AHEAD_MS = 120_000  # clocks that are further ahead than this cost a longer walk, no more
 SPARSE_MAX = 2  # nearly empty windows in a row before we look whether the rest is small
@@ -62,18 +62,19 @@ async def newest_first(
         ahead = await store.list(prefix, after=prefix + start, limit=1, keys_only=True, revision=revision)
         revision = revision or ahead.revision
         bound = "g" if ahead.entries else start  # beyond all hexadecimal digits
+    most = min(max(2 * limit, WINDOW_KEYS_MIN), WINDOW_KEYS_MAX)
     window: str | None = _digits(bound)[:DEPTH] if bound != "g" else ""
     out: list[TaskId] = []
     sparse = 0
     while window is not None and len(out) <= limit:
         if sparse == SPARSE_MAX:
-            page = await store.list(prefix, limit=WINDOW_KEYS, keys_only=True, revision=revision)
+            page = await store.list(prefix, limit=most, keys_only=True, revision=revision)
             if not page.more or keys.parse_task(page.entries[-1].key) >= bound:
                 out += _below(page.entries, bound)
                 window = None
                 break
             sparse += 1  # asked once: with very many keys the answer costs a tenth of a second
-        page = await store.list(prefix + _text(window), limit=WINDOW_KEYS, keys_only=True, revision=revision)
+        page = await store.list(prefix + _text(window), limit=most, keys_only=True, revision=revision)
         revision = revision or page.revision
         if page.more:
             inside = bound != "g" and _digits(bound).startswith(window) and len(_digits(bound)) > len(window)
@@ -81,7 +82,7 @@ async def newest_first(
             continue
         out += _below(page.entries, bound)
         bound = _text(window)
-        is_sparse = len(page.entries) < max(WINDOW_KEYS // 16, 1)
+        is_sparse = len(page.entries) < max(most // 16, 1)
         sparse += is_sparse
         window = _previous(window, widen=is_sparse)
     return Ids(tuple(out[:limit]), window is not None or len(out) > limit, revision)
