@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time as clock
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
@@ -10,12 +9,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from spinetta import codec, names, validate
-from spinetta.client import views
-from spinetta.client.channels import RETRY_WAIT_MAX_S, Nodes
-from spinetta.client.errors import NODE_UNREACHABLE
+from spinetta.client import streams, views
+from spinetta.client.channels import Nodes
 from spinetta.client.specs import make_spec
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
-from spinetta.errors import Compacted, StoreUnavailable, UserError
+from spinetta.errors import UserError
 from spinetta.model import State, TaskId, TaskSpec
 from spinetta.v1 import api_pb2 as api
 
@@ -23,7 +21,6 @@ T = TypeVar("T")
 
 WAIT_POLL_S = 30.0  # one Wait call: longer ones would notice a frozen node too late
 WAIT_MARGIN_S = 5.0
-STREAM_PATIENCE_S = 60.0  # how long log and watch look for a node that answers before they give up
 _STREAMS = {"stdout": api.STDOUT, "stderr": api.STDERR}
 
 
@@ -199,35 +196,10 @@ class AsyncClient:
         ids: Sequence[str] = (),
     ) -> AsyncGenerator[views.TaskChanges, None]:
         """The tasks that match, then their changes, for ever; goes on at another node when one goes away."""
-        revision, begun = 0, False
-        patience = _Patience()
-        while True:
-            request = api.WatchRequest(
-                filter=views.filter_to_pb(wanted), ids=_fragments(ids) if ids else [], from_revision=revision
-            )
-            restarted = begun and not revision  # broken within the first state: it comes again, whole
-            try:
-                stream = self._nodes.stream(lambda stub: stub.Watch, request)
-                async with contextlib.aclosing(stream) as answers:
-                    async for m in answers:
-                        patience.reset()
-                        begun = True
-                        if m.restarted:
-                            revision = 0
-                        elif m.revision:
-                            revision = m.revision + 1
-                        yield views.TaskChanges(
-                            tuple(views.task_info(t) for t in m.tasks),
-                            tuple(TaskId(i) for i in m.removed_ids),
-                            m.initial_done,
-                            m.restarted or restarted,
-                        )
-                        restarted = False
-            except Compacted:
-                revision = 0
-            except StoreUnavailable:
-                patience.check()
-            await patience.pause()
+        request = api.WatchRequest(filter=views.filter_to_pb(wanted), ids=_fragments(ids) if ids else [])
+        async with contextlib.aclosing(streams.watch(self._nodes, request)) as changes:
+            async for change in changes:
+                yield change
 
     async def log(
         self,
@@ -265,41 +237,9 @@ class AsyncClient:
             limit_bytes=limit_bytes,
             tail_bytes=tail_bytes,
         )
-        patience = _Patience()
-        resumed = False
-        while True:
-            try:
-                answers = self._nodes.stream(lambda stub: stub.Log, request)
-                async with contextlib.aclosing(answers) as chunks:
-                    async for m in chunks:
-                        patience.reset()
-                        # From here on a new call must continue: same attempt, the byte after the last one.
-                        resumed = resumed or bool(m.attempt)
-                        request.attempt, request.offset = m.attempt, m.offset + len(m.data)
-                        request.tail_bytes = 0
-                        if limit_bytes:
-                            request.limit_bytes = max(request.limit_bytes - len(m.data), 0)
-                        if m.data:
-                            yield views.LogChunk(m.data, m.offset, m.attempt, m.node)
-                        if limit_bytes and not request.limit_bytes:
-                            return
-            except (StoreUnavailable, UserError) as e:
-                # Who follows waits for a node that is being restarted; who does not wants to know.
-                if isinstance(e, UserError) and not (follow and e.reason == NODE_UNREACHABLE):
-                    raise
-                patience.check()
-                await patience.pause()
-                continue
-            if not follow or attempt or not resumed or not await self._next_attempt(request):
-                return
-
-    async def _next_attempt(self, request: api.LogRequest) -> bool:
-        """Whether a followed task has gone on to a further attempt; if so the request is set to its beginning."""
-        info = await self.get(request.id)
-        if info.task.attempts_started <= request.attempt:
-            return False
-        request.attempt, request.offset = request.attempt + 1, 0
-        return True
+        async with contextlib.aclosing(streams.log(self._nodes, request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
@@ -402,30 +342,6 @@ class AsyncTaskHandle:
     def log(self, **options: Any) -> AsyncIterator[views.LogChunk]:
         """Its log; options are those of `AsyncClient.log`."""
         return self._client.log(self.id, **options)
-
-
-class _Patience:
-    """How long a stream looks for a node that answers, and how it waits between."""
-
-    def __init__(self) -> None:
-        self._since_s: float | None = None
-        self._wait_s = 0.05
-
-    def reset(self) -> None:
-        """Something came."""
-        self._since_s, self._wait_s = None, 0.05
-
-    def check(self) -> None:
-        """Called while an error is handled: raise it again when it has lasted too long."""
-        now_s = clock.monotonic()
-        self._since_s = now_s if self._since_s is None else self._since_s
-        if now_s - self._since_s >= STREAM_PATIENCE_S:
-            raise  # the error being handled
-
-    async def pause(self) -> None:
-        """Longer each time."""
-        await asyncio.sleep(self._wait_s)
-        self._wait_s = min(self._wait_s * 2, RETRY_WAIT_MAX_S)
 
 
 def _node(name: str) -> str:

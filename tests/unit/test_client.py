@@ -369,7 +369,7 @@ def test_a_log_on_a_node_that_is_gone() -> None:
 
 
 def test_a_stream_that_cannot_be_had_is_given_up(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spinetta.client.aio.STREAM_PATIENCE_S", 0.3)
+    monkeypatch.setattr("spinetta.client.streams.PATIENCE_S", 0.3)
 
     async def main() -> None:
         async with AsyncClient(refusing) as client, asyncio.timeout(10):

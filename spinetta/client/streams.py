@@ -1,0 +1,121 @@
+"""Streams that outlive the node which serves them: opened again at another one, from where they stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+
+from spinetta.client import views
+from spinetta.client.channels import RETRY_WAIT_MAX_S, Nodes
+from spinetta.client.errors import NODE_UNREACHABLE
+from spinetta.errors import Compacted, StoreUnavailable, UserError
+from spinetta.model import TaskId
+from spinetta.v1 import api_pb2 as api
+
+PATIENCE_S = 60.0  # how long to look for a node that answers
+PAUSE_FIRST_S = 0.05
+
+
+class _Patience:
+    """How long a stream looks for a node that answers, and how it waits between."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+        self._wait_s = PAUSE_FIRST_S
+
+    def reset(self) -> None:
+        """Something came."""
+        self._since_s, self._wait_s = None, PAUSE_FIRST_S
+
+    def check(self, error: Exception) -> None:
+        """Raise the error when there have been only errors for too long."""
+        now_s = time.monotonic()
+        self._since_s = now_s if self._since_s is None else self._since_s
+        if now_s - self._since_s >= PATIENCE_S:
+            raise error
+
+    async def pause(self) -> None:
+        """Longer each time."""
+        await asyncio.sleep(self._wait_s)
+        self._wait_s = min(self._wait_s * 2, RETRY_WAIT_MAX_S)
+
+
+async def watch(nodes: Nodes, request: api.WatchRequest) -> AsyncGenerator[views.TaskChanges, None]:
+    """Changes of tasks, for ever. `request` is used to remember where to go on.
+
+    Raises:
+        StoreUnavailable: no node answers for `PATIENCE_S`.
+    """
+    begun = False
+    patience = _Patience()
+    while True:
+        restarted = begun and not request.from_revision  # broken within the first state: it comes again, whole
+        try:
+            async with contextlib.aclosing(nodes.stream(lambda stub: stub.Watch, request)) as answers:
+                async for m in answers:
+                    patience.reset()
+                    begun = True
+                    if m.restarted:
+                        request.from_revision = 0
+                    elif m.revision:
+                        request.from_revision = m.revision + 1
+                    yield views.TaskChanges(
+                        tuple(views.task_info(t) for t in m.tasks),
+                        tuple(TaskId(i) for i in m.removed_ids),
+                        m.initial_done,
+                        m.restarted or restarted,
+                    )
+                    restarted = False
+        except Compacted:
+            request.from_revision = 0
+        except StoreUnavailable as e:
+            patience.check(e)
+        await patience.pause()
+
+
+async def log(nodes: Nodes, request: api.LogRequest) -> AsyncGenerator[views.LogChunk, None]:
+    """Bytes of a log. `request` is used to remember where to go on.
+
+    Raises:
+        StoreUnavailable: no node answers for `PATIENCE_S`.
+        UserError: no such log; with reason ``node-unreachable`` when its node does not answer (if followed: for
+            `PATIENCE_S`).
+    """
+    limited, all_attempts = bool(request.limit_bytes), not request.attempt
+    patience = _Patience()
+    begun = False
+    while True:
+        try:
+            async with contextlib.aclosing(nodes.stream(lambda stub: stub.Log, request)) as chunks:
+                async for m in chunks:
+                    patience.reset()
+                    begun = True
+                    # From here on a new call must continue: same attempt, the byte after the last one.
+                    request.attempt, request.offset, request.tail_bytes = m.attempt, m.offset + len(m.data), 0
+                    if limited:
+                        request.limit_bytes = max(request.limit_bytes - len(m.data), 0)
+                    if m.data:
+                        yield views.LogChunk(m.data, m.offset, m.attempt, m.node)
+                    if limited and not request.limit_bytes:
+                        return
+        except (StoreUnavailable, UserError) as e:
+            # Who follows waits for a node that is being restarted; who does not wants to know.
+            if isinstance(e, UserError) and not (request.follow and e.reason == NODE_UNREACHABLE):
+                raise
+            patience.check(e)
+            await patience.pause()
+            continue
+        # A call that was told an attempt ends with it; the first one, told none, has followed them all.
+        if not (request.follow and all_attempts and begun) or not await _next_attempt(nodes, request):
+            return
+
+
+async def _next_attempt(nodes: Nodes, request: api.LogRequest) -> bool:
+    """Whether a followed task has gone on to a further attempt; if so the request is set to its beginning."""
+    answer = await nodes.call(lambda stub: stub.Get, api.GetRequest(ids=[request.id]))
+    if answer.tasks[0].task.attempts_started <= request.attempt:
+        return False
+    request.attempt, request.offset = request.attempt + 1, 0
+    return True
