@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from spinetta import names
 from spinetta.errors import UserError
@@ -338,11 +338,3 @@ def check_filter(labels: Sequence[tuple[str, str]], owner: str, name: str, node:
         raise UserError(f"the name has {len(name)} characters", field=field + ".name", hint=f"at most {NAME_MAX}")
     if node:
         names.check_node_name(node, field + ".node")
-
-
-def located(check: Callable[[], None], place: str) -> None:
-    """Run a check; put `place` (a file's name and line) before the message of what it raises."""
-    try:
-        check()
-    except UserError as e:
-        raise UserError(f"{place}: {e.message}", field=e.field, hint=e.hint, reason=e.reason) from e

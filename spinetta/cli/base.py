@@ -114,6 +114,8 @@ def with_client(
     """Run a coroutine with a client, on an event loop of its own."""
     import asyncio
 
+    # gRPC's core writes its own remarks ("Got goaway …") into our user's terminal otherwise. Read when it is loaded.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from spinetta.client.aio import AsyncClient
 
     resolved = _resolved_client(node, timeout, config_file)
