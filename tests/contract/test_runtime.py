@@ -7,16 +7,19 @@ import os
 import stat
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spinetta.errors import InvariantViolation, UserError
 from spinetta.model import Exit, Reason, Usage
-from spinetta.runtime.protocol import Launch
+from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.protocol import Runtime
 from tests.contract.shims import (
     ENV,
     asynchronous,
     end_of,
+    identity,
     isolate,
     launch,
     living,
@@ -273,5 +276,42 @@ async def test_a_long_state_directory(tmp_path: Path) -> None:
         clean_up(path)
 
 
-def test_a_launch_needs_no_more_than_the_protocol_says() -> None:
-    assert Launch.__dataclass_fields__["stop_wait_s"].default == 10.0
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"working_directory": "relative"}, "the working directory must be an absolute path, not 'relative'"),
+        ({"working_directory": "/a\0b"}, "the working directory must be an absolute path"),
+        ({"cpu_millis": -1}, "cpu_millis must be 0 to"),
+        ({"memory_bytes": 1 << 63}, "memory_bytes must be 0 to"),
+        ({"walltime_s": -0.5}, "walltime_s must not be negative"),
+        ({"grace_s": float("nan")}, "grace_s must not be negative"),
+        ({"env": {"A": "x" * (3 << 20)}}, "the arguments and environment together are too long for any machine"),
+    ],
+)
+@asynchronous
+async def test_what_no_shim_would_take_ends_at_once(change: dict[str, Any], message: str, state_dir: Path) -> None:
+    async with runtime(state_dir) as rt:
+        ended = await rt.start(launch("a.1", "true", **change))
+        assert ended is not None
+        assert ended.reason is Reason.SPAWN_FAILED
+        assert ended.message.startswith(message)
+        assert await rt.held() == []
+
+
+@asynchronous
+async def test_a_task_that_leaves_its_group_is_found(state_dir: Path) -> None:
+    """It runs as root here, and moves itself to the root of one hierarchy after the other but the last."""
+    marker = uuid.uuid4().hex
+    async with runtime(state_dir) as rt:
+        roots = {Path(folder).parent for folder in identity(state_dir)["cgroups"]}
+        moves = "; ".join(f"echo 0 > {root}/cgroup.procs" for root in sorted(roots)[1:])
+        script = f"setsid sh -c '{moves}; echo away; sleep 1000; : {marker}' & while ! grep -q . $OUT; do :; done"
+        out = str(rt.log_path("away.1", "stdout"))
+        await ran(rt, shell("away.1", script, env={**ENV, "OUT": out}))
+        await until(lambda: not living(marker))
+        await until(lambda: not any((Path(folder) / "away.1").exists() for folder in identity(state_dir)["cgroups"]))
+
+
+def as_the_protocol_has_it(runtime: ProcessRuntime) -> Runtime:
+    """For the type checker."""
+    return runtime

@@ -212,6 +212,35 @@ async def test_shutdown(state_dir: Path, isolate: bool) -> None:
 
 
 @asynchronous
+async def test_a_shim_that_hangs_is_not_mistaken_for_a_dead_one(state_dir: Path) -> None:
+    async with runtime(state_dir) as rt:
+        assert await rt.start(shell("kept.1", "sleep 1000")) is None
+        first = rt.shim_id()
+        os.kill(rt.shim_pid(), signal.SIGSTOP)
+        try:
+            with pytest.raises(RuntimeUnavailable, match="did not answer 'ping' within"):
+                await rt._ask("ping", 0.5)
+        finally:
+            os.kill(rt.shim_pid(), signal.SIGCONT)
+        assert [held.key for held in await rt.held()] == ["kept.1"]
+        assert rt.shim_id() == first
+
+
+@asynchronous
+async def test_a_start_whose_answer_was_lost(state_dir: Path, tmp_path: Path) -> None:
+    attempt = shell("lost.1", "echo once >> mark; sleep 0.5; exit 8", working_directory=str(tmp_path))
+    async with runtime(state_dir) as rt:
+        starting = asyncio.create_task(rt.start(attempt))
+        await asyncio.sleep(0)  # it has been sent, or is about to be
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+    async with runtime(state_dir) as rt:
+        assert (await ran(rt, attempt)).exit_code == 8
+    assert (tmp_path / "mark").read_text() == "once\n"
+
+
+@asynchronous
 async def test_a_shim_that_is_of_no_use_ends(state_dir: Path) -> None:
     async def connect(rt: contextlib.AsyncExitStack) -> ProcessRuntime:
         connection = ProcessRuntime.connect(state_dir, node="n1", kill_margin_s=1.0, idle_end_s=0.4)
