@@ -24,7 +24,7 @@ KINDS = (
     "admin",  # nodes are drained, undrained, leave and come back
     "join",  # a node joins late
 )
-HORIZON_S = 12.0  # faults happen within; a seed must be cheap, and more seeds find more than longer ones
+HORIZON_S = 14.0  # faults happen within; a seed must be cheap, and more seeds find more than longer ones
 PIECES_MAX = 12
 
 
@@ -119,7 +119,7 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
         )
         for i in range(1, count + 1)
     ]
-    chosen = rng.sample(KINDS, k=rng.choice((0, 1, 2, 2, 3, 3, 4, 6)))
+    chosen = rng.sample(KINDS, k=rng.choice((0, 1, 2, 3, 3, 4, 5, 6, 8)))
     kinds = tuple(only) or tuple(chosen)
     draft = _Draft(rng, machines)
     for kind in KINDS:
@@ -148,7 +148,7 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
         rates,
         frozenset(draft.gone),
         lease_ttl_s=rng.choice((2, 3)),
-        grace_s=rng.choice((2.0, 3.0, 5.0)),
+        grace_s=rng.choice((2.0, 3.0, 5.0, 6.0)),
         rho=rho,
     )
 
@@ -184,7 +184,10 @@ def _spread(kind: str, most: int, longest_s: float, modes: tuple[str, ...] = (""
 
 def _machine(d: _Draft) -> None:
     """Crashes; a minority at most stays away for ever, or the leader would rightly refuse to condemn anybody."""
-    _spread("machine", 3, 8.0)(d)
+    _spread("machine", 3, 9.0, ("", "", "claim", "finish", "register"))(d)
+    if d.rng.random() < 0.2:
+        d.faults.append(Fault(d.when(), "machine", d.some(), d.rng.uniform(0.1, 9.0), "wiped"))
+        return
     for m in d.rng.sample(d.machines, k=d.rng.randint(0, max(0, (len(d.machines) - 1) // 2))):
         d.gone.add(m.name)
         d.faults.append(Fault(d.when(), "machine", m.name, float("inf")))
@@ -201,8 +204,8 @@ def _nothing(_d: _Draft) -> None:
 
 _ADD = {
     "net": _nothing,
-    "partition": _spread("partition", 3, 7.0, ("requests", "answers", "both")),
-    "daemon": _spread("daemon", 4, 5.0),
+    "partition": _spread("partition", 3, 10.0, ("requests", "answers", "both", "lease", "lease")),
+    "daemon": _spread("daemon", 4, 7.0, ("", "", "claim", "finish", "register", "held", "renew")),
     "shim": _spread("shim", 2, 1.0),
     "machine": _machine,
     "pause": _spread("pause", 3, 9.0),

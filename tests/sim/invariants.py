@@ -87,12 +87,15 @@ class Checker:
     alive: dict[Name, Process] = field(default_factory=dict)
     never: set[TaskId] = field(default_factory=set)
     released: set[NodeId] = field(default_factory=set)
+    office: NodeId | None = None
+    author: NodeId | None = None
 
     # --- the store ---------------------------------------------------------------------------------------------
 
-    def revision_made(self, changes: Changes) -> None:
-        """Judge one revision, and take it in."""
+    def revision_made(self, changes: Changes, author: NodeId | None = None) -> None:
+        """Judge one revision, and take it in. `author`: the node that wrote it; None: a user, or the store."""
         self.revision = changes.revision
+        self.author = author
         touched: set[TaskId] = set()
         old: dict[TaskId, Held] = {}
         for event in changes.events:
@@ -119,6 +122,10 @@ class Checker:
                 self._record_changed(task, kv)
             elif key.startswith((keys.NODE, keys.INCARNATION)):
                 self._life_changed(key, kv)
+            elif key == keys.OFFICE:
+                if kv is not None and self.office is not None:
+                    raise Violated(0, f"{author} took the office of {self.office} at {self.revision}")
+                self.office = codec.decode_office(kv.value) if kv is not None else None
         for task in touched:
             self._agrees(task)
             if task in old:
@@ -137,6 +144,8 @@ class Checker:
                 process = self.alive.get((task, held.token))
                 if process is not None:
                     raise Violated(9, f"{process.key} was taken from {node} at {self.revision} while it executes there")
+                if self.author != node:
+                    self._taken(node, task)
                 del self.holds[node][task]
             return
         holding = codec.decode_holding(kv.value)
@@ -145,6 +154,14 @@ class Checker:
         elif held.holding.cancel_requested and not holding.cancel_requested:
             raise Violated(0, f"the request to cancel {task} was overwritten")
         self.holds[node][task] = Held(node, kv.created, holding)
+
+    def _taken(self, node: NodeId, task: TaskId) -> None:
+        """Another than the holder ends an attempt: only the leader may, and only of a life that is over."""
+        if self.author is None or self.office != self.author:
+            raise Violated(0, f"{self.author} took {task} from {node}; {self.office} holds the office")
+        life = self.lives.get(node)
+        if life is None or life.state is Life.OPEN:
+            raise Violated(0, f"{task} was taken from {node}, whose life is {life}")
 
     def _claimed(self, node: NodeId, task: TaskId, token: Revision, holding: Holding) -> None:
         # Changes of this revision to lives are applied in the order of its events; no transaction mixes the two.
@@ -190,6 +207,8 @@ class Checker:
                 self.nodes[node] = codec.decode_node(kv.value)
             return
         old = self.lives.get(node)
+        if self.author != node and self.office != self.author:
+            raise Violated(0, f"{self.author} wrote of the life of {node}; {self.office} holds the office")
         if kv is None:
             if self.holds.get(node):
                 raise Violated(0, f"the life of {node} was closed while it holds {list(self.holds[node])}")
@@ -202,6 +221,8 @@ class Checker:
             runs = [p.key for name, p in self.alive.items() if self.truths[name].node == node]
             if runs:
                 raise Violated(9, f"{node} began a new life while {runs} execute there")
+        if new.state is Life.CONDEMNED and (old is None or old.state is Life.OPEN) and node in self.nodes:
+            raise Violated(0, f"{node} was condemned while it is registered")
         if new.state is Life.DEAD and (old is None or old.state is not Life.DEAD):
             runs = [p.key for p in self.alive.values() if p.incarnation == new.id]
             if runs:

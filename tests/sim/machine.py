@@ -15,6 +15,7 @@ from spinetta.events import (
     Effect,
     Forget,
     Happening,
+    KeepAlive,
     ListRuntime,
     NoAnswer,
     Notice,
@@ -89,6 +90,7 @@ class Machine:
         self.gone = False
         self.left = self.returning = False
         self.boots = 0
+        self.crash_on: tuple[str, Callable[[], None], float, Callable[[], None]] | None = None
         self.cut_until_s = 0.0
         self.cut_mode = ""
         self.shim = self._new_shim()
@@ -151,6 +153,19 @@ class Machine:
         self.crash_daemon()
         self._shim_dies()
         self.up = False
+
+    def wipe(self) -> None:
+        """Its disk is lost, too."""
+        self.disk = None
+        self.shim.held.clear()
+
+    def when_it_does(self, tag: str, crash: Callable[[], None], back_s: float, back: Callable[[], None]) -> None:
+        """Crash now, or as soon as a transaction with this tag has been sent."""
+        if tag:
+            self.crash_on = (tag, crash, back_s, back)
+        else:
+            crash()
+            self.world.after(back_s, back)
 
     def crash_shim(self, back_after_s: float) -> None:
         """The shim alone dies; the daemon starts a new one."""
@@ -244,6 +259,12 @@ class Machine:
             if self.world.trace:
                 self.world.log(self.name, f"  > {effect}")
             self._carry_out(daemon, effect)
+            if self.crash_on is not None and getattr(effect, "tag", "") == self.crash_on[0]:
+                _, crash, back_s, back = self.crash_on
+                self.crash_on = None
+                crash()
+                self.world.after(back_s, back)
+                return
         next_s = daemon.agent.next_s
         if next_s is not None:
             if next_s <= now:
@@ -299,7 +320,7 @@ class Machine:
         asked = _Asked(daemon, effect, no_answer_of(effect))
         world.after(ANSWER_LIMIT_S, self._give_up, asked)
         fate = self.rng.random()
-        if self.cut() and self.cut_mode != "answers":
+        if self._is_cut_from(effect):
             if self.cut_mode == "both" and self.rng.random() < 0.3:
                 world.after(self.rng.uniform(0, ANSWER_LIMIT_S + LATE_S), self._reach_store, asked, False)
             return
@@ -310,19 +331,38 @@ class Machine:
             return
         world.after(self._latency_s(), self._reach_store, asked, fate > 1.0 - rates.answer_lost)
 
+    def _is_cut_from(self, effect: Effect) -> bool:
+        if not self.cut() or self.cut_mode == "answers":
+            return False
+        if self.cut_mode == "lease" and self.name in self.world.checker.nodes:
+            # Renewals go through and keep-alives do not; all is dark once the lease has run out. No node can have
+            # renewed later, so that whoever waits too short is found out.
+            return isinstance(effect, KeepAlive)
+        return True
+
+    def _is_dark(self) -> bool:
+        """Whether no answers come."""
+        return self.cut() and (self.cut_mode != "lease" or self.name not in self.world.checker.nodes)
+
     def _reach_store(self, asked: _Asked, silent: bool) -> None:
         world = self.world
+        if asked.daemon is not self.daemon and not asked.stuck:
+            # It was under way when its daemon died, and may have been held up anywhere.
+            asked.stuck = True
+            if self.rng.random() < 0.4:
+                world.after(self.rng.uniform(0.0, 4.0), self._reach_store, asked, silent)
+                return
         if world.now < world.stalled_until_s:
             world.at(world.stalled_until_s + self.rng.uniform(0, 0.01), self._reach_store, asked, silent)
             return
-        answer = world.on_store(lambda: answer_of(world.model, asked.effect))
+        answer = world.on_store(lambda: answer_of(world.model, asked.effect), self.name)
         if world.trace:
             world.log(self.name, f"  * {type(asked.effect).__name__} {getattr(asked.effect, 'tag', '')} done: {answer}")
-        if answer is not None and not silent and not self.cut():
+        if answer is not None and not silent and not self._is_dark():
             world.after(self._latency_s(), self._answered, asked, answer)
 
     def _answered(self, asked: _Asked, answer: Happening) -> None:
-        if not asked.over and not self.cut():
+        if not asked.over and not self._is_dark():
             asked.over = True
             self._arrive(asked.daemon, answer)
 
@@ -374,8 +414,8 @@ class Machine:
         seen.pumping = False
         if daemon is not self.daemon or seen.over:
             return
-        if self.cut() or world.now < world.stalled_until_s:
-            if self.cut() and self.rng.random() < 0.3:
+        if self._is_dark() or world.now < world.stalled_until_s:
+            if self._is_dark() and self.rng.random() < 0.3:
                 self.lose_watch(seen.tag)
             else:
                 until_s = max(self.cut_until_s, world.stalled_until_s) - world.now
@@ -491,6 +531,7 @@ class _Asked:
     effect: Effect
     no_answer: Happening | None
     over: bool = False
+    stuck: bool = False
 
 
 def _unanswered(start: Start) -> Started:

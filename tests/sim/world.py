@@ -121,7 +121,7 @@ class World:
 
     # --- the store ---------------------------------------------------------------------------------------------
 
-    def on_store(self, do: Callable[[], R]) -> R:
+    def on_store(self, do: Callable[[], R], author: NodeId | None = None) -> R:
         """Do something to the store; what changed is judged and told to those who watch."""
         self.model._now_s = self.now
         before = self.model.revision
@@ -131,7 +131,7 @@ class World:
                 if self.trace:
                     told = ", ".join(("+" if e.value else "-") + e.key for e in batch.events)
                     self.log("store", f"@{batch.revision} {told}")
-                self.checker.revision_made(batch)
+                self.checker.revision_made(batch, author)
                 for machine in self.machines.values():
                     machine.changed(batch)
         self._await_expiry()
@@ -172,15 +172,19 @@ class World:
                 machine.cut_mode = fault.mode
                 machine.cut_until_s = min(self.now + fault.for_s, self.plan.horizon_s)
             case "daemon":
-                machine.crash_daemon()
-                self.after(fault.for_s, machine.start_daemon)
+                machine.when_it_does(fault.mode, machine.crash_daemon, fault.for_s, machine.start_daemon)
             case "shim":
                 machine.crash_shim(fault.for_s)
             case "machine":
-                machine.crash()
-                machine.gone = machine.gone or fault.for_s == float("inf")
-                if not machine.gone:
+                if fault.for_s == float("inf"):
+                    machine.crash()
+                    machine.gone = True
+                elif fault.mode == "wiped":
+                    machine.crash()
+                    machine.wipe()
                     self.after(fault.for_s, machine.boot)
+                else:
+                    machine.when_it_does(fault.mode, machine.crash, fault.for_s, machine.boot)
             case "pause":
                 if machine.daemon is not None:
                     machine.daemon.paused_until_s = min(self.now + fault.for_s, self.plan.horizon_s)
@@ -226,6 +230,7 @@ class World:
         self.stalled_until_s = min(self.stalled_until_s, self.now)
         self._etcd_back()
         for machine in self.machines.values():
+            machine.crash_on = None
             machine.boot()
             machine.start_daemon()
             machine.tell(SetDraining(False))
@@ -288,7 +293,8 @@ class World:
         if found is None:
             rng = random.Random(f"{self.plan.seed} {task} {attempt}")
             code = 0 if rng.random() < 0.8 else rng.randint(1, 255)
-            duration_s = rng.choice((0.0, rng.uniform(0.0, 0.3), rng.uniform(0.3, 2.0), rng.uniform(1.0, 5.0)))
+            longest_s = rng.choice((0.0, 0.3, 2.0, 5.0, 10.0))
+            duration_s = rng.uniform(longest_s / 4, longest_s)
             found = self._scripts[task, attempt] = Script(duration_s, code, deaf=rng.random() < 0.2)
         return found
 

@@ -1,0 +1,276 @@
+"""Faults of the code itself, each made on purpose, to see that something notices: a check on the checks.
+
+A mutant is a way to patch the code under test for the length of one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+from spinetta import claims, holdings, lifecycle, mirror, recover, session, txn
+from spinetta.agent import Agent
+from spinetta.events import List
+from spinetta.model import Reason, Resources, Revision
+from tests.sim.shim_model import ShimModel
+
+Mutant = Callable[[], Any]
+
+
+def drop_guards(function: str, *indexes: int) -> Mutant:
+    """The transaction without these guards."""
+    real = getattr(txn, function)
+
+    def weakened(*args: Any, **kwargs: Any) -> txn.Txn:
+        body: txn.Txn = real(*args, **kwargs)
+        return replace(body, when=tuple(g for i, g in enumerate(body.when) if i not in indexes))
+
+    return lambda: mock.patch.object(txn, function, weakened)
+
+
+def drop_outer(size: int, *indexes: int) -> Mutant:
+    """A batch without these of its common guards; three stand before claims, two before requeues."""
+    real = txn.batch
+
+    def weakened(nested: Any, when: Any = ()) -> txn.Txn:
+        kept = tuple(g for i, g in enumerate(when) if i not in indexes) if len(when) == size else when
+        return real(nested, kept)
+
+    return lambda: mock.patch.object(txn, "batch", weakened)
+
+
+def drop_from_registration(*indexes: int) -> Mutant:
+    """Every transaction that a node's membership guards, without these."""
+    real = txn.Registration.guards
+
+    def weakened(self: txn.Registration) -> tuple[txn.Guard, ...]:
+        return tuple(g for i, g in enumerate(real(self)) if i not in indexes)
+
+    return lambda: mock.patch.object(txn.Registration, "guards", weakened)
+
+
+def put(where: Any, name: str, what: Any) -> Mutant:
+    """Something else in the place of a function."""
+    return lambda: mock.patch.object(where, name, what)
+
+
+@contextmanager
+def _start_late() -> Iterator[None]:
+    real = ShimModel.start
+
+    def start(self: ShimModel, effect: Any, now: float) -> Any:
+        with mock.patch.object(ShimModel, "deadline_s", lambda _self, _process: float("inf")):
+            return real(self, effect, now)
+
+    with mock.patch.object(ShimModel, "start", start):
+        yield
+
+
+@contextmanager
+def _deaf_shim() -> Iterator[None]:
+    real = ShimModel.__init__
+
+    def init(self: ShimModel, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self.obeys_deadline = False
+
+    with mock.patch.object(ShimModel, "__init__", init):
+        yield
+
+
+@contextmanager
+def _forgetful() -> Iterator[None]:
+    """A daemon that believes to have had no life before."""
+    real = Agent.__init__
+
+    def init(self: Agent, settings: Any, incarnation: Any = None) -> None:
+        real(self, settings, None)
+
+    with mock.patch.object(Agent, "__init__", init):
+        yield
+
+
+@contextmanager
+def _renew_at_answer() -> Iterator[None]:
+    """The shim is told the time of the answer instead of that before sending."""
+    real = session.Session._renewed
+
+    def renewed(self: session.Session, done: Any, now: float) -> Any:
+        self._renewing_since_s = now
+        return real(self, done, now)
+
+    with mock.patch.object(session.Session, "_renewed", renewed):
+        yield
+
+
+@contextmanager
+def _renew_unanswered() -> Iterator[None]:
+    """No answer to a renewal is taken for a yes."""
+    real = session.Session._renewed
+
+    def renewed(self: session.Session, done: Any, now: float) -> Any:
+        if done.result is None:
+            done = replace(done, result=txn.Committed(Revision(1)))
+        return real(self, done, now)
+
+    with mock.patch.object(session.Session, "_renewed", renewed):
+        yield
+
+
+@contextmanager
+def _unknown_is_no() -> Iterator[None]:
+    """No answer to a claim is taken for a no."""
+    real = claims.Claims.answered
+
+    def answered(self: claims.Claims, done: Any, now: float, held: Any) -> bool:
+        if done.result is None:
+            self._abandon()
+            return True
+        return real(self, done, now, held)
+
+    with mock.patch.object(claims.Claims, "answered", answered):
+        yield
+
+
+@contextmanager
+def _finish_unknown_is_yes() -> Iterator[None]:
+    """No answer to the record of an end is taken for a yes."""
+    real = holdings.Holdings.finished
+
+    def finished(self: holdings.Holdings, done: Any, now: float) -> Any:
+        if done.result is None:
+            done = replace(done, result=txn.Committed(Revision(1), (True,) * len(self._finishing)))
+        return real(self, done, now)
+
+    with mock.patch.object(holdings.Holdings, "finished", finished):
+        yield
+
+
+@contextmanager
+def _not_answered_is_not_started() -> Iterator[None]:
+    """No answer to a start is taken for a no."""
+    real = holdings.Holdings.started
+
+    def started(self: holdings.Holdings, done: Any, now: float) -> Any:
+        effects = real(self, done, now)
+        self._unsure.clear()
+        return effects
+
+    with mock.patch.object(holdings.Holdings, "started", started):
+        yield
+
+
+@contextmanager
+def _no_resume() -> Iterator[None]:
+    """A new daemon goes on without shutting out the one before."""
+    real = session.Session.__init__
+
+    def init(self: session.Session, *args: Any) -> None:
+        real(self, *args)
+        self._resumed = True
+
+    with mock.patch.object(session.Session, "__init__", init):
+        yield
+
+
+@contextmanager
+def _no_row(state: lifecycle.State, event: lifecycle.Event) -> Iterator[None]:
+    rows = {k: v for k, v in lifecycle.TRANSITIONS.items() if k != (state, event)}
+    with mock.patch.object(lifecycle, "TRANSITIONS", rows):
+        yield
+
+
+def no_row(state: lifecycle.State, event: lifecycle.Event) -> Mutant:
+    """The table of transitions without one row."""
+    return lambda: _no_row(state, event)
+
+
+def _reasons(*losses: Reason) -> frozenset[Reason]:
+    return frozenset(losses)
+
+
+MUTANTS: dict[str, Mutant] = {
+    # guards
+    "submit[0]": drop_guards("submit", 0),
+    "claim[0]": drop_guards("claim", 0),
+    "claims-outer[0]": drop_outer(3, 0),
+    "claims-outer[1]": drop_outer(3, 1),
+    "claims-outer[0,1]": drop_outer(3, 0, 1),
+    "finish[0]": drop_guards("finish", 0),
+    "give_back[0]": drop_guards("give_back", 0),
+    "cancel_waiting[0]": drop_guards("cancel_waiting", 0),
+    "cancel_running[0]": drop_guards("cancel_running", 0),
+    "register[0]": drop_guards("register", 0),
+    "register[1]": drop_guards("register", 1),
+    "register[0,1]": drop_guards("register", 0, 1),
+    "reattach[0]": drop_guards("reattach", 0),
+    "reattach[1]": drop_guards("reattach", 1),
+    "resume[0]": drop_guards("resume", 0),
+    "resume[1]": drop_guards("resume", 1),
+    "resume[0,1]": drop_guards("resume", 0, 1),
+    "renew[0]": drop_guards("renew", 0),
+    "renew[1]": drop_guards("renew", 1),
+    "renew[0,1]": drop_guards("renew", 0, 1),
+    "advertise[0]": drop_guards("advertise", 0),
+    "advertise[1]": drop_guards("advertise", 1),
+    "advertise[0,1]": drop_guards("advertise", 0, 1),
+    "registration[0]": drop_from_registration(0),
+    "registration[1]": drop_from_registration(1),
+    "registration[0,1]": drop_from_registration(0, 1),
+    "concede[0]": drop_guards("concede", 0),
+    "deregister[0]": drop_guards("deregister", 0),
+    "deregister[1]": drop_guards("deregister", 1),
+    "deregister[3]": drop_guards("deregister", 3),
+    "take_office[0]": drop_guards("take_office", 0),
+    "condemn[0]": drop_guards("condemn", 0),
+    "condemn[1]": drop_guards("condemn", 1),
+    "condemn[2]": drop_guards("condemn", 2),
+    "requeue-outer[0]": drop_outer(2, 0),
+    "requeue-outer[1]": drop_outer(2, 1),
+    "close[0]": drop_guards("close", 0),
+    "close[1]": drop_guards("close", 1),
+    "close[2]": drop_guards("close", 2),
+    # the dead-man's switch and the wait
+    "deaf-shim": _deaf_shim,
+    "start-late": _start_late,
+    "no-wait": put(recover, "wait_out_s", lambda *_: 0.0),
+    "short-wait": put(recover, "wait_out_s", lambda grace_s, *_: grace_s / 2),
+    "renew-at-answer": _renew_at_answer,
+    "renew-unanswered": _renew_unanswered,
+    # rows of the table
+    **{
+        f"row {state.name} {event.value}": no_row(state, event)
+        for state, event in lifecycle.TRANSITIONS
+        if state is not lifecycle.State.BLOCKED
+    },
+    "no-losses": put(lifecycle, "_LOSSES", _reasons()),
+    # unknown taken for an answer
+    "claim-unknown-is-no": _unknown_is_no,
+    "finish-unknown-is-yes": _finish_unknown_is_yes,
+    "start-unknown-is-no": _not_answered_is_not_started,
+    # pieces of reasoning
+    "no-resume": _no_resume,
+    "no-fresh-listing": put(txn.Registration, "since", Revision(0)),
+    "forgetful-daemon": _forgetful,
+    "no-must-stop": put(session.Session, "must_stop", False),
+    "always-nothing-runs": put(holdings.Holdings, "nothing_runs", True),
+    "late-news": put(holdings.Holdings, "_drop", lambda self, h: self.held.pop(h.task_id)),
+    "no-reconcile": put(mirror.Mirror, "poll", lambda self, now: _poll_once(self, now)),
+    "lives-go-on": put(claims.Claims, "life_ended", lambda self: None),
+}
+
+
+def _poll_once(self: mirror.Mirror, now: float) -> list[Any]:
+    """A mirror that lists after a loss only."""
+    if self.next_s is None or self.next_s > now:
+        return []
+    if self._watching:
+        self._list_at_s = now + 1000.0
+        return []
+    self._listing = True
+    self._pausing = False
+    self._recent.clear()
+    return [List(self.tag, self.prefix)]
