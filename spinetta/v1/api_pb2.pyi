@@ -249,7 +249,7 @@ class TaskView(_message.Message):
     cancel_requested: _builtins.bool
     """in Get and List only: a Watch sees the record, which a request does not change"""
     spec_omitted: _builtins.bool
-    """the answer would have been too large: of the specification only id and name are here"""
+    """the answer would have been too large: only id, name and the last attempt are here"""
     @_builtins.property
     def task(self) -> _record_pb2.Task: ...
     def __init__(

@@ -77,10 +77,11 @@ class Wanted:
 
 
 def slim(v: api.TaskView) -> api.TaskView:
-    """The same without the bulky part of the specification."""
+    """The same without the bulky parts: of the specification id and name, of the attempts the last one."""
     out = api.TaskView()
     out.CopyFrom(v)
     out.task.spec.CopyFrom(pb.TaskSpec(id=v.task.spec.id, name=v.task.spec.name))
+    del out.task.attempts[:-1]
     out.spec_omitted = True
     return out
 
