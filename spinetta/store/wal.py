@@ -48,6 +48,8 @@ def _owner(head: bytes) -> tuple[str, str] | None:
             break
         padding = (field >> 56) & 7 if field >> 63 else 0
         length = field & ((1 << 56) - 1)
+        if at + 8 + length > len(head):
+            raise ValueError("a record is cut short")
         record = _message(head[at + 8 : at + 8 + length])
         if record.get(1) == METADATA:
             metadata = _message(_bytes(record[3]))
