@@ -321,12 +321,7 @@ class Agent:
 
     def _describe(self) -> None:
         free = self.free() if self.holdings.all_read else Resources()
-        self.session.describe(
-            replace(
-                self.session.record,
-                free=free,
-                running=len(self.holdings.held),
-                draining=self.draining,
-                leaving=self.leaving or self.leaving_soon,
-            )
-        )
+        running, leaving = len(self.holdings.held), self.leaving or self.leaving_soon
+        said = self.session.record
+        if (said.free, said.running, said.draining, said.leaving) != (free, running, self.draining, leaving):
+            self.session.describe(replace(said, free=free, running=running, draining=self.draining, leaving=leaving))

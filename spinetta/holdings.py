@@ -29,6 +29,7 @@ from spinetta.events import (
     Started,
     Stop,
     attempt_key,
+    parse_attempt_key,
 )
 from spinetta.mirror import Delta
 from spinetta.model import Exit, Holding, IncarnationId, NodeId, QueueHint, Reason, Resources, Revision, Task, TaskId
@@ -62,11 +63,10 @@ class Held:
     seen: Revision  # of the running key, a request in it included
     task: Task | None = None
     exit: Exit | None = None
+    key: str = ""  # its name on this node
 
-    @property
-    def key(self) -> str:
-        """Its name on this node."""
-        return attempt_key(self.task_id, self.holding.attempt)
+    def __post_init__(self) -> None:
+        self.key = attempt_key(self.task_id, self.holding.attempt)
 
 
 class Holdings:
@@ -75,6 +75,7 @@ class Holdings:
     def __init__(self, node: NodeId) -> None:
         self.node = node
         self.held: dict[TaskId, Held] = {}
+        self._demand: Resources | None = None  # of `held`; None: to be summed up again
         self.processes: dict[str, Revision] = {}  # attempts that the runtime knows to run or has not forgotten
         self.runtime_known = False
         self.store_known = False  # both truths must be known before anything is judged a stray
@@ -124,11 +125,13 @@ class Holdings:
 
     def demand(self) -> Resources:
         """The sum of what all held attempts were promised (those whose record is unread are not counted)."""
-        total = Resources()
-        for h in self.held.values():
-            if h.task is not None:
-                total = total + h.task.spec.resources
-        return total
+        if self._demand is None:
+            total = Resources()
+            for h in self.held.values():
+                if h.task is not None:
+                    total = total + h.task.spec.resources
+            self._demand = total
+        return self._demand
 
     @property
     def all_read(self) -> bool:
@@ -142,10 +145,12 @@ class Holdings:
         known = self.held.get(task.id)
         if known is not None and known.token >= token:
             if known.task is None and known.token == token:
+                self._demand = None
                 known.task, known.step = task, Step.STARTING
             return
         if self._spent(task.id, token):
             return
+        self._demand = None
         self.held[task.id] = Held(task.id, token, holding, Step.STARTING, token, task)
 
     def follow(self, deltas: Iterable[Delta]) -> list[Effect]:
@@ -177,6 +182,7 @@ class Holdings:
 
     def _drop(self, h: Held) -> None:
         """It is no longer ours, and late news of its claim must not bring it back."""
+        self._demand = None
         del self.held[h.task_id]
         self._over[h.task_id] = h.token
 
@@ -189,6 +195,7 @@ class Holdings:
         if known is None or known.token < entry.created:
             if self._over.get(task_id, 0) >= entry.created:
                 return []
+            self._demand = None
             known = Held(task_id, entry.created, holding, Step.UNREAD, entry.modified)
             self.held[task_id] = known
         elif known.token > entry.created or known.seen > entry.modified:
@@ -349,6 +356,7 @@ class Holdings:
                 continue
             task = codec.decode_task(entry.value) if entry is not None else None
             if task is not None and lifecycle.is_attempt(task, self.node, held.holding):
+                self._demand = None
                 held.task, held.step = task, Step.STARTING
             else:
                 self._drop(held)  # the record has moved on, so the key has gone too
@@ -432,4 +440,5 @@ class Holdings:
         return held if held is not None and held.token == token else None
 
     def _by_key(self, key: str) -> Held | None:
-        return next((h for h in self.held.values() if h.key == key), None)
+        held = self.held.get(parse_attempt_key(key)[0])
+        return held if held is not None and held.key == key else None

@@ -83,6 +83,13 @@ class Resources:
         return cls(cpu_millis, memory_bytes, disk_bytes, tuple(sorted((k, v) for k, v in pairs if v)))
 
     def __add__(self, other: Resources) -> Resources:
+        if not other.countables:  # most have none, and this is done for every event
+            return Resources(
+                self.cpu_millis + other.cpu_millis,
+                self.memory_bytes + other.memory_bytes,
+                self.disk_bytes + other.disk_bytes,
+                self.countables,
+            )
         counts = dict(self.countables)
         for name, n in other.countables:
             counts[name] = counts.get(name, 0) + n
@@ -95,6 +102,13 @@ class Resources:
 
     def __sub__(self, other: Resources) -> Resources:
         """Difference; a component may become negative, which the caller must have excluded by `fits_in`."""
+        if not other.countables:
+            return Resources(
+                self.cpu_millis - other.cpu_millis,
+                self.memory_bytes - other.memory_bytes,
+                self.disk_bytes - other.disk_bytes,
+                self.countables,
+            )
         counts = dict(self.countables)
         for name, n in other.countables:
             counts[name] = counts.get(name, 0) - n
@@ -107,6 +121,8 @@ class Resources:
 
     def at_least_nothing(self) -> Resources:
         """With negative components raised to zero: a node whose capacity was lowered may hold more than it has."""
+        if min(self.cpu_millis, self.memory_bytes, self.disk_bytes) >= 0 and all(n >= 0 for _, n in self.countables):
+            return self
         return Resources.of(
             max(0, self.cpu_millis),
             max(0, self.memory_bytes),

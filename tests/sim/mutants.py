@@ -14,7 +14,7 @@ from unittest import mock
 from spinetta import claims, holdings, lifecycle, mirror, recover, session, txn
 from spinetta.agent import Agent
 from spinetta.events import List
-from spinetta.model import Reason, Resources, Revision
+from spinetta.model import Reason, Revision, State
 from tests.sim.shim_model import ShimModel
 
 Mutant = Callable[[], Any]
@@ -62,7 +62,7 @@ def _start_late() -> Iterator[None]:
     real = ShimModel.start
 
     def start(self: ShimModel, effect: Any, now: float) -> Any:
-        with mock.patch.object(ShimModel, "deadline_s", lambda _self, _process: float("inf")):
+        with mock.patch.object(ShimModel, "deadline_s", return_value=float("inf")):
             return real(self, effect, now)
 
     with mock.patch.object(ShimModel, "start", start):
@@ -177,13 +177,13 @@ def _no_resume() -> Iterator[None]:
 
 
 @contextmanager
-def _no_row(state: lifecycle.State, event: lifecycle.Event) -> Iterator[None]:
+def _no_row(state: State, event: lifecycle.Event) -> Iterator[None]:
     rows = {k: v for k, v in lifecycle.TRANSITIONS.items() if k != (state, event)}
     with mock.patch.object(lifecycle, "TRANSITIONS", rows):
         yield
 
 
-def no_row(state: lifecycle.State, event: lifecycle.Event) -> Mutant:
+def no_row(state: State, event: lifecycle.Event) -> Mutant:
     """The table of transitions without one row."""
     return lambda: _no_row(state, event)
 
@@ -244,7 +244,7 @@ MUTANTS: dict[str, Mutant] = {
     **{
         f"row {state.name} {event.value}": no_row(state, event)
         for state, event in lifecycle.TRANSITIONS
-        if state is not lifecycle.State.BLOCKED
+        if state is not State.BLOCKED
     },
     "no-losses": put(lifecycle, "_LOSSES", _reasons()),
     # unknown taken for an answer
@@ -259,7 +259,7 @@ MUTANTS: dict[str, Mutant] = {
     "always-nothing-runs": put(holdings.Holdings, "nothing_runs", True),
     "late-news": put(holdings.Holdings, "_drop", lambda self, h: self.held.pop(h.task_id)),
     "no-reconcile": put(mirror.Mirror, "poll", lambda self, now: _poll_once(self, now)),
-    "lives-go-on": put(claims.Claims, "life_ended", lambda self: None),
+    "lives-go-on": put(claims.Claims, "life_ended", lambda _self: None),
 }
 
 
