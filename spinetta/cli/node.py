@@ -234,12 +234,12 @@ def _done(name: str, status: str, text: str, as_json: bool) -> None:
 @node.command()
 @click.argument("name", required=False)
 @click.option(
-    "--wait", "wait_text", metavar="TIME", default="1h", show_default=True, help="How long to wait for its tasks."
+    "--wait", "wait_text", metavar="TIME", help="How long to wait for its tasks (default: its drain_timeout, 1h)."
 )
 @json_option
 @client_options
 def leave(
-    name: str | None, wait_text: str, as_json: bool, node: str | None, timeout: str | None, config_file: str | None
+    name: str | None, wait_text: str | None, as_json: bool, node: str | None, timeout: str | None, config_file: str | None
 ) -> None:
     """Let a node leave the cluster for good: it drains, gives up its voter's seat, deregisters and ends.
 
@@ -253,7 +253,7 @@ def leave(
     """
     from spinetta.units import parse_duration
 
-    limit_s = parse_duration(wait_text, "wait")
+    limit_s = None if wait_text is None else parse_duration(wait_text, "wait")
 
     async def work(client: AsyncClient) -> str:
         wanted = await _chosen(client, name)

@@ -266,12 +266,14 @@ class AsyncClient:
         request = api.UndrainRequest(node=_node(node))
         await self._nodes.call(lambda stub: stub.Undrain, request, writes=True)
 
-    async def leave(self, node: str = "", *, timeout_s: float = 3600.0) -> AsyncGenerator[views.LeaveStep, None]:
-        """A node drains, gives up its seat, deregisters and ends. After `timeout_s` its tasks go back to the queue.
+    async def leave(self, node: str = "", *, timeout_s: float | None = None) -> AsyncGenerator[views.LeaveStep, None]:
+        """A node drains, gives up its seat, deregisters and ends. After `timeout_s` (None: its own
+        setting) its tasks go back to the queue.
 
         Ends after the step that is `done`. When the connection breaks before it: `OutcomeUnknown`; ask `nodes`.
         """
-        validate.check_wait_timeout(timeout_s)
+        if timeout_s is not None:
+            validate.check_wait_timeout(timeout_s)
         request = api.LeaveRequest(node=_node(node), timeout_s=timeout_s)
         answers = self._nodes.stream(lambda stub: stub.Leave, request, writes=True)
         async with contextlib.aclosing(answers) as steps:

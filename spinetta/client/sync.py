@@ -172,7 +172,7 @@ class Client:
         """A drained node takes tasks again."""
         self._run(self._client.undrain(node))
 
-    def leave(self, node: str = "", *, timeout_s: float = 3600.0) -> Iterator[views.LeaveStep]:
+    def leave(self, node: str = "", *, timeout_s: float | None = None) -> Iterator[views.LeaveStep]:
         """A node drains, gives up its seat, deregisters and ends."""
         return self._iterate(self._client.leave(node, timeout_s=timeout_s))
 

@@ -121,11 +121,17 @@ class Daemon:
         if not await self.driver.until(lambda a: a.draining == draining and a.session.told, 10.0):
             raise OutcomeUnknown("the node has been told, but the others do not know yet; look at: spinetta node list")
 
-    async def leave(self, timeout_s: float) -> AsyncIterator[LeaveStep]:
+    @property
+    def grace_min_s(self) -> float:
+        """As for the default grace: longer than the lease lasts and killing takes."""
+        return self.settings.lease_ttl_s + self.settings.kill_margin_s
+
+    async def leave(self, timeout_s: float | None) -> AsyncIterator[LeaveStep]:
         """Drain, give up the seat, deregister, end. Goes on when nobody listens."""
         await self.seat.check_may_leave(successor=any(p.candidate and not p.leaving for p in self.agent.peers))
         if not self._leave_wanted.is_set():
-            self._leave_deadline_s = time.monotonic() + timeout_s
+            limit_s = self.settings.drain_timeout_s if timeout_s is None else timeout_s
+            self._leave_deadline_s = time.monotonic() + limit_s
             self._leave_wanted.set()
         last: LeaveStep | None = None
         while last is None or not last.done:

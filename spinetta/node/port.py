@@ -85,8 +85,15 @@ class NodePort(Protocol):
         """Stop, or start again, taking tasks. Answers when the node's record says so; may be repeated."""
         ...
 
-    def leave(self, timeout_s: float) -> AsyncIterator[LeaveStep]:
+    @property
+    def grace_min_s(self) -> float:
+        """The shortest grace a task may ask for: with less, it would be killed between two renewals."""
+        ...
+
+    def leave(self, timeout_s: float | None) -> AsyncIterator[LeaveStep]:
         """Drain, wait at most `timeout_s` for the running tasks, give the rest back, give up the seat, deregister.
+
+        None: as long as the node's settings say.
 
         Goes on when the caller stops listening; asked again while it runs, reports the same progress.
         """

@@ -183,7 +183,11 @@ class HandNode:
     async def set_draining(self, draining: bool) -> None:
         self.draining.append(draining)
 
-    async def leave(self, timeout_s: float) -> AsyncIterator[LeaveStep]:  # noqa: ARG002
+    @property
+    def grace_min_s(self) -> float:
+        return 3.0
+
+    async def leave(self, timeout_s: float | None) -> AsyncIterator[LeaveStep]:  # noqa: ARG002
         for step in self.steps:
             yield step
 

@@ -137,7 +137,8 @@ class Nodes:
                 f"{request.timeout_s:g} s is out of range", field="timeout_s", hint=f"0 to {LEAVE_TIMEOUT_MAX_S:g} s"
             )
         if self._is_me(request.node, metadata):
-            async with closing(self._port.leave(request.timeout_s)) as steps:
+            timeout_s = request.timeout_s if request.HasField("timeout_s") else None
+            async with closing(self._port.leave(timeout_s)) as steps:
                 async for step in steps:
                     yield api.LeaveProgress(step=step.step, running=step.running, done=step.done)
             return

@@ -58,7 +58,7 @@ class Submitter:
             specs.append(codec.spec_from_pb(message))
             if i % _CONVERTED_PER_TURN == _CONVERTED_PER_TURN - 1:
                 await asyncio.sleep(0)
-        validate.check_submit(specs)
+        validate.check_submit(specs, grace_min_s=self._port.grace_min_s)
         now_ms = self._port.wall_ms()
         out = []
         for i, spec in enumerate(specs):
