@@ -133,12 +133,20 @@ class Group:
         """A process that writes ``0`` to each of these is in the groups."""
         return [str(path / "cgroup.procs") for path in self.paths]
 
-    def kill(self) -> None:
-        """One round of SIGKILL to all members. Repeat until `populated` is False: a fork may race with it."""
+    def kill_at_once(self) -> bool:
+        """SIGKILL to all members in one atomic step (Linux 5.14); False where the kernel cannot."""
         if self._v2:
             with contextlib.suppress(OSError):
-                write_text(self._v2 / "cgroup.kill", "1")  # atomic, since Linux 5.14
-        # The rest finds what that cannot: older kernels, and members that moved themselves to another group of v2.
+                write_text(self._v2 / "cgroup.kill", "1")
+                return True
+        return False
+
+    def kill(self) -> None:
+        """One round of SIGKILL to all members. Repeat until `populated` is False: a fork may race with it.
+
+        Finds also those that moved themselves to another group of one hierarchy, but not of all.
+        """
+        self.kill_at_once()
         # Frozen, they cannot fork while we go through the list; on version 1 the signal works once they are thawed.
         self._freeze("FROZEN", "1")
         for path in self.paths:

@@ -65,10 +65,15 @@ class Ending:
         """The kernel says that the main process has ended."""
         self.noticed(held)
 
-    def kill_all(self, held: Held) -> None:
-        """One round of SIGKILL to everything that belongs to it."""
+    def kill_all(self, held: Held, *, thoroughly: bool) -> None:
+        """One round of SIGKILL to everything that belongs to it.
+
+        Not `thoroughly` at first: many may have to die within the kill margin, and going through every group of each
+        takes fifty times as long.
+        """
         if held.group and held.group.kills:
-            held.group.kill()
+            if thoroughly or not held.group.kill_at_once():
+                held.group.kill()
         else:
             # First of all: once the main process is dead its children are ours, and nobody can tell whose they were.
             self._kill_family(held)

@@ -18,7 +18,7 @@ from .spawn import Surroundings, read_report, spawn
 from .wire import ATTEMPTS_MAX, SERVICES_MAX
 
 FORGOTTEN_MAX = 1024  # ends still known after `forget`, for a start that comes late and again
-KILL_AGAIN_S = 0.05
+KILL_AGAIN_S = 0.2
 NEVER = float("inf")
 
 
@@ -271,12 +271,12 @@ class Keeper:
             os.killpg(held.pid, number)
             os.killpg(held.pid, signal.SIGCONT)  # a stopped process sees the signal only once it goes on
 
-    def _kill(self, held: Held) -> None:
+    def _kill(self, held: Held, *, again: bool = False) -> None:
         if not held.alive or self.ending.noticed(held):
             return
         held.signalled = True
-        self.ending.kill_all(held)
-        held.set_timer("kill", self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(held)))
+        self.ending.kill_all(held, thoroughly=again)
+        held.set_timer("kill", self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(held, again=True)))
 
     def _ended(self, held: Held) -> None:
         _call_all(held.waiters)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 import struct
 
 CLONE_NEWNS = 0x0002_0000
@@ -89,7 +88,7 @@ def ended_usage(pidfd: int) -> tuple[float, float, int] | None:
 
     The kernel counts descendants that were waited for. None where this machine's call number is not known.
     """
-    number = _SYS_WAITID.get(platform.machine())
+    number = _SYS_WAITID.get(os.uname().machine)
     if number is None:
         return None
     info = ctypes.create_string_buffer(128)
