@@ -196,7 +196,8 @@ class Connections:
     _closed: bool = False
 
     def __post_init__(self) -> None:
-        self._all = [Connection(endpoint) for endpoint in normal_endpoints(self.endpoints)]
+        self.endpoints = normal_endpoints(self.endpoints)
+        self._all = [Connection(endpoint) for endpoint in self.endpoints]
 
     async def set_endpoints(self, endpoints: Sequence[str]) -> None:
         """Use these from now on, in this order. Connections to others are closed, which ends their watches."""

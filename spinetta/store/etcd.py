@@ -41,8 +41,8 @@ class EtcdStore:
 
     @property
     def endpoints(self) -> tuple[str, ...]:
-        """Those in use, the preferred one first."""
-        return tuple(self._connections.endpoints)
+        """Those in use as ``http://HOST:PORT``, which is how etcd tells of its members; the preferred one first."""
+        return tuple(f"http://{endpoint}" for endpoint in self._connections.endpoints)
 
     @property
     def connections(self) -> Connections:

@@ -220,11 +220,6 @@ def member_remove(member_id: int) -> Message:
     return rpc.MemberRemoveRequest(ID=member_id)
 
 
-def move_leader(member_id: int) -> Message:
-    """Another member becomes etcd's leader."""
-    return rpc.MoveLeaderRequest(targetID=member_id)
-
-
 def status() -> Message:
     """How one member is."""
     return rpc.StatusRequest()

@@ -260,7 +260,7 @@ def test_endpoints_change_under_a_watch() -> None:
             async with contextlib.aclosing(store.watch("/", start=Revision(2))) as changes:
                 await anext(changes)
                 await store.set_endpoints([f"http://{second.client}/", second.client])
-                assert store.endpoints == (second.client,)
+                assert store.endpoints == (f"http://{second.client}",)
                 with pytest.raises(StoreUnavailable):
                     await anext(changes)
             assert isinstance(await store.commit(WRITE), Committed)
