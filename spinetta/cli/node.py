@@ -239,7 +239,12 @@ def _done(name: str, status: str, text: str, as_json: bool) -> None:
 @json_option
 @client_options
 def leave(
-    name: str | None, wait_text: str | None, as_json: bool, node: str | None, timeout: str | None, config_file: str | None
+    name: str | None,
+    wait_text: str | None,
+    as_json: bool,
+    node: str | None,
+    timeout: str | None,
+    config_file: str | None,
 ) -> None:
     """Let a node leave the cluster for good: it drains, gives up its voter's seat, deregisters and ends.
 

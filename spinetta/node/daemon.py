@@ -354,11 +354,7 @@ def run(resolved: Resolved) -> int:
     configure_logging(resolved.settings.log_level)
     for warning in resolved.warnings:
         log.warning("%s", warning)
-    return asyncio.run(_main(resolved.settings))
-
-
-async def _main(settings: Settings) -> int:
-    data_dir = Path(settings.data_dir)
+    data_dir = Path(resolved.settings.data_dir)
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
@@ -367,6 +363,10 @@ async def _main(settings: Settings) -> int:
             field="node.data_dir",
             hint="choose another with --data-dir",
         ) from e
+    return asyncio.run(_main(resolved.settings, data_dir))
+
+
+async def _main(settings: Settings, data_dir: Path) -> int:
     with DirectoryLock(data_dir):
         check_port_free(settings.address, "the API")
         async with contextlib.AsyncExitStack() as stack:

@@ -20,7 +20,6 @@ from spinetta.store.supervisor import EtcdSupervisor, Services
 log = logging.getLogger("spinetta.node")
 
 START_S = 60.0  # etcd's start, on a busy machine with a slow disk
-SIT_POLL_S = 0.5
 
 
 class OwnSeat:
@@ -52,6 +51,7 @@ class OwnSeat:
         self._members: Members | None = None
         self._supervisor: EtcdSupervisor | None = None
         self._changing = asyncio.Lock()
+        self._reseated = asyncio.Event()
 
     def attach(self, store: EtcdStore) -> None:
         """The store through which etcd is asked about its membership."""
@@ -120,7 +120,7 @@ class OwnSeat:
         """Stop etcd in order; the seat is kept."""
         if self._supervisor is not None:
             await self._supervisor.stop()
-            self._supervisor = None
+            self._seat(None)
 
     async def _start(self, cluster: str, *, existing: bool, member_id: str = "") -> None:
         check_data_dir(self._identity(), self._etcd_dir)
@@ -135,7 +135,7 @@ class OwnSeat:
         )
         supervisor = EtcdSupervisor(self._services, settings, log_path=self._log_path, version=self._version)
         if self._identity().has_joined:
-            self._supervisor = supervisor  # to be kept running even when it is not ready in time
+            self._seat(supervisor)  # to be kept running even when it is not ready in time
         status: MemberStatus = await supervisor.start(timeout_s=START_S)
         if member_id and hex_id(status.member_id) != member_id:
             raise UserError(f"etcd started as member {hex_id(status.member_id)}, expected {member_id}")
@@ -145,13 +145,13 @@ class OwnSeat:
             initial_cluster=cluster,
             has_joined=True,
         )
-        self._supervisor = supervisor
+        self._seat(supervisor)
 
     async def _put_away(self) -> None:
         """Stop the member for good. Its data is kept once, under another name, for a person to look at."""
         if self._supervisor is not None:
             await self._supervisor.stop()
-            self._supervisor = None
+            self._seat(None)
         old = self._etcd_dir.with_name("etcd.removed")
         shutil.rmtree(old, ignore_errors=True)
         if self._etcd_dir.exists():
@@ -162,15 +162,18 @@ class OwnSeat:
     async def run(self) -> None:
         """Keep etcd running while there is a seat. Runs until it is cancelled."""
         while True:
-            supervisor = self._supervisor
-            if supervisor is None:
-                await asyncio.sleep(SIT_POLL_S)
+            self._reseated.clear()
+            if self._supervisor is None:
+                await self._reseated.wait()
                 continue
             async with asyncio.TaskGroup() as group:
-                keeping = group.create_task(self._keep(supervisor))
-                while self._supervisor is supervisor and not keeping.done():
-                    await asyncio.sleep(SIT_POLL_S)
+                keeping = group.create_task(self._keep(self._supervisor))
+                await self._reseated.wait()
                 keeping.cancel()
+
+    def _seat(self, supervisor: EtcdSupervisor | None) -> None:
+        self._supervisor = supervisor
+        self._reseated.set()
 
     async def _keep(self, supervisor: EtcdSupervisor) -> None:
         try:
