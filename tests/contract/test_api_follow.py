@@ -388,6 +388,7 @@ def test_watch_resumes_where_it_left(etcd: Etcd, tmp_path: Path) -> None:
                 seen = w.revision
             ids = await a.submit(*(spec() for _ in range(5)))
             await a.claim(one)
+            await put(a.store, keys.GENERATION)  # so that the last revision is none of a task
             async with Watching(b, from_revision=seen + 1) as w:  # another node will do
                 await w.until(lambda: len(w.state) == 6, "what was missed")
                 assert w.state[one] == pb.RUNNING
