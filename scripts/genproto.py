@@ -26,7 +26,8 @@ def generate(out: Path) -> None:
     subprocess.run(
         [
             sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}",
-            f"--python_out={out}", f"--grpc_python_out={out}", f"--mypy_out=quiet:{out}", f"--mypy_grpc_out=quiet:{out}",
+            f"--python_out={out}", f"--grpc_python_out={out}",
+            f"--mypy_out=quiet:{out}", f"--mypy_grpc_out=quiet:{out}",
             *protos,
         ],
         check=True,
@@ -52,7 +53,9 @@ def main() -> int:
         names = {p.name for d in (fresh, present) for p in d.iterdir() if p.is_file()}
         _, stale, missing = filecmp.cmpfiles(fresh, present, sorted(names), shallow=False)
         if stale or missing:
-            print(f"spinetta/v1 is stale ({', '.join(sorted(stale + missing))}): run scripts/genproto.py", file=sys.stderr)
+            print(
+                f"spinetta/v1 is stale ({', '.join(sorted(stale + missing))}): run scripts/genproto.py", file=sys.stderr
+            )
             return 1
     return 0
 

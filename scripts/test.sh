@@ -64,7 +64,7 @@ demo() {
     # A state directory and addresses of its own, so that a cluster of the developer's is not in the way.
     local state
     state=$(mktemp -d "${TMPDIR:-/tmp}/spinetta-demo.XXXXXX")
-    section "demonstration" scripts/demo.sh --once --state "$state/cluster" --base 127.0.77.
+    section "demonstration" scripts/demo.sh --once --state "$state/cluster" --base "127.$((RANDOM % 200 + 20)).$((RANDOM % 250 + 1))."
     rm -rf "$state"
 }
 
