@@ -14,6 +14,7 @@ from spinetta.errors import Compacted, InvariantViolation
 from spinetta.model import LeaseId, Revision
 from spinetta.store.protocol import Change, Changes, KeyValue, Page, Snapshot
 from spinetta.txn import (
+    Absent,
     Committed,
     Conflict,
     CreatedAt,
