@@ -208,11 +208,15 @@ def test_a_task_that_moves_between_two_readings_of_one_page(etcd: Etcd, tmp_path
 def test_pages_over_states_whose_tasks_lie_hours_apart(etcd: Etcd, tmp_path: Path, newest_first: bool) -> None:
     async def scenario() -> None:
         async with node(etcd, tmp_path) as a:
-            hour, now = 3_600_000, a.port.wall_ms()
-            ids = [uuid_at(now - i * hour // 4 - 48 * hour * (i % 3), i) for i in range(60)]
+            # Three wait in each hour, one runs; at each half hour two are over. A window of 17 minutes holds one sort
+            # only, so what is read of one state reaches further than what is read of another.
+            hour, minute, now = 3_600_000, 60_000, a.port.wall_ms()
+            waiting = [uuid_at(now - h * hour - m * minute, m) for h in range(12) for m in range(4)]
+            over = [uuid_at(now - h * hour - (30 + m) * minute, m) for h in range(12) for m in range(2)]
+            ids = waiting + over
             await a.submit(*(spec(i) for i in ids))
-            await a.api.Cancel(api.CancelRequest(ids=ids[::2]))
-            for task_id in ids[1::6]:
+            await a.api.Cancel(api.CancelRequest(ids=over))
+            for task_id in waiting[::4]:
                 await a.claim(task_id)
             for size in (1, 3, 7, 100):
                 found = await pages(a, size, newest_first=newest_first, states=[pb.QUEUED, pb.COMPLETE, pb.RUNNING])
