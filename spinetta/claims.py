@@ -33,7 +33,6 @@ from spinetta.settings import AgentSettings
 
 RETRY_S = 0.5
 LINGER_S = 10.0  # a full node keeps its window this long: a slot may be free again in a moment
-BATCH_BYTES_MAX = 1_000_000  # of records in one transaction: etcd's limit is 1.5 MiB a request
 QUEUE = "queue"
 
 
@@ -279,7 +278,7 @@ class Claims:
                 self.window.drop(task_id, bid.waiting.revision)
                 del current.bids[task_id]
                 continue
-            if size_bytes > BATCH_BYTES_MAX and len(current.bids) > 1:
+            if size_bytes > txn.BATCH_BYTES_MAX and len(current.bids) > 1:
                 del current.bids[task_id]
                 continue
             self._bid(bid, task, current.incarnation, now_ms)

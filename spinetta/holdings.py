@@ -368,16 +368,17 @@ class Holdings:
         ready = [h for h in self.held.values() if h.step is Step.ENDED][:FINISHES_MAX]
         if not ready:
             return []
-        nested = []
-        for h in ready:
+        nested = [self._end_of(h, now_ms) for h in ready]
+        fitting = txn.leading(nested)  # the rest follow when these have been answered
+        for h in ready[:fitting]:
             h.step = Step.RECORDING
-            nested.append(self._end_of(h, now_ms))
-        self._finishing = tuple((h.task_id, h.token) for h in ready)
-        return [Commit("finish", txn.batch(nested))]
+        self._finishing = tuple((h.task_id, h.token) for h in ready[:fitting])
+        return [Commit("finish", txn.batch(nested[:fitting]))]
 
     def _end_of(self, h: Held, now_ms: int) -> txn.Txn:
         assert h.task is not None and h.exit is not None  # noqa: S101, PT018 - step ENDED
-        end = lifecycle.ended(h.task, h.exit, h.token, cancel_requested=h.holding.cancel_requested, now_ms=now_ms)
+        asked, why = h.holding.cancel_requested, h.holding.cancel_reason
+        end = lifecycle.ended(h.task, h.exit, h.token, cancel_requested=asked, cancel_reason=why, now_ms=now_ms)
         record = codec.encode_task(end.task)
         if end.event in (lifecycle.Event.FINISH, lifecycle.Event.GIVE_UP):
             return txn.finish(self.node, h.task_id, h.token, record)

@@ -112,7 +112,9 @@ def cancelled_waiting(task: Task, message: str, *, now_ms: int) -> Task:
 _LOSSES = frozenset({Reason.NODE_LOST, Reason.SHIM_LOST, Reason.FENCED})
 
 
-def ended(task: Task, exit_: Exit, token: Revision, *, cancel_requested: bool, now_ms: int) -> Ended:
+def ended(
+    task: Task, exit_: Exit, token: Revision, *, cancel_requested: bool, cancel_reason: str = "", now_ms: int
+) -> Ended:
     """What follows from the end of the running attempt.
 
     A process that ended by itself with exit code 0 has succeeded even if a cancel was on its way: its work is done.
@@ -122,7 +124,7 @@ def ended(task: Task, exit_: Exit, token: Revision, *, cancel_requested: bool, n
     if exit_.reason is Reason.EXIT and exit_.exit_code == 0:
         return _over(task, Event.FINISH, Outcome.SUCCEEDED, exit_, token, now_ms)
     if cancel_requested or exit_.reason is Reason.CANCELLED:
-        return _over(task, Event.FINISH, Outcome.CANCELLED, exit_, token, now_ms)
+        return _over(task, Event.FINISH, Outcome.CANCELLED, exit_, token, now_ms, cancel_reason)
     if exit_.reason is Reason.RELEASED:
         return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms)
     if exit_.reason in _LOSSES:
@@ -155,7 +157,9 @@ def _close_attempt(task: Task, outcome: Outcome, exit_: Exit, token: Revision, n
     return replace(task, attempts=(*task.attempts[:-1], last))
 
 
-def _over(task: Task, event: Event, outcome: Outcome, exit_: Exit, token: Revision, now_ms: int) -> Ended:
+def _over(
+    task: Task, event: Event, outcome: Outcome, exit_: Exit, token: Revision, now_ms: int, message: str = ""
+) -> Ended:
     task = _close_attempt(task, outcome, exit_, token, now_ms)
     reason = Reason.CANCELLED if outcome is Outcome.CANCELLED else exit_.reason
     return Ended(
@@ -165,7 +169,7 @@ def _over(task: Task, event: Event, outcome: Outcome, exit_: Exit, token: Revisi
             state=after(task.state, event),
             outcome=outcome,
             reason=reason.value,
-            message=exit_.message,
+            message=message or exit_.message,
             completed_ms=now_ms,
         ),
     )

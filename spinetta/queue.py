@@ -16,6 +16,7 @@ from spinetta.model import QueueHint, Resources, Revision, TaskId
 
 WINDOW_MAX = 512  # choice enough for packing a few hundred cores; 512 hints are about 50 KB
 PAGE_KEYS = 256  # a listing stays below 100 KB and a few milliseconds
+SEEN_MAX = 4 * WINDOW_MAX  # times remembered over windows that were closed soon after one another
 HINTS_READ_MAX = 64  # tasks without a hint read at once
 
 
@@ -47,7 +48,8 @@ class Window:
         A node that is full most of the time would otherwise see a large task for the first time again and again, and
         never know that it starves.
         """
-        self._seen = {t: (w.revision, w.seen_at_s) for t, w in self.entries.items()}
+        shown = {t: (w.revision, w.seen_at_s) for t, w in self.entries.items()}
+        self._seen = shown if len(self._seen) > SEEN_MAX else {**self._seen, **shown}
         self.entries.clear()
         self._never.clear()
         self.covered_to = ""

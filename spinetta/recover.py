@@ -322,6 +322,7 @@ class Leadership:
         case.strays.clear()
         assert self.office is not None  # noqa: S101 - _case looked
         guards = txn.requeue_guards(self.office, node, revision)
+        nested = nested[: txn.leading(nested)]  # the next listing shows the rest
         return [Commit(CaseTag("requeue", node, revision), txn.batch(nested, guards))]
 
     def _put_back(self, node: NodeId, stray: Stray, entry: Entry, now_ms: int) -> txn.Txn | None:
@@ -329,8 +330,8 @@ class Leadership:
         if not lifecycle.is_attempt(task, node, stray.holding):
             return None  # its holder recorded the end after the listing
         lost = Exit(Reason.NODE_LOST, message=f"node {node} was lost", ended_ms=now_ms)
-        cancel = stray.holding.cancel_requested
-        end = lifecycle.ended(task, lost, stray.token, cancel_requested=cancel, now_ms=now_ms)
+        asked, why = stray.holding.cancel_requested, stray.holding.cancel_reason
+        end = lifecycle.ended(task, lost, stray.token, cancel_requested=asked, cancel_reason=why, now_ms=now_ms)
         record = codec.encode_task(end.task)
         if end.event is lifecycle.Event.NODE_LOST:
             hint = codec.encode_hint(QueueHint.of(task.spec))

@@ -13,6 +13,8 @@ from spinetta import keys
 from spinetta.model import LeaseId, NodeId, Revision, TaskId
 
 NESTED_MAX = 120  # nested transactions of up to three writes: 120 + 3 stay below etcd's 128 along a path
+BATCH_BYTES_MAX = 1_000_000  # of keys and values in one transaction: etcd's limit is 1.5 MiB a request
+OPERATION_BYTES = 64  # what a guard or write takes beside its key and value, generously
 
 
 # --- guards ----------------------------------------------------------------------------------------------------
@@ -148,6 +150,23 @@ def submit(task: TaskId, record: bytes, hint: bytes) -> Txn:
         when=(Absent(keys.task(task)),),
         then=(Put(keys.task(task), record), Put(keys.queued(task), hint)),
     )
+
+
+def size_bytes(txn: Txn) -> int:
+    """About what a transaction takes in a request, never less."""
+    written = sum(len(w.key) + (len(w.value) if isinstance(w, Put) else 0) + OPERATION_BYTES for w in txn.then)
+    guarded = sum(len(g.prefix if isinstance(g, NoneUnder) else g.key) + OPERATION_BYTES for g in txn.when)
+    return written + guarded + sum(size_bytes(n) for n in txn.nested)
+
+
+def leading(txns: Sequence[Txn], bytes_max: int = BATCH_BYTES_MAX) -> int:
+    """How many of these, from the first on, go into one batch: at least one, if there is one."""
+    total_bytes = 0
+    for n, each in enumerate(txns[:NESTED_MAX]):
+        total_bytes += size_bytes(each)
+        if total_bytes > bytes_max and n:
+            return n
+    return min(len(txns), NESTED_MAX)
 
 
 def batch(txns: Sequence[Txn], when: Sequence[Guard] = ()) -> Txn:

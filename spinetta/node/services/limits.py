@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 ANSWER_BYTES_MAX = 3 * 2**20  # clients that were not told otherwise, grpcurl for one, receive at most 4 MiB
-BATCH_BYTES_MAX = 1_000_000  # of records in one etcd request, whose limit is 1.5 MiB with all its framing
 READ_KEYS = 100  # records in one read: 100 of the largest, 300 kB, still fit into a message of 32 MiB
 SCAN_MAX = 5000  # tasks looked at for one page of a List: about a quarter of a second
 SCAN_STEP = 500  # of them before other calls get a turn

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from spinetta import txn
-from spinetta.node.services import limits
 
 T = TypeVar("T")
 
@@ -17,7 +16,7 @@ def portions(items: Iterable[T], size_bytes: Callable[[T], int]) -> Iterator[lis
     total = 0
     for item in items:
         size = size_bytes(item)
-        if out and (len(out) == txn.NESTED_MAX or total + size > limits.BATCH_BYTES_MAX):
+        if out and (len(out) == txn.NESTED_MAX or total + size > txn.BATCH_BYTES_MAX):
             yield out
             out, total = [], 0
         out.append(item)
