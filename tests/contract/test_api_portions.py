@@ -44,7 +44,7 @@ def test_portions_of_transactions(sizes: list[int]) -> None:
     assert [s for part in parts for s in part] == sizes
     for part in parts:
         assert 0 < len(part) <= txn.NESTED_MAX
-        assert len(part) == 1 or sum(part) <= limits.BATCH_BYTES_MAX
+        assert len(part) == 1 or sum(part) <= txn.BATCH_BYTES_MAX
 
 
 @given(st.lists(st.integers(0, 400), max_size=30), st.integers(1, 1000))
