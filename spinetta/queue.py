@@ -85,7 +85,7 @@ class Window:
             self._never.pop(task, None)
             if known is not None and known.revision < change.revision:
                 del self.entries[task]
-        elif self.covered_to is None or change.key <= self.covered_to:
+        elif known is not None or self.covered_to is None or change.key <= self.covered_to:
             self._put(change.entry, now)
             self._shrink()
 

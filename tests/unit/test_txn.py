@@ -147,7 +147,7 @@ def _seen(key: str) -> Callable[[Ground], Revision]:
 
 
 CASES = (
-    Case("submit", cluster, lambda g: txn.submit(T, b"r", b"h"), (lambda g: _ignore(g.put(keys.task(T))),)),
+    Case("submit", cluster, lambda _: txn.submit(T, b"r", b"h"), (lambda g: _ignore(g.put(keys.task(T))),)),
     Case(
         "claim",
         with_queued,
