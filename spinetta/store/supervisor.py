@@ -151,7 +151,7 @@ class EtcdSupervisor:
                 wait_s = min(2 * wait_s, RESTART_MOST_S)
                 since_s = time.monotonic()
                 await self._launch()
-            except (RuntimeUnavailable, UserError) as error:  # a port may be in use by the etcd that is ending
+            except (RuntimeUnavailable, UserError, OSError) as error:  # such as a port that the ending etcd still has
                 log.warning("etcd cannot be looked after now: %s", error)
 
     async def stop(self, *, wait_s: float = STOP_WAIT_S) -> None:
