@@ -264,7 +264,7 @@ class Agent:
     def _runtime_listed(self, listed: RuntimeListed, now: float) -> list[Effect]:
         if not self.holdings.runtime_known:  # whether a new life may begin depends on what runs of an earlier one
             self.session.begin(now)
-        self.holdings.runtime_listed(listed)
+        self.holdings.runtime_listed(listed, now)
         # A new shim knows of no renewal yet and would refuse to start anything.
         if self.session.renewed_at_s is None:
             return []

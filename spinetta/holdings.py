@@ -205,15 +205,17 @@ class Holdings:
 
     # --- from the runtime ---
 
-    def runtime_listed(self, listed: RuntimeListed) -> list[Effect]:
+    def runtime_listed(self, listed: RuntimeListed, now: float) -> list[Effect]:
         """The runtime is connected (again): this is all it holds."""
         self.runtime_known = True
         self._stopped.clear()  # requests that were under way may have been lost: make them again
-        self._unsure.clear()
-        self._list_at_s = None
-        self.processes = {a.key: a.token for a in listed.held}
-        # What is known to have ended stays so, whatever a listing says that was under way meanwhile.
+        # The listing may have been under way while other answers came: what is known to have ended stays so, and what
+        # was running and is not shown is asked for once more.
+        shown = {a.key: a.token for a in listed.held}
         ends = {**self._past, **self._ends, **{a.key: a.exit for a in listed.held if a.exit is not None}}
+        self._unsure = {k for k in self.processes if k not in shown and k not in self._ends}
+        self._list_at_s = now + RETRY_S if self._unsure else None
+        self.processes = {**{k: token for k, token in self.processes.items() if k in self._ends}, **shown}
         self._ends = {k: ends[k] for k in self.processes if k in ends}
         for h in self.held.values():
             if h.step is Step.RUNNING and h.key not in self.processes and h.key not in self._asked:

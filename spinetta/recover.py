@@ -170,10 +170,10 @@ class Leadership:
 
     def lease_granted(self, granted: LeaseGranted, now: float) -> list[Effect]:
         """A lease for the office: try to take it."""
-        if granted.lease is None:
+        if granted.lease is None or not self.candidate:
             self._campaigning = False
             self._campaign_at_s = now + RETRY_S
-            return []
+            return [RevokeLease(granted.lease)] if granted.lease is not None else []
         self._lease = granted.lease
         self._office_until_s = now + self.settings.lease_ttl_s
         return [self._take()]
@@ -182,7 +182,7 @@ class Leadership:
         """Whether we have become the leader. An unknown outcome is resolved by giving the lease up."""
         self._campaigning = False
         self._campaign_at_s = now + RETRY_S
-        if isinstance(done.result, txn.Committed):
+        if isinstance(done.result, txn.Committed) and self._lease is not None:  # None: we have resigned meanwhile
             self.office = txn.OfficeHeld(done.result.revision)
             self._keep_alive_at_s = now
             return []
