@@ -79,6 +79,7 @@ missing_packages() {
     if [ -n "$extras" ]; then
         has shellcheck || echo shellcheck
         has git || echo git
+        has ps || echo procps
     fi
 }
 
