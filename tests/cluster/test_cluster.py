@@ -112,6 +112,8 @@ def test_every_task_completes_once_though_a_node_dies_in_the_middle(trio: Cluste
     assert {seen[i]["outcome"] for i in ids} == {"succeeded"}
     checker = check_history(endpoint(trio))
     assert {checker.recorded[i] for i in ids} == {1}
+    listed = {n["name"]: n for n in trio.json("node", "list")["nodes"]}
+    assert (listed[victim.name]["status"], listed[victim.name]["voter"]) == ("lost", True)
     victim.start(trio.peers_of(victim))
     trio.wait_ready()
 

@@ -116,7 +116,8 @@ def test_notices_of_the_margin(etcd: Etcd, tmp_path: Path, alive: int, voters: i
             await announce(a.store, "x", "h:1", etcd_member_id=99)
             views, notices = await nodes(a)
             assert notices == notice
-            assert sum(v.voter for v in views.values()) == alive
+            assert sum(v.voter and v.status == "ready" for v in views.values()) == alive
+            assert {n for n, v in views.items() if v.status == "lost"} == {f"n{i}" for i in range(alive, voters)}
             assert not views["x"].voter
 
     run(scenario())

@@ -66,7 +66,7 @@ class Nodes:
         self._beats = beats
 
     async def list_nodes(self) -> api.ListNodesResponse:
-        """All nodes: those alive, and those whose earlier life has not been closed yet."""
+        """All nodes: those alive, those whose earlier life has not been closed yet, and lost ones that have a seat."""
         store = self._port.store
         alive = {keys.parse_node(e.key): e for e in (await store.list(keys.NODE)).entries}
         lives = {keys.parse_node(e.key): e for e in (await store.list(keys.INCARNATION)).entries}
@@ -81,7 +81,7 @@ class Nodes:
             notices.append(f"etcd's members are not known: {e}")
         views = [
             self._view(name, alive.get(name), lives.get(name), membership, leader=leader)
-            for name in sorted(alive.keys() | lives.keys())
+            for name in sorted(alive.keys() | lives.keys() | {NodeId(m.name) for m in membership.members if m.name})
         ]
         if leader is None:
             notices.append("no node holds the office of the leader at the moment")
