@@ -7,11 +7,12 @@ keeps the mirrors they look at, and asks each what it wants done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from spinetta import keys
 from spinetta.claims import QUEUE, Claims
-from spinetta.codec import decode_node
+from spinetta.codec import decode_node, readable
 from spinetta.errors import InvariantViolation
 from spinetta.events import (
     AttemptEnded,
@@ -36,7 +37,7 @@ from spinetta.events import (
     WatchLost,
 )
 from spinetta.holdings import Holdings
-from spinetta.mirror import Mirror
+from spinetta.mirror import Delta, Mirror
 from spinetta.model import IncarnationId, NodeRecord, Reason, Resources
 from spinetta.recover import Leadership
 from spinetta.session import Phase, Session
@@ -67,6 +68,7 @@ class Agent:
         self.offices = Mirror("offices", keys.LEADER, every_s)
         self.lives = Mirror("lives", keys.INCARNATION, every_s)
         self._mirrors = {m.tag: m for m in (self.nodes, self.mine, self.offices, self.lives)}
+        self._records: dict[str, NodeRecord] = {}
         self._peers: tuple[NodeRecord, ...] = ()
         self._begun = False
 
@@ -240,7 +242,7 @@ class Agent:
             self.holdings.listed(mirror.entries, done.listing.revision)
             self.claims.touch()
         if mirror is self.nodes and deltas:
-            self._peers_changed(membership=True)
+            self._peers_changed(deltas)
         return effects
 
     def _changed(self, changed: Changed, now: float) -> None:
@@ -253,12 +255,17 @@ class Agent:
             self.holdings.follow(deltas)
             self.claims.touch()
         if mirror is self.nodes and deltas:
-            self._peers_changed(membership=any(d.old is None or d.new is None for d in deltas))
+            self._peers_changed(deltas)
 
-    def _peers_changed(self, *, membership: bool) -> None:
-        records = (decode_node(e.value) for _, e in sorted(self.nodes.entries.items()))
-        self._peers = tuple(r for r in records if r.name != self.settings.name)
-        if membership:
+    def _peers_changed(self, deltas: Sequence[Delta]) -> None:
+        for d in deltas:  # only what has changed is decoded: each node describes itself once a second
+            record = readable(decode_node, d.new.value) if d.new is not None else None
+            if record is None or record.name == self.settings.name or keys.node(record.name) != d.key:
+                self._records.pop(d.key, None)
+            else:
+                self._records[d.key] = record
+        self._peers = tuple(r for _, r in sorted(self._records.items()))
+        if any(d.old is None or d.new is None for d in deltas):
             self.claims.without_wait()
 
     def _runtime_listed(self, listed: RuntimeListed, now: float) -> list[Effect]:

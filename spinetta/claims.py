@@ -227,12 +227,14 @@ class Claims:
             self._pause(now)
             return
         for key, entry in done.reading.entries.items():
-            if entry is None:
-                self.window.drop(keys.parse_task(key), done.reading.revision)
-            else:
-                self.window.set_hint(
-                    keys.parse_task(key), entry.modified, QueueHint.of(codec.decode_task(entry.value).spec)
-                )
+            task_id = keys.parse_task(key)
+            task = codec.readable(codec.decode_task, entry.value) if entry is not None else None
+            if entry is not None and task is not None:
+                self.window.set_hint(task_id, entry.modified, QueueHint.of(task.spec))
+            # Gone, moved on, unreadable, or not written together with its key: to read it again at once is no use.
+            waiting = self.window.entries.get(task_id)
+            if waiting is not None and waiting.hint is None:
+                self.window.drop(task_id, done.reading.revision)
         self._stale = True
 
     def _pause(self, now: float) -> None:
@@ -273,8 +275,8 @@ class Claims:
                 del current.bids[task_id]
                 continue
             size_bytes += len(entry.value) + 512
-            task = codec.decode_task(entry.value)
-            if task.state is not State.QUEUED:
+            task = codec.readable(codec.decode_task, entry.value)
+            if task is None or task.id != task_id or task.state is not State.QUEUED:
                 self.window.drop(task_id, bid.waiting.revision)
                 del current.bids[task_id]
                 continue
@@ -387,9 +389,10 @@ class Claims:
 
 
 def _is_of(running: Entry, bid: Bid) -> bool:
-    holding = codec.decode_holding(running.value)
+    holding = codec.readable(codec.decode_holding, running.value)
     return (
-        bid.holding is not None
+        holding is not None
+        and bid.holding is not None
         and bid.task is not None
         and (holding.incarnation, holding.attempt) == (bid.holding.incarnation, bid.holding.attempt)
     )

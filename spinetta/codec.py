@@ -35,6 +35,7 @@ from spinetta.model import (
 from spinetta.v1 import record_pb2 as pb
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 
 class CorruptRecord(UserError):
@@ -49,6 +50,25 @@ def _parse(message: M, data: bytes, what: str) -> M:
     except DecodeError as e:
         raise CorruptRecord(f"{what} cannot be read: {e}") from e
     return message
+
+
+def _decoded(message: M, convert: Callable[[M], T], data: bytes, what: str) -> T:
+    try:
+        return convert(_parse(message, data, what))
+    except ValueError as e:  # a state or outcome that this version does not know
+        raise CorruptRecord(f"{what} cannot be read: {e}") from e
+
+
+def readable(decode: Callable[[bytes], T], data: bytes) -> T | None:
+    """What `decode` makes of a stored value; None when it is corrupt.
+
+    For the agent: anybody with etcdctl can write anything under our keys, and one bad record must neither stop the
+    nodes that see it nor hide the good ones behind it.
+    """
+    try:
+        return decode(data)
+    except CorruptRecord:
+        return None
 
 
 # --- messages ----------------------------------------------------------------------------------------------------
@@ -259,7 +279,7 @@ def decode_task(data: bytes) -> Task:
     Raises:
         CorruptRecord: it is no task.
     """
-    return task_from_pb(_parse(pb.Task(), data, "the record of a task"))
+    return _decoded(pb.Task(), task_from_pb, data, "the record of a task")
 
 
 def encode_hint(h: QueueHint) -> bytes:
@@ -302,7 +322,11 @@ def encode_holding(h: Holding) -> bytes:
 
 
 def decode_holding(data: bytes) -> Holding:
-    """The value of ``/status/running/NODE/UUID``."""
+    """The value of ``/status/running/NODE/UUID``.
+
+    Raises:
+        CorruptRecord: it is none.
+    """
     m = _parse(pb.Holding(), data, "a running key")
     return Holding(m.attempt, IncarnationId(m.incarnation), m.grace_s, m.cancel_requested, m.cancel_reason)
 
@@ -313,8 +337,12 @@ def encode_node(n: NodeRecord) -> bytes:
 
 
 def decode_node(data: bytes) -> NodeRecord:
-    """The value of ``/node/NODE``."""
-    return node_from_pb(_parse(pb.Node(), data, "the record of a node"))
+    """The value of ``/node/NODE``.
+
+    Raises:
+        CorruptRecord: it is no node.
+    """
+    return _decoded(pb.Node(), node_from_pb, data, "the record of a node")
 
 
 def encode_incarnation(i: Incarnation) -> bytes:
@@ -329,8 +357,15 @@ def encode_incarnation(i: Incarnation) -> bytes:
 
 
 def decode_incarnation(data: bytes) -> Incarnation:
-    """The value of ``/incarnation/NODE``."""
-    m = _parse(pb.Incarnation(), data, "an incarnation")
+    """The value of ``/incarnation/NODE``.
+
+    Raises:
+        CorruptRecord: it is none.
+    """
+    return _decoded(pb.Incarnation(), _incarnation_from_pb, data, "an incarnation")
+
+
+def _incarnation_from_pb(m: pb.Incarnation) -> Incarnation:
     if m.state == pb.Incarnation.INCARNATION_STATE_UNSPECIFIED:
         raise CorruptRecord("an incarnation has no state")
     return Incarnation(IncarnationId(m.id), Life(m.state), m.boot_id, m.lease_ttl_s, m.kill_margin_s)

@@ -157,7 +157,10 @@ class Holdings:
         """The store's view of what this node holds has changed."""
         effects: list[Effect] = []
         for d in deltas:
-            _, task_id = keys.parse_running(d.key)
+            found = keys.find_running(d.key)
+            if found is None:
+                continue
+            task_id = found[1]
             known = self.held.get(task_id)
             if d.new is None:
                 if known is not None and known.token < d.revision and known.step is not Step.RECORDING:
@@ -191,7 +194,9 @@ class Holdings:
         return self._over.get(task_id, 0) >= token or (task_id not in self.held and token <= self._listed_at)
 
     def _see(self, task_id: TaskId, entry: Entry, known: Held | None) -> list[Effect]:
-        holding = codec.decode_holding(entry.value)
+        holding = codec.readable(codec.decode_holding, entry.value)
+        if holding is None:
+            return []
         if known is None or known.token < entry.created:
             if self._over.get(task_id, 0) >= entry.created:
                 return []
@@ -356,12 +361,12 @@ class Holdings:
             entry = done.reading.entries.get(keys.task(task_id))
             if held is None or held.task is not None or held.token > done.reading.revision:
                 continue
-            task = codec.decode_task(entry.value) if entry is not None else None
+            task = codec.readable(codec.decode_task, entry.value) if entry is not None else None
             if task is not None and lifecycle.is_attempt(task, self.node, held.holding):
                 self._demand = None
                 held.task, held.step = task, Step.STARTING
             else:
-                self._drop(held)  # the record has moved on, so the key has gone too
+                self._drop(held)  # the record has moved on, so the key has gone too; or nobody can read it
         return []
 
     def _record_ends(self, now_ms: int) -> list[Effect]:
@@ -433,7 +438,8 @@ class Holdings:
             entry = done.reading.entries.get(keys.running(self.node, task_id))
             if entry is not None and entry.created == token:
                 held.step = Step.ENDED
-                held.holding, held.seen = codec.decode_holding(entry.value), entry.modified
+                held.holding = codec.readable(codec.decode_holding, entry.value) or held.holding
+                held.seen = entry.modified
             else:
                 self._drop(held)
         return []

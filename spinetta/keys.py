@@ -71,12 +71,20 @@ def parse_task(key: str) -> TaskId:
     raise InvariantViolation(f"not the key of a task: {key!r}")
 
 
-def parse_running(key: str) -> tuple[NodeId, TaskId]:
-    """The node and task of a ``/status/running/`` key."""
+def find_running(key: str) -> tuple[NodeId, TaskId] | None:
+    """The node and task of a ``/status/running/`` key; None when it is not one, such as one that somebody made up."""
     node_name, slash, task_id = key.removeprefix(RUNNING).partition("/")
     if not key.startswith(RUNNING) or not slash or not node_name or not task_id:
-        raise InvariantViolation(f"not a running key: {key!r}")
+        return None
     return NodeId(node_name), TaskId(task_id)
+
+
+def parse_running(key: str) -> tuple[NodeId, TaskId]:
+    """The node and task of a ``/status/running/`` key."""
+    found = find_running(key)
+    if found is None:
+        raise InvariantViolation(f"not a running key: {key!r}")
+    return found
 
 
 def parse_node(key: str) -> NodeId:

@@ -222,7 +222,7 @@ class Leadership:
         self, now: float, nodes: Mapping[str, Entry], incarnations: Mapping[str, Entry], own: IncarnationId | None
     ) -> list[Effect]:
         assert self.office is not None  # noqa: S101 - poll looked
-        lives = {keys.parse_node(k): (e, codec.decode_incarnation(e.value)) for k, e in sorted(incarnations.items())}
+        lives = {keys.parse_node(k): (e, self._life(e)) for k, e in sorted(incarnations.items())}
         absent = [n for n, (_, life) in lives.items() if life.state is Life.OPEN and keys.node(n) not in nodes]
         down = len(absent) + sum(1 for _, life in lives.values() if life.state is not Life.OPEN)
         self.braking = bool(absent) and len(lives) >= BRAKE_NODES_MIN and 2 * down > len(lives)
@@ -249,10 +249,17 @@ class Leadership:
         """A condemnation was answered, or not; the mirror will show the new record, and the case begins then."""
         self._condemning[node] = now + RETRY_S
 
+    def _life(self, entry: Entry) -> Incarnation:
+        # One that cannot be read was written by some other hand, and that has changed the revision which every guard of
+        # that life knows: none of its claims or renewals commits any more, as if it had been condemned.
+        margin_s = self.settings.kill_margin_s
+        unreadable = Incarnation(IncarnationId(""), Life.CONDEMNED, "", self.settings.lease_ttl_s, margin_s)
+        return codec.readable(codec.decode_incarnation, entry.value) or unreadable
+
     def _open_cases(self, now: float, incarnations: Mapping[str, Entry]) -> None:
         for key, entry in sorted(incarnations.items()):
             node = keys.parse_node(key)
-            life = codec.decode_incarnation(entry.value)
+            life = self._life(entry)
             case = self._cases.get(node)
             if life.state is Life.OPEN:
                 continue
@@ -292,14 +299,19 @@ class Leadership:
             return []
         case.strays.clear()
         for e in done.listing.entries:
-            _, task = keys.parse_running(e.key)
-            holding = codec.decode_holding(e.value)
+            found, holding = keys.find_running(e.key), codec.readable(codec.decode_holding, e.value)
+            if found is None or holding is None:
+                continue
+            task = found[1]
             wait_s = wait_out_s(holding.grace_s, case.life.kill_margin_s, self.settings.clock_rate_error)
             due_s = case.since_s + (0.0 if case.life.state is Life.DEAD else wait_s)
             case.strays[task] = Stray(task, e.created, e.modified, holding, due_s)
         if case.strays:
             case.act_at_s = max(now, min(s.due_s for s in case.strays.values()))
             return []
+        if done.listing.entries:
+            case.act_at_s = now + self.settings.reconcile_s
+            return self._say(f"a key under {keys.running_on(node)} cannot be read; node {node} waits for its removal")
         case.busy = True
         assert self.office is not None  # noqa: S101 - _case looked
         return [Commit(CaseTag("close", node, revision), txn.close(self.office, node, revision))]
@@ -320,14 +332,18 @@ class Leadership:
             if body is not None:
                 nested.append(body)
         case.strays.clear()
+        if not nested:  # their holder has recorded their ends just now; or a record is gone or cannot be read
+            case.busy = False
+            case.act_at_s = now + RETRY_S
+            return []
         assert self.office is not None  # noqa: S101 - _case looked
         guards = txn.requeue_guards(self.office, node, revision)
         nested = nested[: txn.leading(nested)]  # the next listing shows the rest
         return [Commit(CaseTag("requeue", node, revision), txn.batch(nested, guards))]
 
     def _put_back(self, node: NodeId, stray: Stray, entry: Entry, now_ms: int) -> txn.Txn | None:
-        task = codec.decode_task(entry.value)
-        if not lifecycle.is_attempt(task, node, stray.holding):
+        task = codec.readable(codec.decode_task, entry.value)
+        if task is None or not lifecycle.is_attempt(task, node, stray.holding):
             return None  # its holder recorded the end after the listing
         lost = Exit(Reason.NODE_LOST, message=f"node {node} was lost", ended_ms=now_ms)
         asked, why = stray.holding.cancel_requested, stray.holding.cancel_reason

@@ -241,14 +241,16 @@ class Session:
         self._open_revision = inc.modified if inc else Revision(0)
         if inc is None:
             return self._begin_life(node, now, nothing_runs)
-        life = codec.decode_incarnation(inc.value)
+        life = codec.readable(codec.decode_incarnation, inc.value)
+        if life is None:  # overwritten by some other hand; the leader ends it as if it had been condemned
+            return self._wait_for_other(False, now)
         if life.id != self.incarnation:
             return self._wait_for_other(node is not None, now)
         if life.state is Life.OPEN:
             if node is None:
                 return self._join(now)
-            record = codec.decode_node(node.value)
-            if record.incarnation != self.incarnation:
+            record = codec.readable(codec.decode_node, node.value)
+            if record is None or record.incarnation != self.incarnation:
                 return self._wait_for_other(True, now)
             registration = txn.Registration(name, node.created, inc.modified, self._generation)
             if node.lease != self.lease and not self._resumed:

@@ -381,10 +381,11 @@ def test_no_answers() -> None:
 
 
 def put_back(b: Bench, task: Task) -> Task | None:
-    (commit,) = b.read_done(task)
-    assert isinstance(commit, Commit)
-    if not commit.txn.nested:
+    effects = b.read_done(task)
+    if not effects:
         return None
+    (commit,) = effects
+    assert isinstance(commit, Commit)
     (nested,) = commit.txn.nested
     return codec.decode_task(
         next(p.value for p in nested.then if isinstance(p, txn.Put) and p.key.startswith(keys.TASK))

@@ -160,7 +160,7 @@ async def _ids(
         prefix = keys.running_on(NodeId(wanted.node)) if wanted.node else keys.RUNNING
         page = await store.list(prefix, limit=limits.RUNNING_KEYS_MAX, keys_only=True, revision=revision)
         revision = revision or page.revision
-        held = (keys.parse_running(e.key)[1] for e in page.entries)
+        held = (found[1] for e in page.entries if (found := keys.find_running(e.key)) is not None)
         ids.update(t for t in held if not after or (t < after if newest else t > after))
     in_order = sorted(ids, reverse=newest)
     if horizon is not None:
