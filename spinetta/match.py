@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from spinetta import units
 from spinetta.model import NodeRecord, QueueHint, Resources
 
 
@@ -62,13 +63,23 @@ def shortfall(wanted: Resources, room: Resources) -> str:
     """Which components do not fit, for people."""
     parts = []
     if wanted.cpu_millis > room.cpu_millis:
-        parts.append(f"{wanted.cpu_millis} thousandths of a CPU wanted, {room.cpu_millis} there")
+        cores = "core" if wanted.cpu_millis == 1000 else "cores"
+        parts.append(
+            f"{units.format_cpus(wanted.cpu_millis)} {cores} wanted, {units.format_cpus(room.cpu_millis)} there"
+        )
     if wanted.memory_bytes > room.memory_bytes:
-        parts.append(f"{wanted.memory_bytes} bytes of memory wanted, {room.memory_bytes} there")
+        parts.append(_too_few_bytes(wanted.memory_bytes, room.memory_bytes, "memory"))
     if wanted.disk_bytes > room.disk_bytes:
-        parts.append(f"{wanted.disk_bytes} bytes of disk wanted, {room.disk_bytes} there")
+        parts.append(_too_few_bytes(wanted.disk_bytes, room.disk_bytes, "disk"))
     counts = dict(room.countables)
     parts += [
         f"{n} {name} wanted, {counts.get(name, 0)} there" for name, n in wanted.countables if n > counts.get(name, 0)
     ]
     return "; ".join(parts)
+
+
+def _too_few_bytes(wanted: int, there: int, what: str) -> str:
+    short, short_there = units.format_bytes(wanted), units.format_bytes(there)
+    if short == short_there:  # "8GiB wanted, 8GiB there" would explain nothing
+        return f"{wanted} bytes of {what} wanted, {there} there"
+    return f"{short} {what} wanted, {short_there} there"

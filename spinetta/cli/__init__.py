@@ -7,6 +7,8 @@ def main() -> None:
     """Entry point of the console script."""
     import sys
 
-    from spinetta.cli.app import run
-
+    try:
+        from spinetta.cli.app import run
+    except KeyboardInterrupt:  # an impatient user's, before there is anything that could say so nicely
+        sys.exit(130)
     sys.exit(run(sys.argv[1:]))

@@ -9,8 +9,9 @@ from datetime import datetime
 from typing import Any
 
 from spinetta import units
-from spinetta.client.views import NodeInfo, TaskInfo
-from spinetta.model import Attempt, Outcome, Reason, Resources, State, Task, TaskSpec, Usage
+from spinetta.client.views import NodeInfo, NodeList, TaskInfo
+from spinetta.match import why_never, why_not_now
+from spinetta.model import Attempt, Outcome, QueueHint, Reason, Resources, State, Task, TaskSpec, Usage
 
 # --- for programs ------------------------------------------------------------------------------------------------
 
@@ -269,6 +270,41 @@ def _retries(t: Task) -> str:
     if t.losses:
         parts.append(f"lost {t.losses} time{'s' if t.losses > 1 else ''} with its node")
     return ", ".join(parts)
+
+
+def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
+    """Why a pending task has not started, one reason a line with the nodes it holds for; empty when it does not wait.
+
+    A task that could start somewhere says so: it waits for its back-off, or for a node to get to it.
+    """
+    t = info.task
+    if t.state is not State.QUEUED:
+        return []
+    hint = QueueHint.of(t.spec)
+    found: dict[str, list[str]] = {}
+    hopeless = True
+    for n in nodes.nodes:
+        r = n.record
+        never = why_never(hint, r.capacity, frozenset(r.tags))
+        now = why_not_now(hint, r.free)
+        hopeless = hopeless and never is not None
+        if never is not None:
+            reason = never.detail
+        elif n.status != "ready":
+            reason = f"the node is {n.status}"
+        elif now is not None:
+            reason = f"busy: {now.detail}"
+        else:
+            reason = _could_start(t)
+        found.setdefault(reason, []).append(r.name)
+    lines = [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
+    return ["no node of the cluster can ever run it:", *lines] if hopeless and lines else lines
+
+
+def _could_start(t: Task) -> str:
+    if t.failures and t.spec.retry_backoff_s:
+        return "free; it has failed and waits for its back-off"
+    return "free; the node will take it when its turn comes"
 
 
 def attempt_rows(t: Task) -> list[tuple[str, ...]]:

@@ -47,20 +47,26 @@ def status(ids: tuple[str, ...], as_json: bool, node: str | None, timeout: str |
         _cluster_status(as_json, (node, timeout, config_file))
         return
 
-    async def work(client: AsyncClient) -> list[TaskInfo]:
-        return await client.get_many(ids)
+    async def work(client: AsyncClient) -> tuple[list[TaskInfo], NodeList | None]:
+        found = await client.get_many(ids)
+        waits = any(i.task.state.name == "QUEUED" for i in found)
+        return found, await client.nodes() if waits else None
 
-    found = with_client(work, node, timeout, config_file)
+    found, nodes = with_client(work, node, timeout, config_file)
     from spinetta.cli import show
 
+    waiting = [show.why_waiting(i, nodes) if nodes else [] for i in found]
     if as_json:
-        output.put_json({"tasks": [show.task_document(i) for i in found]})
+        documents = [show.task_document(i) | {"why_waiting": why} for i, why in zip(found, waiting, strict=True)]
+        output.put_json({"tasks": documents})
         return
     for n, info in enumerate(found):
         if n:
             output.say()
         for heading, text in show.task_lines(info):
             output.say(f"{heading + ':':<14}{output.printable(text)}")
+        for line, why in enumerate(waiting[n]):
+            output.say(f"{'' if line else 'Waits because:':<14} {output.printable(why)}")
         rows = show.attempt_rows(info.task)
         if len(rows) > 1 or info.task.attempts_started > 1:
             output.say()

@@ -271,3 +271,13 @@ def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         exits.WALLTIME,
     ):
         assert f"  {code}  " in out
+
+
+def test_ctrl_c_before_anything_is_loaded_is_no_traceback(tmp_path: Path) -> None:
+    """The import of the command line takes a while on a busy machine; an interrupt that falls into it."""
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "spinetta.cli", "list"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (exits.INTERRUPTED, "", "")

@@ -1,0 +1,55 @@
+"""Why a task waits, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spinetta.cli.show import why_waiting
+from spinetta.client.views import NodeInfo, NodeList, TaskInfo
+from spinetta.model import NodeRecord, Revision, State, Task
+from tests.builders import cpus, node_record, queued, spec
+
+
+def nodes(*records: NodeRecord, status: str = "ready") -> NodeList:
+    return NodeList(tuple(NodeInfo(r, False, False, False, status, 0) for r in records))
+
+
+def info(task: Task) -> TaskInfo:
+    return TaskInfo(task, "", Revision(1), False)
+
+
+def waits(found: NodeList, **fields: Any) -> list[str]:
+    return why_waiting(info(queued(1, **fields)), found)
+
+
+def test_a_task_that_no_node_can_run_says_so_first() -> None:
+    three = nodes(node_record("n1"), node_record("n2"), node_record("n3", tags=["old"]))
+    assert waits(three, tags_required=("ssd",), resources=cpus(1)) == [
+        "no node of the cluster can ever run it:",
+        "n1, n2, n3: the node lacks the tag ssd",
+    ]
+    assert waits(three, resources=cpus(64), tags_forbidden=("old",)) == [
+        "no node of the cluster can ever run it:",
+        "n1, n2: 64 cores wanted, 4 there",
+        "n3: the task forbids the node's tag old",
+    ]
+
+
+def test_busy_nodes_are_no_obstacle_for_ever() -> None:
+    found = nodes(node_record("n1", free=cpus(0.5)), node_record("n2", tags=["old"]))
+    assert waits(found, tags_forbidden=("old",)) == [
+        "n1: busy: 1 core wanted, 0.5 there",
+        "n2: the task forbids the node's tag old",
+    ]
+    assert waits(nodes(node_record("n1"), status="draining")) == ["n1: the node is draining"]
+
+
+def test_what_could_start_says_what_it_waits_for() -> None:
+    assert waits(nodes(node_record("n1"))) == ["n1: free; the node will take it when its turn comes"]
+    task = Task(spec(1, retries=3, retry_backoff_s=60.0), State.QUEUED, failures=1)
+    assert why_waiting(info(task), nodes(node_record("n1"))) == ["n1: free; it has failed and waits for its back-off"]
+
+
+def test_what_does_not_wait_has_no_reasons() -> None:
+    assert why_waiting(info(Task(spec(1), State.RUNNING)), nodes(node_record("n1"))) == []
+    assert waits(NodeList(())) == []
