@@ -188,7 +188,7 @@ class RenewRuntime:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something an administrator should know; shown in the log and in `node list`. Yields nothing."""
+    """Something an administrator should know; shown in the node's log. Yields nothing."""
 
     text: str
 

@@ -60,7 +60,6 @@ class Daemon:
         self._stop = asyncio.Event()
         self._release = settings.on_terminate == "release"
         self._stop_everything = False
-        self._notices: list[str] = []
         self._leave: asyncio.Task[None] | None = None
         self._leave_steps: LeaveStep | None = None
         self._leave_wanted = asyncio.Event()
@@ -72,7 +71,6 @@ class Daemon:
             runtime,
             LaunchSettings(settings.name, settings.pids_max, settings.address),
             remember=self._remember,
-            notice=self._keep_notice,
         )
         self.keeper = SeatKeeper(self.agent, self.seat, settings.voters_wanted)
 
@@ -222,15 +220,20 @@ class Daemon:
             self._leave_steps = LeaveStep("giving running tasks back to the queue", len(holdings.held))
             await self.driver.tell(SetDraining(draining=True, leaving=True, release=True))
             await self.driver.until(lambda a: not a.holdings.held, STOP_S)
-        if await self.seat.others_vote():
-            # While this node is the leader it would have to remove itself; another voter does it better.
-            await self.driver.tell(SetCandidate(False))
+        # From here on it waits as long as it takes, and says for what: without a quorum there is no leaving in order.
+        looked = False
         while self.seat.member_id:
             self._leave_steps = LeaveStep("giving up the voter's seat")
+            with contextlib.suppress(StoreUnavailable):
+                if not looked and await self.seat.others_vote():
+                    # While this node is the leader it would have to remove itself; another voter does it better.
+                    await self.driver.tell(SetCandidate(False))
+                looked = True
             await asyncio.sleep(LEAVE_STEP_S)
         self._leave_steps = LeaveStep("deregistering")
         await self.driver.tell(LeaveWanted(release=True))
-        await self.driver.until(lambda a: a.left, STOP_S)
+        while not await self.driver.until(lambda a: a.left, STOP_S):
+            log.warning("not deregistered yet: the store does not answer, or something is still held")
         self._leave_steps = LeaveStep("left", done=True)
         await asyncio.sleep(LEAVE_STEP_S)  # those who listen read the last step before the server ends
         self._stop.set()
@@ -245,7 +248,7 @@ class Daemon:
                 if urls and tuple(urls) != self._store.endpoints:
                     await self._store.set_endpoints(urls)
                     self._entrance.memory.update(endpoints=tuple(urls))
-            except (StoreUnavailable, OutcomeUnknown) as e:
+            except (StoreUnavailable, UserError) as e:  # the latter: the disk is full
                 log.info("the voters cannot be looked up now: %s", e)
             await self._seat_changed()
             await asyncio.sleep(ENDPOINTS_EVERY_S)
@@ -256,7 +259,7 @@ class Daemon:
             etcd_member_id=self.seat.member_id,
             etcd_client_url=self.seat.client_url,
             etcd_peer_url=self.seat.peer_url,
-            warnings=(*self._runtime.warnings(), *self._entrance.warnings),
+            warnings=self._warnings(),
         )
         if record != self.agent.session.record:
             await self.driver.tell(SelfChanged(record))
@@ -266,15 +269,21 @@ class Daemon:
 
     async def _sweep(self) -> None:
         while True:
-            held = {h.key for h in self.agent.holdings.held.values()}
-            await asyncio.to_thread(
-                sweep_logs,
-                self._runtime.logs_dir,
-                held,
-                now_s=time.time(),
-                keep_bytes=self.settings.log_keep_bytes,
-                keep_s=self.settings.log_keep_s,
-            )
+            holdings = self.agent.holdings
+            # An earlier daemon may have left attempts running: nothing is swept before they are known.
+            await self.driver.until(lambda a: a.holdings.runtime_known, SWEEP_EVERY_S)
+            if holdings.runtime_known:
+                try:
+                    await asyncio.to_thread(
+                        sweep_logs,
+                        self._runtime.logs_dir,
+                        {h.key for h in holdings.held.values()} | set(holdings.processes),
+                        now_s=time.time(),
+                        keep_bytes=self.settings.log_keep_bytes,
+                        keep_s=self.settings.log_keep_s,
+                    )
+                except OSError as e:
+                    log.warning("old logs cannot be removed now: %s", e)
             await asyncio.sleep(SWEEP_EVERY_S)
 
     # --- inside ---
@@ -299,7 +308,7 @@ class Daemon:
             started_ms=wall_ms(),
             boot_id=boot_id(),
             runtimes=s.runtimes,
-            warnings=(*self._runtime.warnings(), *self._entrance.warnings),
+            warnings=self._warnings(),
         )
         return AgentSettings(
             record=record,
@@ -315,8 +324,8 @@ class Daemon:
     def _remember(self, incarnation: IncarnationId) -> None:
         self._entrance.memory.update(incarnation_id=incarnation)
 
-    def _keep_notice(self, text: str) -> None:
-        self._notices = [*self._notices, text][-16:]
+    def _warnings(self) -> tuple[str, ...]:
+        return (*self._runtime.warnings(), *self._entrance.warnings)
 
 
 def check_port_free(address: str, what: str) -> None:

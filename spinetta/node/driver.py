@@ -49,7 +49,7 @@ from spinetta.events import (
     WatchLost,
     attempt_key,
 )
-from spinetta.model import IncarnationId, Revision, TaskSpec
+from spinetta.model import Exit, IncarnationId, Reason, Revision, TaskSpec
 from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimLost
 from spinetta.store.protocol import KeyValue, Store
 
@@ -128,14 +128,12 @@ class Driver:
         launch: LaunchSettings,
         *,
         remember: Callable[[IncarnationId], None],
-        notice: Callable[[str], None],
     ) -> None:
         self.agent = agent
         self._store = store
         self._runtime = runtime
         self._launch = launch
         self._remember = remember
-        self._notice = notice
         self._inbox: asyncio.Queue[Happening] = asyncio.Queue(INBOX_EVENTS_MAX)
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -215,7 +213,6 @@ class Driver:
                 self._spawn(self._quietly(self._runtime.renew(effect.renewed_at_s)))
             case Notice():
                 log.warning("%s", effect.text)
-                self._notice(effect.text)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._tasks is not None  # noqa: S101 - only called from run
@@ -253,7 +250,7 @@ class Driver:
     async def _list(self, effect: List) -> None:
         try:
             page = await self._store.list(effect.prefix, after=effect.after, limit=effect.limit)
-        except StoreUnavailable as e:
+        except (StoreUnavailable, Compacted) as e:  # a long list is read in pages, all at one revision
             log.info("no answer to listing %s: %s", effect.prefix, e)
             await self.tell(ListDone(effect.tag, None))
             return
@@ -311,6 +308,9 @@ class Driver:
         except RuntimeUnavailable as e:
             log.warning("%s: the runtime does not answer: %s", launch.key, e)
             await self.tell(Started(launch.key, effect.token, NoAnswer.UNKNOWN))
+        except UserError as e:  # nothing that this or any other node could run: the task's fault, not the node's
+            refused = Exit(Reason.SPAWN_FAILED, message=e.message, ended_ms=wall_ms())
+            await self.tell(Started(launch.key, effect.token, refused))
         else:
             await self.tell(Started(launch.key, effect.token, ended))
 

@@ -139,7 +139,8 @@ class ProcessRuntime:
 
     async def stop(self, key: AttemptKey, why: str) -> None:
         """Ask for the end of an attempt; see `protocol.Runtime.stop`."""
-        await self._ask("stop", key=key, why=str(why))
+        if KEY.match(key):  # of others none was ever started
+            await self._ask("stop", key=key, why=str(why))
 
     async def renew(self, renewed_at_s: float) -> None:
         """Tell of a committed renewal; see `protocol.Runtime.renew`."""
@@ -147,7 +148,8 @@ class ProcessRuntime:
 
     async def forget(self, key: AttemptKey) -> None:
         """Remove all but the logs of an ended attempt; see `protocol.Runtime.forget`."""
-        await self._ask("forget", key=key)
+        if KEY.match(key):
+            await self._ask("forget", key=key)
         self._ended.pop(key, None)
         self._hub.drop(key)
 
@@ -166,7 +168,7 @@ class ProcessRuntime:
 
     async def usage(self, key: AttemptKey) -> Usage | None:
         """Use so far of a running attempt; None when it is over or nothing here counts it."""
-        usage = (await self._ask("usage", key=key))["usage"]
+        usage = (await self._ask("usage", key=key))["usage"] if KEY.match(key) else None
         return None if usage is None else parse_usage(usage)
 
     def events(self) -> AsyncIterator[Exited | ShimLost]:

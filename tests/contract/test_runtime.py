@@ -253,6 +253,9 @@ async def test_bad_keys_never_reach_the_disk(key: str, state_dir: Path) -> None:
     async with runtime(state_dir) as rt:
         with pytest.raises(UserError, match="cannot be the name"):
             await rt.start(launch(key, "true"))
+        await rt.stop(key, Reason.CANCELLED)
+        await rt.forget(key)
+        assert await rt.usage(key) is None
 
 
 @asynchronous

@@ -137,8 +137,10 @@ class _Watched:
                 self.open.pop(task_id, None)
                 removed.append(task_id)
                 continue
-            v = views.view(change.value)
-            if self.sees(v):
+            v = views.readable(change.value)
+            if v is None:
+                self.open.pop(task_id, None)
+            elif self.sees(v):
                 shown.append(v)
         return api.WatchResponse(tasks=shown, removed_ids=removed)
 

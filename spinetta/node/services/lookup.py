@@ -92,4 +92,5 @@ async def add_holdings(store: Store, shown: Collection[api.TaskView]) -> None:
         keys.running(NodeId(v.node), TaskId(v.task.spec.id)): v for v in shown if v.task.state == pb.RUNNING and v.node
     }
     for key, entry in (await read_all(store, running)).items():
-        running[key].cancel_requested = codec.decode_holding(entry.value).cancel_requested
+        holding = codec.readable(codec.decode_holding, entry.value)
+        running[key].cancel_requested = holding is not None and holding.cancel_requested

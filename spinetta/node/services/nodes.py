@@ -71,7 +71,7 @@ class Nodes:
         alive = {keys.parse_node(e.key): e for e in (await store.list(keys.NODE)).entries}
         lives = {keys.parse_node(e.key): e for e in (await store.list(keys.INCARNATION)).entries}
         office = (await store.read([keys.OFFICE])).entries[keys.OFFICE]
-        leader = codec.decode_office(office.value) if office is not None else None
+        leader = codec.readable(codec.decode_office, office.value) if office is not None else None
         await self._beats.look()
         notices: list[str] = []
         try:
@@ -97,12 +97,15 @@ class Nodes:
         *,
         leader: NodeId | None,
     ) -> api.NodeView:
-        node = codec.node_to_pb(codec.decode_node(record.value)) if record is not None else pb.Node(name=name)
-        incarnation = codec.decode_incarnation(life.value) if life is not None else None
+        said = codec.readable(codec.decode_node, record.value) if record is not None else None
+        node = codec.node_to_pb(said) if said is not None else pb.Node(name=name)
+        incarnation = codec.readable(codec.decode_incarnation, life.value) if life is not None else None
         if incarnation is not None:
             node.incarnation = incarnation.id
         if incarnation is not None and incarnation.state is not Life.OPEN:
             status = incarnation.state.name.lower()
+        elif (record is not None and said is None) or (life is not None and incarnation is None):
+            status = "unreadable"
         elif record is None:
             status = "lost"
         else:

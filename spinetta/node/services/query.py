@@ -122,7 +122,7 @@ async def read_run(
     listed = await _ids(store, wanted, after=after, limit=limit, newest_before_ms=newest_before_ms)
     found = await lookup.read_all(store, [keys.task(i) for i in listed.ids])
     entries = [found[keys.task(i)] for i in listed.ids if keys.task(i) in found]
-    shown = [v for v in map(views.view, entries) if wanted.matches(v)]
+    shown = [v for v in map(views.readable, entries) if v is not None and wanted.matches(v)]
     await lookup.add_holdings(store, shown)
     last = listed.ids[-1] if listed.ids else None
     return Run(tuple(shown), len(listed.ids), last, listed.more, listed.revision)

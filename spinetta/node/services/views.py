@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf.message import DecodeError
@@ -13,6 +14,8 @@ from spinetta.node.services import limits
 from spinetta.store.protocol import KeyValue
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 
 def view(entry: KeyValue) -> api.TaskView:
@@ -30,6 +33,15 @@ def view(entry: KeyValue) -> api.TaskView:
         node=task.attempts[-1].node if task.attempts else "",
         revision=entry.modified,
     )
+
+
+def readable(entry: KeyValue) -> api.TaskView | None:
+    """As `view`, but None for a record that is no task: among many, one bad one must not hide the others."""
+    try:
+        return view(entry)
+    except CorruptRecord as e:
+        log.warning("left out of an answer: %s", e)
+        return None
 
 
 def is_complete(v: api.TaskView) -> bool:
