@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,18 +26,28 @@ log = logging.getLogger("spinetta.node")
 
 
 class Memory:
-    """What this node remembers on disk; each change is written before it counts."""
+    """What this node remembers on disk; each change is written before it counts.
+
+    Changes come from the event loop and from threads. Two at once must not undo one another, or a node could forget
+    that its member has joined.
+    """
 
     def __init__(self, path: Path, identity: Identity) -> None:
         self._path = path
+        self._changing = threading.Lock()
         self.identity = identity
 
     def update(self, **changes: Any) -> None:
-        """Change some fields."""
-        changed = replace(self.identity, **changes)
-        if changed != self.identity:
-            identities.save(self._path, changed)
-            self.identity = changed
+        """Change some fields.
+
+        Raises:
+            UserError: they cannot be written; nothing has changed.
+        """
+        with self._changing:
+            changed = replace(self.identity, **changes)
+            if changed != self.identity:
+                identities.save(self._path, changed)
+                self.identity = changed
 
     def forget(self) -> None:
         """The node has left for good: its directory may join any cluster."""

@@ -10,7 +10,7 @@ import grpc
 
 from spinetta import voters
 from spinetta.agent import Agent
-from spinetta.errors import AlreadyExists, OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.errors import AlreadyExists, OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.model import NodeRecord
 from spinetta.node.seats import OwnSeat
 from spinetta.store.members import Member, MemberList, statuses
@@ -57,7 +57,7 @@ class SeatKeeper:
                 settled = await self._step()
                 seen = looks
                 next_s = time.monotonic() + STEP_EVERY_S
-            except (StoreUnavailable, OutcomeUnknown, UserError) as e:
+            except (StoreUnavailable, OutcomeUnknown, RuntimeUnavailable, UserError) as e:
                 log.info("the voters cannot be changed now: %s", e)
                 settled = False
             except grpc.aio.AioRpcError as e:
@@ -71,7 +71,8 @@ class SeatKeeper:
         now_s = time.monotonic()
         learners = {m.member_id for m in listed.members if m.learner}
         self._learner_since_s = {i: self._learner_since_s.get(i, now_s) for i in learners}
-        nodes = {r.etcd_peer_url: r for r in self.records()}
+        records = self.records()  # once: they may be others after the next await
+        nodes = {r.etcd_peer_url: r for r in records}
         seats = []
         for m in listed.members:
             status = seen[m.member_id]
@@ -80,7 +81,7 @@ class SeatKeeper:
             seats.append(voters.Seat(m.member_id, m.name, m.peer_url, m.learner, healthy, stale))
             if m.learner and not healthy and not stale and m.peer_url in nodes:
                 await self._take(nodes[m.peer_url], m, listed)
-        sitters = [self._sitter(r, now_s) for r in self.records()]
+        sitters = [self._sitter(r, now_s) for r in records]
         me = self._agent.settings.name
         leader = next((s.leader_id for s in seen.values() if s is not None and s.leader_id), 0)
         step = voters.next_step(seats, sitters, wanted=self._wanted, me=me, leader_member_id=leader)

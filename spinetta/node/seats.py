@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from spinetta.errors import Fenced, InvariantViolation, StoreUnavailable, UserError
+from spinetta.errors import Fenced, InvariantViolation, RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.node.port import Member, Membership
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.identity import Identity, check_data_dir
 from spinetta.store.members import Members, MemberStatus, hex_id, statuses
 from spinetta.store.process import EtcdSettings, Version, initial_cluster
 from spinetta.store.supervisor import EtcdSupervisor, Services
+from spinetta.store.wal import wal_owner
 
 log = logging.getLogger("spinetta.node")
 
@@ -108,6 +109,9 @@ class OwnSeat:
             if self._supervisor is not None:
                 return
             self._update(cluster_id=cluster_id)
+            owner = wal_owner(self._etcd_dir)
+            if owner is not None and owner[0] != hex_id(member_id):  # a crash has come between forgetting and this
+                await asyncio.to_thread(self._put_aside)
             await self._start(cluster, existing=True, member_id=hex_id(member_id))
 
     async def give_up(self, member_id: int) -> None:
@@ -118,9 +122,7 @@ class OwnSeat:
 
     async def stop(self) -> None:
         """Stop etcd in order; the seat is kept."""
-        if self._supervisor is not None:
-            await self._supervisor.stop()
-            self._seat(None)
+        await self._stop_etcd()
 
     async def _start(self, cluster: str, *, existing: bool, member_id: str = "") -> None:
         check_data_dir(self._identity(), self._etcd_dir)
@@ -149,40 +151,73 @@ class OwnSeat:
 
     async def _put_away(self) -> None:
         """Stop the member for good. Its data is kept once, under another name, for a person to look at."""
-        if self._supervisor is not None:
-            await self._supervisor.stop()
-            self._seat(None)
-        old = self._etcd_dir.with_name("etcd.removed")
-        shutil.rmtree(old, ignore_errors=True)
-        if self._etcd_dir.exists():
-            self._etcd_dir.rename(old)
+        await self._stop_etcd()
+        # Forgotten first. After a crash in between, data of a forgotten member is found and put aside by `take`; the
+        # other way round the data would be missed, and the node refuse to start as one whose disk was wiped.
         self._update(member_id="", has_joined=False, initial_cluster="")
+        await asyncio.to_thread(self._put_aside)
         log.info("this node has given up its voter's seat")
+
+    def _put_aside(self) -> None:
+        old = self._etcd_dir.with_name("etcd.removed")
+        try:
+            if self._etcd_dir.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                self._etcd_dir.rename(old)
+        except OSError as e:
+            raise UserError(f"{self._etcd_dir} cannot be put aside: {e.strerror}", hint="move it away") from e
+
+    async def _stop_etcd(self) -> None:
+        supervisor = self._supervisor
+        if supervisor is None:
+            return
+        self._seat(None)  # first: whoever keeps it running must not start it again
+        try:
+            await supervisor.stop()
+        except BaseException:
+            self._seat(supervisor)  # it may still run
+            raise
 
     async def run(self) -> None:
         """Keep etcd running while there is a seat. Runs until it is cancelled."""
         while True:
             self._reseated.clear()
-            if self._supervisor is None:
+            supervisor = self._supervisor
+            if supervisor is None:
                 await self._reseated.wait()
-                continue
-            async with asyncio.TaskGroup() as group:
-                keeping = group.create_task(self._keep(self._supervisor))
-                await self._reseated.wait()
-                keeping.cancel()
+            elif await self._keep(supervisor):
+                async with self._changing:
+                    if self._supervisor is supervisor:
+                        await self._put_away_later()
+
+    async def _put_away_later(self) -> None:
+        try:
+            await self._put_away()
+        except (RuntimeUnavailable, UserError) as e:
+            log.warning("the removed member cannot be put away now: %s", e)
 
     def _seat(self, supervisor: EtcdSupervisor | None) -> None:
         self._supervisor = supervisor
         self._reseated.set()
 
-    async def _keep(self, supervisor: EtcdSupervisor) -> None:
-        try:
-            await supervisor.run()
-        except Fenced as e:
-            log.warning("%s", e)
-            async with self._changing:
-                if self._supervisor is supervisor:
-                    await self._put_away()
+    async def _keep(self, supervisor: EtcdSupervisor) -> bool:
+        """Keep it running until the seat changes (False) or etcd says that it has been removed (True)."""
+        removed = False
+
+        async def keep() -> None:
+            nonlocal removed
+            try:
+                await supervisor.run()
+            except Fenced as e:
+                log.warning("%s", e)
+                removed = True
+                self._reseated.set()
+
+        async with asyncio.TaskGroup() as group:
+            keeping = group.create_task(keep())
+            await self._reseated.wait()
+            keeping.cancel()
+        return removed
 
     # --- looking ---
 
