@@ -133,10 +133,10 @@ class Nodes:
         start_s = time.monotonic()
         end_s = start_s + (self.timeout_s if timeout_s is None else timeout_s)
         unknown: OutcomeUnknown | None = None
+        failure: StoreUnavailable | OutcomeUnknown | None = None  # of the latest attempt: what a user can act upon
 
         async def one_round() -> A:
-            nonlocal unknown
-            failure: StoreUnavailable | OutcomeUnknown | None = None
+            nonlocal unknown, failure
             for index, address in self._order():
                 left_s = end_s - time.monotonic()
                 if left_s <= 0:
