@@ -170,8 +170,7 @@ class Agent:
                 return []
             case SetDraining():
                 self.draining, self.leaving_soon = event.draining, event.leaving
-                if event.release:
-                    self.holdings.release_all(Reason.RELEASED)
+                self.holdings.release_all(Reason.RELEASED if event.release else None)
                 self.claims.touch()
                 return []
             case LeaveWanted():

@@ -259,8 +259,8 @@ class Holdings:
 
     # --- what to do ---
 
-    def release_all(self, why: Reason) -> None:
-        """Give everything back: running attempts are stopped, waiting starts are not made."""
+    def release_all(self, why: Reason | None) -> None:
+        """Give everything back: running attempts are stopped, waiting starts are not made. None: no longer."""
         self._releasing = why
 
     def poll(

@@ -24,6 +24,7 @@ KINDS = (
     "admin",  # nodes are drained, undrained, leave and come back
     "join",  # a node joins late
 )
+OFTEN = {"partition": 4, "net": 3, "daemon": 3, "machine": 2, "pause": 2}  # what safety hangs on most
 HORIZON_S = 14.0  # faults happen within; a seed must be cheap, and more seeds find more than longer ones
 PIECES_MAX = 12
 
@@ -97,7 +98,7 @@ class _Draft:
         return self.rng.choice(self.machines).name
 
     def when(self) -> float:
-        return self.rng.uniform(0.3, HORIZON_S)
+        return self.rng.uniform(0.3, HORIZON_S * self.rng.choice((0.4, 1.0)))
 
 
 _Adder = Callable[[_Draft], None]
@@ -119,8 +120,8 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
         )
         for i in range(1, count + 1)
     ]
-    chosen = rng.sample(KINDS, k=rng.choice((0, 1, 2, 3, 3, 4, 5, 6, 8)))
-    kinds = tuple(only) or tuple(chosen)
+    chosen = rng.choices(KINDS, [OFTEN.get(k, 1) for k in KINDS], k=rng.choice((0, 1, 1, 2, 3, 3, 4, 6, 8)))
+    kinds = tuple(only) or tuple(sorted(set(chosen)))
     draft = _Draft(rng, machines)
     for kind in KINDS:
         if kind in kinds:
@@ -170,13 +171,13 @@ def _submit(rng: random.Random, n: int) -> tuple[float, TaskSpec]:
         restart_on_node_failure=rng.random() < 0.9,
         grace_s=rng.choice((0.0, 0.0, 0.0, 1.5, 4.0)),
     )
-    return rng.uniform(0.0, HORIZON_S * 0.8), spec
+    return rng.uniform(0.0, HORIZON_S * rng.choice((0.2, 0.8))), spec
 
 
 def _spread(kind: str, most: int, longest_s: float, modes: tuple[str, ...] = ("",)) -> _Adder:
     def add(d: _Draft) -> None:
         for _ in range(d.rng.randint(1, most)):
-            for_s = d.rng.uniform(0.1, longest_s)
+            for_s = d.rng.choice((d.rng.uniform(0.1, longest_s / 3), d.rng.uniform(longest_s / 2, longest_s)))
             d.faults.append(Fault(d.when(), kind, d.some(), for_s, d.rng.choice(modes)))
 
     return add
@@ -204,7 +205,7 @@ def _nothing(_d: _Draft) -> None:
 
 _ADD = {
     "net": _nothing,
-    "partition": _spread("partition", 3, 10.0, ("requests", "answers", "both", "lease", "lease")),
+    "partition": _spread("partition", 3, 12.0, ("requests", "answers", "both", "lease", "keep")),
     "daemon": _spread("daemon", 4, 7.0, ("", "", "claim", "finish", "register", "held", "renew")),
     "shim": _spread("shim", 2, 1.0),
     "machine": _machine,
@@ -214,6 +215,6 @@ _ADD = {
     "watch": _spread("watch", 6, 1.0),
     "runtime": _spread("runtime", 3, 1.5),
     "disk": _nothing,
-    "admin": _spread("admin", 3, 4.0, ("drain", "leave", "release")),
+    "admin": _spread("admin", 3, 4.0, ("drain", "leave", "release", "stay")),
     "join": _join,
 }

@@ -338,11 +338,13 @@ class Machine:
             # Renewals go through and keep-alives do not; all is dark once the lease has run out. No node can have
             # renewed later, so that whoever waits too short is found out.
             return isinstance(effect, KeepAlive)
-        return True
+        return self.cut_mode != "keep" or isinstance(effect, KeepAlive)
 
     def _is_dark(self) -> bool:
         """Whether no answers come."""
-        return self.cut() and (self.cut_mode != "lease" or self.name not in self.world.checker.nodes)
+        if self.cut_mode == "lease":
+            return self.cut() and self.name not in self.world.checker.nodes
+        return self.cut() and self.cut_mode != "keep"
 
     def _reach_store(self, asked: _Asked, silent: bool) -> None:
         world = self.world

@@ -202,6 +202,11 @@ class World:
             machine.tell(SetDraining(True))
             self.after(fault.for_s, machine.tell, SetDraining(False))
             return
+        if fault.mode == "stay":  # told to leave, with everything given back, and then to stay after all
+            self.checker.released.add(machine.name)
+            machine.tell(SetDraining(True, leaving=True, release=True))
+            self.after(fault.for_s, machine.tell, SetDraining(False))
+            return
         if fault.mode == "release":
             self.checker.released.add(machine.name)
         machine.returning = True
@@ -276,10 +281,11 @@ class World:
             asked = replace(codec.decode_holding(status.value), cancel_requested=True)
             body = txn.cancel_running(node, task_id, status.modified, codec.encode_holding(asked))
         if body is not None:
-            self.after(self.rng.uniform(0.0, 0.02), self._cancel_now, task_id, body)
+            self.after(self.rng.uniform(0.0, self.rng.choice((0.02, 0.6))), self._cancel_now, task_id, body)
 
     def _cancel_now(self, task_id: TaskId, body: txn.Txn) -> None:
         arrives, answers = self._fate()
+        arrives = arrives and self.now >= self.stalled_until_s
         done = self.on_store(lambda: self.model.commit(body)) if arrives else None
         if isinstance(done, txn.Committed) and answers:
             self.cancelled[task_id] = Wish(acknowledged=True)
@@ -293,8 +299,8 @@ class World:
         if found is None:
             rng = random.Random(f"{self.plan.seed} {task} {attempt}")
             code = 0 if rng.random() < 0.8 else rng.randint(1, 255)
-            longest_s = rng.choice((0.0, 0.3, 2.0, 5.0, 10.0))
-            duration_s = rng.uniform(longest_s / 4, longest_s)
+            longest_s = rng.choice((0.0, 0.3, 2.0, 5.0, 12.0))
+            duration_s = rng.uniform(longest_s / 2, longest_s)
             found = self._scripts[task, attempt] = Script(duration_s, code, deaf=rng.random() < 0.2)
         return found
 

@@ -460,6 +460,20 @@ def test_leaving_with_release_gives_back_at_once() -> None:
     assert (task.state, task.attempts[-1].reason, task.losses, task.failures) == (State.QUEUED, "released", 0, 0)
 
 
+def test_one_who_stays_after_all_takes_tasks_again() -> None:
+    """It had been told to give everything back; it must not go on giving back what it takes."""
+    d = Direct(settings(), script=lambda _: Script(1.0))
+    n1 = d.node()
+    d.submit(spec(1))
+    d.run(0.5)
+    d.tell(n1, SetDraining(True, leaving=True, release=True))
+    d.run(2.0)
+    assert d.task(task_id(1)).state is State.QUEUED
+    d.tell(n1, SetDraining(False))
+    d.run(5.0)
+    assert (d.task(task_id(1)).outcome, d.task(task_id(1)).attempts_started) == (Outcome.SUCCEEDED, 2)
+
+
 def test_a_cancel_between_the_end_and_its_record_is_not_lost() -> None:
     """The attempt failed and would be tried again; its user cancels before that is recorded."""
     d = Direct(settings(), script=lambda _: Script(1.0, code=1))
