@@ -632,7 +632,7 @@ class NodeView(_message.Message):
     """holds the office"""
     etcd_leader: _builtins.bool
     status: _builtins.str
-    """ready, draining, leaving, lost, condemned, dead"""
+    """ready, draining, leaving, lost, condemned, dead, unreadable"""
     beat_age_ms: _builtins.int
     """since the answering node saw its heartbeat change; -1: not seen yet"""
     @_builtins.property

@@ -483,7 +483,7 @@ class Node(_message.Message):
     draining: _builtins.bool
     leaving: _builtins.bool
     etcd_client_url: _builtins.str
-    """empty on nodes that run no member"""
+    """of its etcd member, or of the one it would run"""
     etcd_peer_url: _builtins.str
     etcd_member_id: _builtins.int
     candidate: _builtins.bool
