@@ -49,6 +49,16 @@ class Memory:
                 identities.save(self._path, changed)
                 self.identity = changed
 
+    def plan(self, **changes: Any) -> None:
+        """Change some fields in memory; they are written with the next change, once the node has found its cluster."""
+        with self._changing:
+            self.identity = replace(self.identity, **changes)
+
+    def write(self) -> None:
+        """Write what has been planned."""
+        with self._changing:
+            identities.save(self._path, self.identity)
+
     def forget(self) -> None:
         """The node has left for good: its directory may join any cluster."""
         self._path.unlink(missing_ok=True)
@@ -132,7 +142,13 @@ async def _find_cluster(settings: Settings, memory: Memory, seat: OwnSeat) -> li
         if not identity.endpoints:
             raise UserError("this node does not know where its cluster is", field="node.peers", hint="give --peers")
         return list(identity.endpoints)
-    await seat.bootstrap()
+    memory.write()  # before etcd has data: a node that does not remember having made it would refuse it
+    try:
+        await seat.bootstrap()
+    except UserError:
+        if seat.empty:
+            memory.forget()
+        raise
     return [seat.client_url]
 
 
@@ -166,7 +182,7 @@ def _choose_ports(settings: Settings, memory: Memory) -> None:
     if identity.has_joined or (identity.etcd_client_port and 0 in wanted):
         return
     client, peer = (port or _free_port(settings.host) for port in wanted)
-    memory.update(etcd_client_port=client, etcd_peer_port=peer)
+    memory.plan(etcd_client_port=client, etcd_peer_port=peer)
 
 
 def _free_port(host: str) -> int:

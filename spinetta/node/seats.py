@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 from spinetta.errors import Fenced, InvariantViolation, RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.node.port import Member, Membership
@@ -20,6 +21,7 @@ from spinetta.store.wal import wal_owner
 
 log = logging.getLogger("spinetta.node")
 
+JOINING = "spinetta"  # the token of a member that joins: etcd takes the cluster's id from the others then
 START_S = 60.0  # etcd's start, on a busy machine with a slow disk
 
 
@@ -70,6 +72,11 @@ class OwnSeat:
         return self._identity().cluster_id
 
     @property
+    def empty(self) -> bool:
+        """True when there is no data of a member."""
+        return wal_owner(self._etcd_dir) is None
+
+    @property
     def members(self) -> Members:
         """What etcd says of itself, and changes of it."""
         if self._members is None:
@@ -80,7 +87,9 @@ class OwnSeat:
 
     async def bootstrap(self) -> None:
         """Begin a new cluster with this node as its only voter. May be repeated after a crash."""
-        await self._start(initial_cluster([(self._name, self.peer_url)]), existing=False)
+        # etcd makes the cluster's id from its first members' URLs and this word: a fixed one would give every cluster
+        # that begins at the same address the same id, and data of one could pass for data of another.
+        await self._start(initial_cluster([(self._name, self.peer_url)]), existing=False, token=uuid4().hex)
 
     async def resume(self) -> None:
         """Start the member that this node has had before.
@@ -124,7 +133,7 @@ class OwnSeat:
         """Stop etcd in order; the seat is kept."""
         await self._stop_etcd()
 
-    async def _start(self, cluster: str, *, existing: bool, member_id: str = "") -> None:
+    async def _start(self, cluster: str, *, existing: bool, member_id: str = "", token: str = JOINING) -> None:
         check_data_dir(self._identity(), self._etcd_dir)
         settings = EtcdSettings(
             program=self._program,
@@ -134,6 +143,7 @@ class OwnSeat:
             peer_url=self.peer_url,
             initial_cluster=cluster,
             existing=existing,
+            token=token,
         )
         supervisor = EtcdSupervisor(self._services, settings, log_path=self._log_path, version=self._version)
         if self._identity().has_joined:

@@ -58,6 +58,7 @@ def test_an_unreachable_peer_is_named(single: Cluster, tmp_path: Path) -> None:
     code, said = refused(node, [f"{base}2:{API_PORT}"])
     assert code == 2
     assert f"no peer can be reached: {base}2:{API_PORT}" in said
+    assert not (node.data_dir / "identity.json").exists(), "a node that could not join may be given another name"
 
 
 def test_something_else_at_the_peers_address_is_recognised(single: Cluster, tmp_path: Path) -> None:
@@ -156,6 +157,28 @@ def test_addresses_off_loopback_are_refused_with_the_reason(tmp_path: Path) -> N
     code, said = refused(node, [])
     assert code == 2
     assert "loopback" in said
+
+
+def test_two_clusters_begun_at_one_address_are_told_apart(tmp_path: Path) -> None:
+    """Same name, same address, one after the other: the data of the first is not that of the second."""
+    base = free_base(1)
+    first = Node("n1", f"{base}1", tmp_path / "first", tmp_path / "first.log", QUICK)
+    second = Node("n1", f"{base}1", tmp_path / "second", tmp_path / "second.log", QUICK)
+    ids = []
+    for node in (first, second):
+        cluster = Cluster(tmp_path, base, QUICK, [node])
+        node.start()
+        try:
+            cluster.wait_ready()
+            ids.append(json.loads((node.data_dir / "identity.json").read_text())["cluster_id"])
+        finally:
+            node.stop()
+    assert ids[0] != ids[1]
+    shutil.rmtree(first.data_dir / "etcd")
+    shutil.copytree(second.data_dir / "etcd", first.data_dir / "etcd")
+    code, said = refused(first, [])
+    assert code == 2
+    assert f"holds the data of cluster {ids[1]}" in said
 
 
 def test_one_three_voters_a_worker_and_leaving(tmp_path: Path) -> None:
