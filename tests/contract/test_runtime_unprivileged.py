@@ -65,6 +65,7 @@ async def main():
         said = "\\n".join(rt.warnings())
         for word in ("pid-namespace", "memory-limit", "cpu-limit", "pids-limit", "cgroup-kill", "outlive", "kill late"):
             assert word in said, (word, said)
+        assert said.count("Permission denied") <= 10, said  # one reason for all of them is told once
 
         await rt.start(shell("plain.1", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exit 3"))
         ended = await end_of(rt, "plain.1")

@@ -161,8 +161,11 @@ class Shim:
             self._warnings.append(f"the shim runs without {', '.join(lacking)}: it may kill late on a loaded machine")
 
     def _capabilities(self, around: detach.Detached) -> tuple[str, ...]:
+        by_reason: dict[str, list[str]] = {}  # often one for all of them, and a long one
         for name, reason in self._cgroups.missing.items():
-            self._warnings.append(f"{name} is missing: {reason}")
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names_ in by_reason.items():
+            self._warnings.append(f"{', '.join(names_)} {'is' if len(names_) == 1 else 'are'} missing: {reason}")
         if "cgroup-kill" in self._cgroups.missing:
             self._warnings.append("without cgroups a process that a task detaches may outlive it")
         names = ["process", *self._cgroups.capabilities]
