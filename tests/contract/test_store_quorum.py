@@ -141,7 +141,9 @@ def test_a_frozen_leader_loses_nothing(tmp_path: Path) -> None:
             for key, kind in answers.items():  # reading back settles what was unknown
                 if kind == "OutcomeUnknown":
                     again = await store.commit(Txn(when=(Absent(key),), then=(Put(key),)))
-                    assert isinstance(again, Conflict if key in found else Committed)
+                    # What the thawed leader still had may land after the listing: then the guard finds it.
+                    assert isinstance(again, Conflict) or key not in found
+                    assert (await store.read([key])).entries[key] is not None
             await store.close()
             print(f"{kinds.count('OutcomeUnknown')} unknown, {time.monotonic() - start_s:.2f} s")  # noqa: T201
 
