@@ -7,12 +7,10 @@ rolling upgrade must therefore add fields one release before it relies on them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 
-from spinetta import keys
 from spinetta.errors import UserError
 from spinetta.model import (
     Attempt,
@@ -44,7 +42,12 @@ class CorruptRecord(UserError):
     reason = "corrupt"
 
 
-def _parse(message: M, data: bytes, what: str) -> M:
+def parse(message: M, data: bytes, what: str) -> M:
+    """`message`, filled in with a stored value.
+
+    Raises:
+        CorruptRecord: it is not of that type.
+    """
     try:
         message.ParseFromString(data)
     except DecodeError as e:
@@ -54,7 +57,7 @@ def _parse(message: M, data: bytes, what: str) -> M:
 
 def _decoded(message: M, convert: Callable[[M], T], data: bytes, what: str) -> T:
     try:
-        return convert(_parse(message, data, what))
+        return convert(parse(message, data, what))
     except ValueError as e:  # a state or outcome that this version does not know
         raise CorruptRecord(f"{what} cannot be read: {e}") from e
 
@@ -298,7 +301,7 @@ def decode_hint(data: bytes) -> QueueHint | None:
     if not data:
         return None
     try:
-        m = _parse(pb.QueueHint(), data, "a queue hint")
+        m = parse(pb.QueueHint(), data, "a queue hint")
     except CorruptRecord:
         return None
     return QueueHint(
@@ -327,7 +330,7 @@ def decode_holding(data: bytes) -> Holding:
     Raises:
         CorruptRecord: it is none.
     """
-    m = _parse(pb.Holding(), data, "a running key")
+    m = parse(pb.Holding(), data, "a running key")
     return Holding(m.attempt, IncarnationId(m.incarnation), m.grace_s, m.cancel_requested, m.cancel_reason)
 
 
@@ -378,7 +381,7 @@ def encode_office(node: NodeId) -> bytes:
 
 def decode_office(data: bytes) -> NodeId:
     """The value of ``/leader/office``."""
-    return NodeId(_parse(pb.Office(), data, "the office of the leader").node)
+    return NodeId(parse(pb.Office(), data, "the office of the leader").node)
 
 
 def encode_generation(generation: str) -> bytes:
@@ -388,71 +391,4 @@ def encode_generation(generation: str) -> bytes:
 
 def decode_generation(data: bytes) -> str:
     """The value of ``/generation``."""
-    return _parse(pb.Generation(), data, "the generation").id
-
-
-# --- for people ---------------------------------------------------------------------------------------------------
-
-_BY_PREFIX: tuple[tuple[str, Callable[[], Message]], ...] = (
-    (keys.TASK, pb.Task),
-    (keys.QUEUED, pb.QueueHint),
-    (keys.BLOCKED, pb.QueueHint),
-    (keys.RUNNING, pb.Holding),
-    (keys.NODE, pb.Node),
-    (keys.INCARNATION, pb.Incarnation),
-    (keys.OFFICE, pb.Office),
-    (keys.GENERATION, pb.Generation),
-)
-TYPES: dict[str, Callable[[], Message]] = {
-    "task": pb.Task,
-    "queued": pb.QueueHint,
-    "running": pb.Holding,
-    "node": pb.Node,
-    "incarnation": pb.Incarnation,
-    "office": pb.Office,
-    "generation": pb.Generation,
-}
-
-
-def to_dict(key_or_type: str, data: bytes) -> dict[str, Any]:
-    """A stored value as plain data for printing, by its key or by a name of `TYPES`.
-
-    Raises:
-        UserError: nothing of ours is stored under such a key.
-        CorruptRecord: the value is not of that type.
-    """
-    make = TYPES.get(key_or_type)
-    if make is None:
-        make = next((m for prefix, m in _BY_PREFIX if key_or_type.startswith(prefix)), None)
-    if make is None:
-        raise UserError(
-            f"no record is stored under {key_or_type!r}",
-            field="key",
-            hint=f"a key of ours, or one of {', '.join(TYPES)}",
-        )
-    return message_to_dict(_parse(make(), data, f"the value of {key_or_type}"))
-
-
-def message_to_dict(message: Message) -> dict[str, Any]:
-    """A message as plain data: field names as in the .proto files, 64-bit numbers as numbers, not strings."""
-    plain: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
-    return {k: _numbers(message, k, v) for k, v in plain.items()}
-
-
-_INT64 = frozenset({3, 4, 6, 16, 18})  # descriptor types (U)INT64, FIXED64, SFIXED64, SINT64: strings in JSON
-
-
-def _numbers(message: Message, name: str, value: Any) -> Any:
-    """Undo protobuf's JSON rule of 64-bit integers as strings: Python and jq both read them as they are."""
-    field = message.DESCRIPTOR.fields_by_name[name]
-    if field.message_type is not None and field.message_type.GetOptions().map_entry:
-        is_number = field.message_type.fields_by_name["value"].type in _INT64
-        return {k: int(v) if is_number else v for k, v in value.items()}
-    if field.message_type is not None:
-        inner = getattr(message, name)
-        if isinstance(value, list):
-            return [{k: _numbers(i, k, x) for k, x in v.items()} for i, v in zip(inner, value, strict=True)]
-        return {k: _numbers(inner, k, x) for k, x in value.items()}
-    if field.type in _INT64:
-        return [int(v) for v in value] if isinstance(value, list) else int(value)
-    return value
+    return parse(pb.Generation(), data, "the generation").id

@@ -91,7 +91,7 @@ def decode(
       spinetta etcdctl get --prefix /task/ -w json | spinetta decode
       spinetta etcdctl get /task/ID --print-value-only | spinetta decode --type task
     """
-    from spinetta.codec import TYPES
+    from spinetta.cli.plain import TYPES
 
     if type_ is not None and type_ not in TYPES:
         raise UserError(f"there is no type {type_!r}", field="type", hint=", ".join(TYPES))
@@ -121,7 +121,8 @@ def decode(
 
 
 def _decoded(key_or_type: str, value: bytes) -> dict[str, Any]:
-    from spinetta.codec import CorruptRecord, to_dict
+    from spinetta.cli.plain import to_dict
+    from spinetta.codec import CorruptRecord
 
     if not value.strip(b"\n"):
         return {}

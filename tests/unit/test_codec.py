@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinetta import codec, keys
-from spinetta.errors import UserError
+from spinetta import codec
 from spinetta.model import (
     Attempt,
     Holding,
@@ -26,7 +25,7 @@ from spinetta.model import (
     TaskSpec,
     Usage,
 )
-from tests.builders import holding, node_record, queued, spec, task_id
+from tests.builders import spec
 
 text = st.text(max_size=12)
 names = st.lists(text, max_size=4, unique=True).map(lambda ns: tuple(sorted(ns)))
@@ -188,23 +187,3 @@ def test_a_record_without_a_state_is_broken() -> None:
         codec.decode_task(b"")
     with pytest.raises(codec.CorruptRecord, match="no state"):
         codec.decode_incarnation(b"")
-
-
-def test_for_people() -> None:
-    task = queued(1, labels=(("run", "7"),))
-    plain = codec.to_dict(keys.task(task_id(1)), codec.encode_task(task))
-    assert plain["state"] == "QUEUED"
-    assert plain["submitted_ms"] == 1000
-    assert plain["spec"]["labels"] == {"run": "7"}
-    assert plain["spec"]["resources"] == {"cpu_millis": 1000}
-    assert codec.to_dict("task", codec.encode_task(task)) == plain
-    gpu = codec.to_dict("node", codec.encode_node(node_record(capacity=Resources.of(1000, countables={"gpu": 2}))))
-    assert gpu["capacity"]["countables"] == {"gpu": 2}
-    held = codec.to_dict(keys.running(NodeId("n1"), task_id(1)), codec.encode_holding(holding(3)))
-    assert held == {"attempt": 3, "incarnation": "life", "grace_s": 8.0}
-
-
-@pytest.mark.parametrize("key", ["/elsewhere", "", "tasks"])
-def test_what_is_not_ours_is_the_users_mistake(key: str) -> None:
-    with pytest.raises(UserError):
-        codec.to_dict(key, b"")

@@ -1,0 +1,31 @@
+"""Stored values as people see them."""
+
+from __future__ import annotations
+
+import pytest
+
+from spinetta import codec, keys
+from spinetta.cli import plain
+from spinetta.errors import UserError
+from spinetta.model import NodeId, Resources
+from tests.builders import holding, node_record, queued, task_id
+
+
+def test_for_people() -> None:
+    task = queued(1, labels=(("run", "7"),))
+    shown = plain.to_dict(keys.task(task_id(1)), codec.encode_task(task))
+    assert shown["state"] == "QUEUED"
+    assert shown["submitted_ms"] == 1000
+    assert shown["spec"]["labels"] == {"run": "7"}
+    assert shown["spec"]["resources"] == {"cpu_millis": 1000}
+    assert plain.to_dict("task", codec.encode_task(task)) == shown
+    gpu = plain.to_dict("node", codec.encode_node(node_record(capacity=Resources.of(1000, countables={"gpu": 2}))))
+    assert gpu["capacity"]["countables"] == {"gpu": 2}
+    held = plain.to_dict(keys.running(NodeId("n1"), task_id(1)), codec.encode_holding(holding(3)))
+    assert held == {"attempt": 3, "incarnation": "life", "grace_s": 8.0}
+
+
+@pytest.mark.parametrize("key", ["/elsewhere", "", "tasks"])
+def test_what_is_not_ours_is_the_users_mistake(key: str) -> None:
+    with pytest.raises(UserError):
+        plain.to_dict(key, b"")
