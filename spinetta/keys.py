@@ -95,11 +95,6 @@ def parse_node(key: str) -> NodeId:
     raise InvariantViolation(f"not the key of a node: {key!r}")
 
 
-def prefix_end(prefix: str) -> str:
-    """The first key after all keys that begin with `prefix` (our keys are ASCII and never end in 0xFF)."""
-    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
-
-
 def after(key: str) -> str:
     """The first key that can follow `key`."""
     return key + "\0"

@@ -23,7 +23,6 @@ class Introduction:
     peer: str
     cluster_id: str
     client_urls: tuple[str, ...]
-    node_names: tuple[str, ...]
 
 
 async def introduce(peers: Sequence[str], *, name: str, returning: bool, wall_ms: int) -> Introduction:
@@ -83,4 +82,4 @@ async def _ask(peer: str, name: str, returning: bool, wall_ms: int) -> Introduct
     urls = tuple(v.client_url for v in described.voters if v.client_url and not v.learner)
     if not urls:
         raise UserError(f"{described.node} ({peer}) knows of no voter", field="node.peers", hint="try another peer")
-    return Introduction(peer, described.cluster_id, urls, tuple(sorted(alive)))
+    return Introduction(peer, described.cluster_id, urls)

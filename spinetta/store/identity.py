@@ -35,7 +35,7 @@ class Identity:
         address: HOST:PORT of the API.
         etcd_client_port, etcd_peer_port: as chosen at the first start.
         endpoints: client URLs of voters, as last seen: where a restarted worker finds the cluster.
-        incarnation_id, incarnation_revision, lease_id, node_created: the agent's session, for the next daemon.
+        incarnation_id: of its latest life, which the next daemon goes on with.
     """
 
     node: str
@@ -48,9 +48,6 @@ class Identity:
     etcd_peer_port: int = 0
     endpoints: tuple[str, ...] = ()
     incarnation_id: str = ""
-    incarnation_revision: int = 0
-    lease_id: int = 0
-    node_created: int = 0
 
 
 def load(path: Path) -> Identity | None:

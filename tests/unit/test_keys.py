@@ -67,8 +67,6 @@ def test_one_node_is_not_taken_for_another() -> None:
 
 
 def test_ends_of_ranges() -> None:
-    assert keys.prefix_end("/task/") == "/task0"
-    assert "/task/" <= keys.task(T) < keys.prefix_end("/task/")
     assert keys.task(T) < keys.after(keys.task(T)) < keys.task(task_id(8))
 
 
