@@ -139,6 +139,7 @@ class Driver:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
         self._busy_s = agent.settings.renew_every_s
+        self._relist_s = agent.settings.reconcile_s  # an end that the shim could not forget is found again
 
     async def tell(self, event: Happening) -> None:
         """Give the agent an event from outside."""
@@ -330,13 +331,20 @@ class Driver:
         while True:
             try:
                 await self._list_runtime()
-                async for event in self._runtime.events():
-                    match event:
-                        case Exited(key, exit_):
-                            await self.tell(AttemptEnded(key, exit_))
-                        case ShimLost():
-                            log.warning("the shim is gone, and with it all that it held")
-                            break
+                async with asyncio.timeout(self._relist_s):
+                    await self._pass_on_ends()
+            except TimeoutError:
+                continue
             except RuntimeUnavailable as e:
                 log.warning("the runtime does not answer: %s", e)
             await asyncio.sleep(RUNTIME_RETRY_S)
+
+    async def _pass_on_ends(self) -> None:
+        """Until the connection to the shim is lost."""
+        async for event in self._runtime.events():
+            match event:
+                case Exited(key, exit_):
+                    await self.tell(AttemptEnded(key, exit_))
+                case ShimLost():
+                    log.warning("the connection to the shim is lost; if it has died, so has all that it held")
+                    return

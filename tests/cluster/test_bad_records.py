@@ -39,7 +39,7 @@ def test_a_node_outlives_what_it_cannot_read(tmp_path: Path) -> None:
         assert isinstance(await store.commit(txn.Txn(then=puts)), txn.Committed)
         await store.close()
 
-    with running_cluster(tmp_path, 1) as cluster:
+    with running_cluster(tmp_path, 1, "--reconcile", "1s") as cluster:  # so that all is read again and again
         daemon = cluster.nodes[0].process
         assert daemon is not None
         asyncio.run(write(cluster.json("node", "list")["nodes"][0]["etcd_client_url"]))
