@@ -33,8 +33,8 @@ def make_spec(
     gpu: int = 0,
     countables: Mapping[str, int] | str = "",
     time: float | str = 0,
-    tags: Sequence[str] = (),
-    not_tags: Sequence[str] = (),
+    tags: str | Sequence[str] = (),
+    not_tags: str | Sequence[str] = (),
     priority: int = 0,
     retries: int = 0,
     backoff: float | str = 0,
@@ -56,7 +56,7 @@ def make_spec(
         gpu: short for ``countables={"gpu": n}``.
         countables: whole things by name, or ``"gpu=1,fpga=2"``.
         time: the longest it may run, seconds or e.g. ``"1h30m"``; 0: no limit.
-        tags, not_tags: that the node must, or must not, have.
+        tags, not_tags: that the node must, or must not, have; in text with commas between.
         priority: -1000 to 1000, higher first.
         retries: further attempts after a failure of the task itself.
         backoff: before the first retry; doubles with each.
@@ -67,6 +67,11 @@ def make_spec(
     Raises:
         UserError: names the argument.
     """
+    given: dict[str, object] = {"name": name, "workdir": workdir, "owner": owner, "id": id, "restart": restart}
+    given |= {"gpu": gpu, "priority": priority, "retries": retries}
+    for key, value in given.items():
+        if value is not None or key != "id":
+            _checked(key, value)
     counts = dict(options.parse_countables(countables, "countables")) if countables else {}
     if gpu:
         if "gpu" in counts:
@@ -76,15 +81,15 @@ def make_spec(
         id=TaskId(id) if id is not None else new_id(),
         command=_argv(command),
         name=name,
-        labels=_pairs(labels),
-        env=_pairs(env),
+        labels=_pairs("labels", labels),
+        env=_pairs("env", env),
         working_directory=workdir,
         resources=Resources.of(
             units.parse_cpus(cpus, "cpus"), units.parse_bytes(memory, "memory"), units.parse_bytes(disk, "disk"), counts
         ),
         walltime_s=units.parse_duration(time, "time"),
-        tags_required=tuple(sorted(set(tags))),
-        tags_forbidden=tuple(sorted(set(not_tags))),
+        tags_required=_tags("tags", tags),
+        tags_forbidden=_tags("not_tags", not_tags),
         priority=priority,
         retries=retries,
         retry_backoff_s=units.parse_duration(backoff, "backoff"),
@@ -101,6 +106,12 @@ def make_spec(
 
 def _argv(command: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(command, str):
+        if not isinstance(command, Iterable):
+            raise UserError(
+                f"the command must be text or a list of text, not {_kind(command)}",
+                field="command",
+                hint="give a program and its arguments",
+            )
         for i, word in enumerate(command):
             if not isinstance(word, str):
                 raise UserError(f"argument {i} must be text, not {_kind(word)}", field="command", hint="use str()")
@@ -113,8 +124,18 @@ def _argv(command: str | Sequence[str]) -> tuple[str, ...]:
         ) from e
 
 
-def _pairs(given: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(dict(given).items()))
+def _pairs(key: str, given: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    try:
+        table = dict(given)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{key} must be a table of text, not {_kind(given)}", field=key, hint="see make_spec") from e
+    return tuple(sorted(_text_table(key, table).items()))
+
+
+def _tags(key: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    # Text is a sequence of text, too: "ssd" must not become s, s and d.
+    found = _checked(key, given if isinstance(given, str | list) or not isinstance(given, Iterable) else list(given))
+    return tuple(sorted(set(found)))
 
 
 # What records call it → what people call it.

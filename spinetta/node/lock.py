@@ -19,7 +19,10 @@ class DirectoryLock:
         self._fd: int | None = None
 
     def __enter__(self) -> Self:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise _unusable(self._path, "opened", e) from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -31,8 +34,12 @@ class DirectoryLock:
                 hint="give this node a --data-dir of its own, or stop the other with: spinetta node stop",
                 reason="already-exists",
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as e:  # the disk is full
+            os.close(fd)
+            raise _unusable(self._path, "written", e) from e
         self._fd = fd
         return self
 
@@ -43,11 +50,18 @@ class DirectoryLock:
 
 
 def holder(data_dir: Path) -> int | None:
-    """The process id of the daemon that holds a data directory; None when there is none."""
+    """The process id of the daemon that holds a data directory; None when there is none.
+
+    Raises:
+        UserError: the directory is another user's.
+    """
+    path = data_dir / "daemon.lock"
     try:
-        fd = os.open(data_dir / "daemon.lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as e:
+        raise _unusable(path, "opened", e) from e
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -57,3 +71,11 @@ def holder(data_dir: Path) -> int | None:
         return None
     finally:
         os.close(fd)
+
+
+def _unusable(path: Path, what: str, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be {what}: {error.strerror}",
+        field="node.data_dir",
+        hint="use a --data-dir that you may write to, on a disk with room",
+    )

@@ -16,8 +16,10 @@ import pytest
 from spinetta import validate
 from spinetta.client import AsyncClient, Client, TaskFilter, make_spec
 from spinetta.client.aio import parse_nodes
+from spinetta.client.specs import ENTRY_KEYS
+from spinetta.codec import encode_task
 from spinetta.errors import AlreadyExists, InvariantViolation, NotFound, OutcomeUnknown, StoreUnavailable, UserError
-from spinetta.model import State
+from spinetta.model import State, Task
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 from spinetta.v1.api_pb2_grpc import SpinettaServicer, add_SpinettaServicer_to_server
@@ -558,3 +560,24 @@ def test_specifications() -> None:
         with pytest.raises(UserError) as caught:
             make_spec(**arguments)
         assert caught.value.field == field
+
+
+@pytest.mark.parametrize("key", ENTRY_KEYS)
+def test_wrong_types_are_a_users_mistake(key: str) -> None:
+    """Whatever is given, there is a specification that can be sent, or a UserError: never another error."""
+    table: list[object] = [None, 1, 1.5, float("nan"), 10**30, -1, True, b"x", "x", "\ud800", (), object()]
+    table += [["a"], ["ab"], [1], [("a",)], {"a": 1}, {1: "a"}, {"a": "b"}]
+    for value in table:
+        arguments: dict[str, Any] = {"command": ["a"], key: value}
+        try:
+            spec = make_spec(**arguments)
+        except UserError as e:
+            wrong = e.field.partition("[")[0].partition(".")[0]
+        else:
+            encode_task(Task(spec, State.QUEUED))
+            continue
+        assert wrong == key or {wrong, key} == {"gpu", "countables"}, value
+
+
+def test_tags_in_text_are_not_letters() -> None:
+    assert make_spec(["a"], tags="ssd, big", not_tags="old").tags_required == ("big", "ssd")
