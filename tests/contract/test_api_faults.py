@@ -17,7 +17,7 @@ from spinetta.errors import InvariantViolation, OutcomeUnknown, StoreUnavailable
 from spinetta.model import Outcome, State
 from spinetta.node.services import limits
 from spinetta.store.protocol import Snapshot, Store
-from spinetta.txn import Result, Txn
+from spinetta.txn import NESTED_MAX, Result, Txn
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 from tests.contract.api_world import Etcd, etcd, etcd_member, failure, node, run, spec
@@ -220,6 +220,46 @@ def test_bugs_are_logged_here_and_named_there(
             assert "secret" not in failed.text + str(failed.detail)
             assert "secret" in caplog.text
             assert "Traceback" in caplog.text
+
+    run(scenario())
+
+
+class GoneAfterOne(Broken):
+    """A store that takes one transaction, and none after."""
+
+    taken = 0
+
+    async def commit(self, txn: Txn, *, timeout_s: float = 5.0) -> Result:
+        self.taken += 1
+        if self.taken > 1:
+            raise self.error
+        return await self.inner.commit(txn, timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize(("tasks", "code"), [(2 * NESTED_MAX, Code.ABORTED), (1, Code.UNAVAILABLE)])
+def test_nothing_was_changed_is_said_only_when_it_is_true(etcd: Etcd, tmp_path: Path, tasks: int, code: Code) -> None:
+    async def scenario() -> None:
+        gone = StoreUnavailable("no etcd member answered")
+        async with node(etcd, tmp_path, wrap=lambda inner: GoneAfterOne(inner, gone)) as a:
+            if tasks == 1:
+                await a.api.Submit(api.SubmitRequest(tasks=[spec()]))
+            failed = await failure(a.api.Submit(api.SubmitRequest(tasks=[spec() for _ in range(tasks)])))
+            assert failed.code == code
+            assert len((await a.store.list(keys.QUEUED)).entries) == (1 if tasks == 1 else NESTED_MAX)
+
+    run(scenario())
+
+
+def test_nor_is_it_said_when_some_have_been_cancelled(etcd: Etcd, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        gone = StoreUnavailable("no etcd member answered")
+        async with node(etcd, tmp_path) as a:
+            tasks = [spec() for _ in range(NESTED_MAX)]
+            await a.api.Submit(api.SubmitRequest(tasks=tasks))
+            async with node(etcd, tmp_path, "b", wrap=lambda inner: GoneAfterOne(inner, gone)) as b:
+                failed = await failure(b.api.Cancel(api.CancelRequest(ids=[t.id for t in tasks])))
+                assert failed.code == Code.ABORTED
+            assert 0 < len((await a.store.list(keys.QUEUED)).entries) < NESTED_MAX
 
     run(scenario())
 

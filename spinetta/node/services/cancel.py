@@ -46,8 +46,8 @@ class Canceller:
 
         Raises:
             NotFound: one does not exist.
-            StoreUnavailable: one changed hands so often that no attempt came through; those before it are cancelled.
-            OutcomeUnknown: some may have been cancelled: ask again.
+            StoreUnavailable: none was cancelled.
+            OutcomeUnknown: some have been cancelled, or may have been: ask again.
         """
         validate.check_reason(request.reason)
         store = self._port.store
@@ -58,7 +58,12 @@ class Canceller:
                 raise lookup.missing(task_id, field)
         answers: dict[TaskId, api.Cancelled] = {}
         for group in _groups(list(ids)):
-            answers.update(await self._settle(group, ids, request.reason))
+            try:
+                answers.update(await self._settle(group, ids, request.reason))
+            except StoreUnavailable as e:
+                if not answers:
+                    raise
+                raise OutcomeUnknown(f"{len(answers)} of the tasks have been cancelled, the others not yet") from e
         return api.CancelResponse(tasks=[answers[i] for i in ids])
 
     async def _settle(
@@ -80,13 +85,14 @@ class Canceller:
                 unknown = e
                 sent.update((m.task, m.record or _REQUEST) for m in portion)
             except StoreUnavailable as e:
-                if unknown is None:
+                if unknown is None and not answers:
                     raise
                 raise OutcomeUnknown("some of the tasks may have been cancelled") from e
             group = [t for t in group if t not in answers]
             if not group:
                 return answers
-        raise unknown or StoreUnavailable(f"task {group[0]} changed hands {limits.TRIES_MAX} times meanwhile")
+        moved = f"task {group[0]} changed hands {limits.TRIES_MAX} times meanwhile"
+        raise unknown or (OutcomeUnknown(moved) if answers else StoreUnavailable(moved))
 
     @staticmethod
     def _note(moves: Sequence[_Move], result: txn.Result, answers: dict[TaskId, api.Cancelled]) -> None:

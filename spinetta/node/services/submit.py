@@ -42,12 +42,18 @@ class Submitter:
         Raises:
             UserError: a specification cannot be taken; nothing was written.
             AlreadyExists: an id belongs to another task; those before it have been written.
-            OutcomeUnknown: some may have been written: submit again.
+            StoreUnavailable: nothing was written.
+            OutcomeUnknown: some have been written, or may have been: submit again.
         """
         entries = await self._entries(request)
         existed: dict[int, bool] = {}
         for chunk in portions(entries, lambda e: e.size_bytes):
-            existed.update(await self._settle(chunk))
+            try:
+                existed.update(await self._settle(chunk))
+            except StoreUnavailable as e:
+                if not existed:
+                    raise
+                raise OutcomeUnknown(f"{len(existed)} of the tasks have been submitted, the others not") from e
         return api.SubmitResponse(
             tasks=[api.Submitted(id=e.task.id, existed=existed[e.index]) for e in entries],
         )
