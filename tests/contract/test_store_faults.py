@@ -22,6 +22,7 @@ from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Change
 from spinetta.store.watch import Reassembly
 from spinetta.txn import Absent, Committed, Conflict, Put, Txn
+from tests.contract.api_world import eventually
 from tests.contract.etcds import etcd, free_port, loopback_host
 
 pytestmark = pytest.mark.contract
@@ -226,6 +227,8 @@ def test_a_frozen_preferred_endpoint_costs_one_unknown_write_only() -> None:
     async def scenario() -> None:
         async with etcd() as other, etcd() as preferred, store_of(preferred.client, other.client) as store:
             await store.commit(WRITE)
+            # On a busy machine connecting may have taken so long that the other one was asked.
+            await eventually(lambda: store.connections._order()[0].endpoint == preferred.client)
             preferred.send(signal.SIGSTOP)
             try:
                 with pytest.raises(OutcomeUnknown):
