@@ -42,6 +42,13 @@ _OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
+class _NotReached(StoreUnavailable):
+    """No connection to one node: certainly nothing has been sent to it."""
+
+    def __init__(self, *addresses: str) -> None:
+        super().__init__(f"no node answers at {' or '.join(addresses)}")
+
+
 @dataclass(slots=True)
 class _Link:
     channel: grpc.aio.Channel
@@ -92,11 +99,11 @@ class Nodes:
                 state = channel.get_state(try_to_connect=True)
                 while state is not grpc.ChannelConnectivity.READY:
                     if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                        raise StoreUnavailable(f"no node answers at {address}")
+                        raise _NotReached(address)
                     await channel.wait_for_state_change(state)
                     state = channel.get_state(try_to_connect=True)
         except TimeoutError as e:
-            raise StoreUnavailable(f"no node answers at {address}") from e
+            raise _NotReached(address) from e
         self._met = True
         return link.stub
 
@@ -137,6 +144,7 @@ class Nodes:
 
         async def one_round() -> A:
             nonlocal unknown, failure
+            silent = 0
             for index, address in self._order():
                 left_s = end_s - time.monotonic()
                 if left_s <= 0:
@@ -147,9 +155,12 @@ class Nodes:
                     unknown = failure = e
                 except StoreUnavailable as e:
                     failure = e
+                    silent += isinstance(e, _NotReached)
                 else:
                     self._current = index
                     return answer
+            if silent == len(self.addresses):
+                raise _NotReached(*self.addresses)
             raise failure or StoreUnavailable("the time was over before any node answered")
 
         def is_worth_another(error: BaseException) -> bool:
@@ -199,12 +210,10 @@ class Nodes:
             StoreUnavailable: no node could be reached, or the stream broke. The next call asks another node first.
             UserError, and others: what the node answered.
         """
-        failure: StoreUnavailable | None = None
         for index, address in self._order():
             try:
                 stub = await self._connected(address, CONNECT_TIMEOUT_S)
-            except StoreUnavailable as e:
-                failure = e
+            except StoreUnavailable:
                 continue
             self._current = index
             call = method(stub)(request)
@@ -219,7 +228,7 @@ class Nodes:
             finally:
                 call.cancel()  # no effect on one that has ended; leaving early must end it
             return
-        raise failure or StoreUnavailable("there is no node to ask")
+        raise _NotReached(*self.addresses)
 
     def answered_by(self) -> str:
         """The address of the node that answered last."""

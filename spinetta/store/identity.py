@@ -135,8 +135,8 @@ def check_data_dir(identity: Identity | None, data_dir: Path) -> None:
             raise UserError(
                 f"node {identity.node} is member {identity.member_id} of etcd cluster {identity.cluster_id}, but its "
                 f"data is gone from {data_dir}: starting it empty could lose what the cluster has committed",
-                hint="restore the directory; or remove the member from another node (spinetta node leave, or etcdctl "
-                f"member remove {identity.member_id}), move this node's data directory away and join anew",
+                hint="restore the directory; or remove the member at another node (spinetta etcdctl member remove "
+                f"{identity.member_id}), move this node's data directory away and join anew",
                 reason="data-wiped",
             )
         return

@@ -169,6 +169,38 @@ def test_drain_here_and_elsewhere(etcd: Etcd, tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_a_node_that_does_not_answer_is_named_itself(etcd: Etcd, tmp_path: Path) -> None:
+    """Not the node that was asked, which is well."""
+
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a:
+            with socket.socket() as sock:  # nothing listens there
+                sock.bind(("127.0.0.1", 0))
+                await announce(a.store, "c", f"127.0.0.1:{sock.getsockname()[1]}")
+                for call in (
+                    a.api.Drain(api.DrainRequest(node="c")),
+                    a.api.Undrain(api.UndrainRequest(node="c")),
+                    all_of(a.api.Leave(api.LeaveRequest(node="c"))),
+                ):
+                    failed = await failure(call)
+                    assert (failed.code, failed.detail.reason) == (Code.UNAVAILABLE, "node-unreachable")
+                    assert failed.detail.message == "node c does not answer"
+
+    run(scenario())
+
+
+def test_a_lost_voter_cannot_leave_but_its_seat_can_be_removed(etcd: Etcd, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a:
+            a.port.member = replace(a.port.member, members=(Member("gone", 0xABCDEF, "", ""),))
+            failed = await failure(all_of(a.api.Leave(api.LeaveRequest(node="gone"))))
+            assert (failed.code, failed.detail.reason) == (Code.UNAVAILABLE, "node-unreachable")
+            assert failed.detail.message == "node gone is lost, but its voter's seat is kept for it"
+            assert failed.detail.hint.endswith("spinetta etcdctl member remove abcdef")
+
+    run(scenario())
+
+
 def test_a_call_that_reaches_the_wrong_node_does_not_go_round(etcd: Etcd, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with node(etcd, tmp_path) as a, node(etcd, tmp_path, "b") as b:

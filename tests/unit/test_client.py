@@ -162,6 +162,10 @@ def test_nobody_answers(refusing: str) -> None:
                 await client.nodes()
             with pytest.raises(StoreUnavailable):  # certainly nothing has been sent
                 await client.submit(["true"])
+        other = "127.255.255.254:1"
+        async with AsyncClient([refusing, other], timeout_s=0.5) as client:
+            with pytest.raises(StoreUnavailable, match=f"no node answers at {refusing} or {other}"):
+                await client.nodes()
 
     asyncio.run(main())
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+import grpc
+import grpc.aio
 
 from spinetta import codec, keys, names, validate
-from spinetta.errors import StoreUnavailable, UserError
+from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import Life, NodeId, Revision
 from spinetta.node.hub import closing
 from spinetta.node.port import Membership, NodePort
@@ -126,10 +129,12 @@ class Nodes:
             await self._port.set_draining(draining)
             return
         stub = await self._other(name)
-        if draining:
-            await stub.Drain(api.DrainRequest(node=name), timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
-        else:
-            await stub.Undrain(api.UndrainRequest(node=name), timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
+        limit_s = limits.FORWARD_TIMEOUT_S
+        with _passed_on(name):
+            if draining:
+                await stub.Drain(api.DrainRequest(node=name), timeout=limit_s, metadata=(FORWARDED,))
+            else:
+                await stub.Undrain(api.UndrainRequest(node=name), timeout=limit_s, metadata=(FORWARDED,))
 
     async def leave(
         self, request: api.LeaveRequest, metadata: Mapping[str, object]
@@ -147,8 +152,9 @@ class Nodes:
             return
         call = (await self._other(request.node)).Leave(request, metadata=(FORWARDED,))
         try:
-            async for progress in call:
-                yield progress
+            with _passed_on(request.node):
+                async for progress in call:
+                    yield progress
         finally:
             call.cancel()
 
@@ -185,7 +191,39 @@ class Nodes:
 
     async def _other(self, name: str) -> rpc.SpinettaAsyncStub:
         names.check_node_name(name, "node")
-        return await self._peers.stub((await self._peers.record(NodeId(name))).address)
+        try:
+            record = await self._peers.record(NodeId(name))
+        except UserError:  # not known, or not alive
+            lost = next((m for m in (await self._port.membership()).members if m.name == name), None)
+            if lost is None:
+                raise
+            raise UserError(
+                f"node {name} is lost, but its voter's seat is kept for it",
+                field="node",
+                reason="node-unreachable",
+                hint=f"start it again; or, if it will not come back: spinetta etcdctl member remove {lost.member_id:x}",
+            ) from None
+        return await self._peers.stub(record.address)
+
+
+@contextlib.contextmanager
+def _passed_on(name: str) -> Iterator[None]:
+    """A call to another node. Its own errors go through; its silence must not look like that of the node asked."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as e:
+        if e.code() is grpc.StatusCode.UNAVAILABLE and not e.trailing_metadata():
+            if (e.details() or "").startswith("failed to connect"):
+                raise UserError(
+                    f"node {name} does not answer",
+                    field="node",
+                    reason="node-unreachable",
+                    hint="is it running? See `spinetta node list`, in which it stays until its lease has run out",
+                ) from e
+            raise OutcomeUnknown(f"node {name} went away during the call") from e
+        if e.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not e.trailing_metadata():
+            raise OutcomeUnknown(f"node {name} did not answer in time") from e
+        raise
 
 
 def _is_member(node: pb.Node, member_id: int, name: str) -> bool:
