@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient, AsyncTaskHandle
-    from spinetta.client.specs import make_spec, new_id
+    from spinetta.client.specs import TaskOptions, make_spec, new_id
     from spinetta.client.sync import Client, TaskHandle
     from spinetta.client.views import (
         CancelResult,
@@ -40,6 +40,7 @@ _HOMES = {
     "AsyncTaskHandle": "aio",
     "Client": "sync",
     "TaskHandle": "sync",
+    "TaskOptions": "specs",
     "make_spec": "specs",
     "new_id": "specs",
     "CancelResult": "views",
@@ -71,6 +72,7 @@ __all__ = [
     "TaskFilter",
     "TaskHandle",
     "TaskInfo",
+    "TaskOptions",
     "VoterInfo",
     "WaitResult",
     "make_spec",

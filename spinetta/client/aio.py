@@ -6,12 +6,12 @@ import contextlib
 import time as clock
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from spinetta import codec, names, validate
 from spinetta.client import streams, views
 from spinetta.client.channels import Nodes
-from spinetta.client.specs import make_spec
+from spinetta.client.specs import TaskOptions, make_spec
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.errors import UserError
 from spinetta.model import State, TaskId, TaskSpec
@@ -79,8 +79,10 @@ class AsyncClient:
 
     # --- tasks -------------------------------------------------------------------------------------------------
 
-    async def submit(self, command: str | Sequence[str] | TaskSpec, **options: Any) -> AsyncTaskHandle:
+    async def submit(self, command: str | Sequence[str] | TaskSpec, **options: Unpack[TaskOptions]) -> AsyncTaskHandle:
         """Submit one task; options are those of `make_spec`. Trying again never makes two of it."""
+        if options and isinstance(command, TaskSpec):
+            raise UserError("options beside a specification", field=next(iter(options)), hint="give them to make_spec")
         spec = command if isinstance(command, TaskSpec) else make_spec(command, **options)
         done = await self.submit_many([spec])
         return AsyncTaskHandle(self, done[0].id)

@@ -5,13 +5,37 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import uuid6
 
 from spinetta import names, options, units, validate
 from spinetta.errors import UserError
 from spinetta.model import Resources, TaskId, TaskSpec
+
+
+class TaskOptions(TypedDict, total=False):
+    """The arguments of `make_spec` after the command, for those who pass them on."""
+
+    id: str | None
+    name: str
+    labels: Mapping[str, str] | Iterable[tuple[str, str]]
+    env: Mapping[str, str] | Iterable[tuple[str, str]]
+    workdir: str
+    cpus: float | str
+    memory: int | str
+    disk: int | str
+    gpu: int
+    countables: Mapping[str, int] | str
+    time: float | str
+    tags: str | Sequence[str]
+    not_tags: str | Sequence[str]
+    priority: int
+    retries: int
+    backoff: float | str
+    restart: bool
+    grace: float | str
+    owner: str
 
 
 def new_id() -> TaskId:

@@ -8,11 +8,12 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from spinetta import validate
 from spinetta.client import views
 from spinetta.client.aio import AsyncClient
+from spinetta.client.specs import TaskOptions
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.model import TaskId, TaskSpec
 
@@ -115,7 +116,7 @@ class Client:
             with contextlib.suppress(RuntimeError):  # the client was closed before the iterator: all has ended
                 self._run(items.aclose())
 
-    def submit(self, command: str | Sequence[str] | TaskSpec, **options: Any) -> TaskHandle:
+    def submit(self, command: str | Sequence[str] | TaskSpec, **options: Unpack[TaskOptions]) -> TaskHandle:
         """Submit one task; options are those of `make_spec`. Trying again never makes two of it."""
         return TaskHandle(self, self._run(self._client.submit(command, **options)).id)
 

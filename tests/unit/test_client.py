@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import socket
+import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from spinetta import validate
 from spinetta.client import AsyncClient, Client, TaskFilter, make_spec
 from spinetta.client.aio import parse_nodes
-from spinetta.client.specs import ENTRY_KEYS
+from spinetta.client.specs import ENTRY_KEYS, TaskOptions
 from spinetta.codec import encode_task
 from spinetta.errors import AlreadyExists, InvariantViolation, NotFound, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import State, Task
@@ -581,6 +583,20 @@ def test_wrong_types_are_a_users_mistake(key: str) -> None:
             encode_task(Task(spec, State.QUEUED))
             continue
         assert wrong == key or {wrong, key} == {"gpu", "countables"}, value
+
+
+def test_options_passed_on_are_those_of_make_spec() -> None:
+    parameters = inspect.signature(make_spec).parameters
+    assert TaskOptions.__annotations__.keys() == parameters.keys() - {"command"} == ENTRY_KEYS.keys() - {"command"}
+    assert {k: typing.ForwardRef(p.annotation) for k, p in parameters.items() if k != "command"} == {
+        k: typing.ForwardRef(v.__forward_arg__) for k, v in TaskOptions.__annotations__.items()
+    }
+
+
+def test_options_beside_a_specification_are_not_ignored(refusing: str) -> None:
+    with Client(refusing) as client, pytest.raises(UserError, match="options beside a specification") as caught:
+        client.submit(make_spec(["true"]), cpus=2)
+    assert caught.value.field == "cpus"
 
 
 def test_tags_in_text_are_not_letters() -> None:
