@@ -201,7 +201,9 @@ def _why_stopped(held: Held) -> str:
         case "walltime":
             return f"ran longer than its wall time of {held.walltime_s:g} s"
         case "fenced":
-            return f"killed by the shim: no renewal for its grace of {held.grace_s:g} s, less the kill margin"
+            # The daemon asks for it when the others have given the node up; else our own deadline has passed.
+            without = f"had no contact for the grace of {held.grace_s:g} s, less the kill margin"
+            return f"killed: its node was given up by the others, or {without}"
         case _:
             return ""
 
