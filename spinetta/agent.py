@@ -25,6 +25,8 @@ from spinetta.events import (
     LeaseGranted,
     LeaveWanted,
     ListDone,
+    NoAnswer,
+    Notice,
     ReadDone,
     Remembered,
     RenewRuntime,
@@ -38,7 +40,7 @@ from spinetta.events import (
 )
 from spinetta.holdings import Holdings
 from spinetta.mirror import Delta, Mirror
-from spinetta.model import IncarnationId, NodeRecord, Reason, Resources
+from spinetta.model import Exit, IncarnationId, NodeRecord, Reason, Resources
 from spinetta.recover import Leadership
 from spinetta.session import Phase, Session
 from spinetta.settings import AgentSettings
@@ -160,9 +162,9 @@ class Agent:
                 return self.session.remembered(event, now)
             case Started():
                 self.claims.touch()
-                return self.holdings.started(event, now)
+                return self._ended_unfit(event.exit, now) + self.holdings.started(event, now)
             case AttemptEnded():
-                return self.holdings.attempt_ended(event)
+                return self._ended_unfit(event.exit, now) + self.holdings.attempt_ended(event)
             case RuntimeListed():
                 return self._runtime_listed(event, now)
             case SelfChanged():
@@ -266,6 +268,12 @@ class Agent:
         self._peers = tuple(r for _, r in sorted(self._records.items()))
         if any(d.old is None or d.new is None for d in deltas):
             self.claims.without_wait()
+
+    def _ended_unfit(self, ended: Exit | NoAnswer | None, now: float) -> list[Effect]:
+        if not isinstance(ended, Exit) or ended.reason is not Reason.NODE_UNFIT:
+            return []
+        self.claims.hold_off(now)
+        return [Notice(f"this node cannot start tasks and takes none for a while: {ended.message}")]
 
     def _runtime_listed(self, listed: RuntimeListed, now: float) -> list[Effect]:
         if not self.holdings.runtime_known:  # whether a new life may begin depends on what runs of an earlier one

@@ -32,6 +32,7 @@ from spinetta.queue import PAGE_KEYS, Waiting, Window
 from spinetta.settings import AgentSettings
 
 RETRY_S = 0.5
+HOLD_OFF_S = 30.0  # an unfit node would otherwise take the whole queue, a task at a time, and give it back
 LINGER_S = 10.0  # a full node keeps its window this long: a slot may be free again in a moment
 QUEUE = "queue"
 
@@ -237,9 +238,13 @@ class Claims:
                 self.window.drop(task_id, done.reading.revision)
         self._stale = True
 
-    def _pause(self, now: float) -> None:
+    def hold_off(self, now: float) -> None:
+        """This node cannot start anything at present: let the others have the queue for a while."""
+        self._pause(now, HOLD_OFF_S)
+
+    def _pause(self, now: float, for_s: float = RETRY_S) -> None:
         self._paused = True
-        self._not_before_s = now + RETRY_S
+        self._not_before_s = max(self._not_before_s, now + for_s)
 
     # --- rounds ---
 

@@ -23,6 +23,7 @@ from spinetta.model import (
 )
 
 NODE_LOSSES_MAX = 16  # a task that lost this many nodes is more likely their cause than their victim
+UNFIT_DELAY_S = 5.0  # a task that an unfit node gave back: time for another to take it
 RETRY_DELAY_MAX_S = 3600.0  # back-off doubles up to an hour: longer waits look like a hang
 
 
@@ -127,6 +128,8 @@ def ended(
         return _over(task, Event.FINISH, Outcome.CANCELLED, exit_, token, now_ms, cancel_reason)
     if exit_.reason is Reason.RELEASED:
         return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms)
+    if exit_.reason is Reason.NODE_UNFIT:  # neither the task's failure nor a loss: nothing of it has run
+        return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms, UNFIT_DELAY_S)
     if exit_.reason in _LOSSES:
         task = replace(task, losses=task.losses + 1)
         if task.spec.restart_on_node_failure and task.losses < NODE_LOSSES_MAX:

@@ -51,6 +51,7 @@ class Reason(enum.StrEnum):
     RELEASED = "released"  # given back by its node (drain, stop)
     FENCED = "fenced"  # killed because its node no longer owned it
     SPAWN_FAILED = "spawn-failed"  # the program could not be started
+    NODE_UNFIT = "node-unfit"  # the node could not start anything: its disk, control groups or process table
     SHIM_LOST = "shim-lost"  # the process died with the node's shim
 
 

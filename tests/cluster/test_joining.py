@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,3 +226,30 @@ def test_a_stopped_node_leaves_nothing_running(tmp_path: Path) -> None:
         again = cluster.json("list", "--limit", "0")["tasks"][0]
         assert again["state"] in ("queued", "running")
         assert again["attempts"][0]["reason"] == "released"
+
+
+def test_a_node_whose_disk_is_full_leaves_the_tasks_to_others(tmp_path: Path) -> None:
+    """It cannot start anything; the tasks neither fail nor wait for it."""
+    with running_cluster(tmp_path, 1, *QUICK) as cluster:
+        small = tmp_path / "n2"
+        small.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "spinetta-test", str(small)], check=True)
+        try:
+            cluster.add("--candidate", "no")
+            cluster.wait_ready()
+            with (small / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+                while True:
+                    filler.write(b"x" * 4096)
+            tasks = [
+                json.loads(cluster.cli("submit", "--json", "--cpus", "0.1", "--", "true").stdout)["tasks"][0]["id"]
+                for _ in range(12)
+            ]
+            cluster.cli("wait", *tasks, timeout_s=90)
+            ended = cluster.json("status", *tasks)["tasks"]
+            assert {t["outcome"] for t in ended} == {"succeeded"}
+            tried = [a for t in ended for a in t["attempts"] if a["node"] == "n2"]
+            assert tried, "the full node took some"
+            assert {a["reason"] for a in tried} == {"node-unfit"}
+            cluster.nodes[1].stop()
+        finally:
+            subprocess.run(["umount", "-l", str(small)], check=True)

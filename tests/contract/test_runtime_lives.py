@@ -386,7 +386,7 @@ async def test_a_full_disk(tmp_path: Path) -> None:
                 filler = fill(path)
                 ended = await rt.start(launch("full.1", "true"))
                 assert ended is not None
-                assert ended.reason is Reason.SPAWN_FAILED
+                assert ended.reason is Reason.NODE_UNFIT
                 assert ended.message == "cannot write the record of the attempt: No space left on device"
                 await rt.stop("held.1", Reason.CANCELLED)
                 ended = await end_of(rt, "held.1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spinetta import codec, keys, lifecycle, txn
-from spinetta.claims import LINGER_S, RETRY_S, Claims, Stage
+from spinetta.claims import HOLD_OFF_S, LINGER_S, RETRY_S, Claims, Stage
 from spinetta.events import (
     Change,
     Changed,
@@ -234,6 +234,17 @@ def test_a_round_reads_commits_and_hands_over() -> None:
     assert b.holdings.held[task_id(1)].token == 150
     assert b.claims.reserved() == Resources()
     assert b.poll() == []
+
+
+def test_a_node_that_holds_off_takes_nothing_for_a_while() -> None:
+    b = Bench()
+    b.opened(row(1))
+    b.claims.hold_off(b.now)
+    assert b.poll() == []
+    assert b.claims.next_s == b.now + HOLD_OFF_S
+    b.claims.hints_read(ReadDone("hints", None), b.now)  # a shorter pause does not cut it short
+    assert b.poll(b.now + HOLD_OFF_S - 0.1) == []
+    assert b.poll(1.0 + HOLD_OFF_S) == [Read("claim", (keys.task(task_id(1)),))]
 
 
 def test_one_round_at_a_time() -> None:

@@ -19,6 +19,7 @@ from .wire import ATTEMPTS_MAX, SERVICES_MAX
 
 FORGOTTEN_MAX = 1024  # ends still known after `forget`, for a start that comes late and again
 KILL_AGAIN_S = 0.2
+UNFIT = "node-unfit"  # the node's fault, not the task's: it may run elsewhere
 NEVER = float("inf")
 
 
@@ -204,7 +205,7 @@ class Keeper:
     def _intended(self, held: Held, error: str) -> None:
         held.has_intent = not error
         if error:
-            self._not_started(held, "spawn-failed", f"cannot write the record of the attempt: {error}")
+            self._not_started(held, UNFIT, f"cannot write the record of the attempt: {error}")
         elif held.stop_why:
             self._not_started(held, held.stop_why, "ended before it was started")
         elif self._overdue(held):
@@ -223,13 +224,13 @@ class Keeper:
             name = f"service@{held.key}" if held.service else held.key
             held.group = self._cgroups.create(name, held.limits)
         except OSError as error:
-            self._not_started(held, "spawn-failed", f"cannot set the limits: {error}")
+            self._not_started(held, UNFIT, f"cannot set the limits: {error}")
             return
         try:
             spawn(held, self._around)
         except OSError as error:
             held.group.remove()
-            self._not_started(held, "spawn-failed", f"cannot fork: {error.strerror}")
+            self._not_started(held, UNFIT, f"cannot fork: {error.strerror}")
             return
         held.phase = Phase.SPAWNING
         held.started_ms = now_ms()
