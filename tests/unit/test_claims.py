@@ -244,7 +244,7 @@ def test_a_node_that_holds_off_takes_nothing_for_a_while() -> None:
     assert b.claims.next_s == b.now + HOLD_OFF_S
     b.claims.hints_read(ReadDone("hints", None), b.now)  # a shorter pause does not cut it short
     assert b.poll(b.now + HOLD_OFF_S - 0.1) == []
-    assert b.poll(1.0 + HOLD_OFF_S) == [Read("claim", (keys.task(task_id(1)),))]
+    assert Read("claim", (keys.task(task_id(1)),)) in b.poll(1.0 + HOLD_OFF_S)
 
 
 def test_one_round_at_a_time() -> None:
