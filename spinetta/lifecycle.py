@@ -128,7 +128,9 @@ def ended(
         return _over(task, Event.FINISH, Outcome.CANCELLED, exit_, token, now_ms, cancel_reason)
     if exit_.reason is Reason.RELEASED:
         return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms)
-    if exit_.reason is Reason.NODE_UNFIT:  # neither the task's failure nor a loss: nothing of it has run
+    ran = exit_.started_ms or exit_.signal or exit_.exit_code is not None
+    never_ran = exit_.reason is Reason.FENCED and not ran
+    if never_ran or exit_.reason is Reason.NODE_UNFIT:  # neither the task's failure nor a loss
         return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms, UNFIT_DELAY_S)
     if exit_.reason in _LOSSES:
         task = replace(task, losses=task.losses + 1)

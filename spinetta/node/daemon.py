@@ -191,6 +191,7 @@ class Daemon:
 
     async def _finish(self) -> None:
         """What is done between the wish to stop and the end."""
+        self.driver.hush()
         if self.agent.left:
             await self.seat.stop()
             await self._runtime.shutdown_shim()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ INBOX_EVENTS_MAX = 4096  # about a second at several kHz; watches wait when it i
 TURN_EVENTS_MAX = 512  # handled in one turn, so that a flood does not keep effects waiting
 IDLE_S = 5.0  # the longest sleep, in case a wake-up was forgotten
 RUNTIME_RETRY_S = 0.5
+REMARK_EVERY_S = 10.0  # of the same kind; the rest are at level debug
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -138,6 +140,8 @@ class Driver:
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
+        self._remarked_s: dict[str, float] = {}
+        self._hushed = False
         self._busy_s = agent.settings.renew_every_s
         self._relist_s = agent.settings.reconcile_s  # an end that the shim could not forget is found again
 
@@ -178,6 +182,20 @@ class Driver:
         while len(events) < TURN_EVENTS_MAX and not self._inbox.empty():
             events.append(self._inbox.get_nowait())
         return events
+
+    def hush(self) -> None:
+        """The node is being stopped: that its connections break is no news."""
+        self._hushed = True
+
+    def _remark(self, what: str, error: Exception) -> None:
+        """Say that something had no answer: in an outage once in a while, not each of hundreds of times."""
+        now_s = boot_time_s()
+        fresh = now_s - self._remarked_s.get(what, -math.inf) >= REMARK_EVERY_S
+        if fresh and not self._hushed:
+            self._remarked_s[what] = now_s
+            log.info("%s: %s", what, error)
+        else:
+            log.debug("%s: %s", what, error)
 
     # --- effects ---
 
@@ -230,7 +248,7 @@ class Driver:
         try:
             result = await self._store.commit(effect.txn, timeout_s=timeout_s)
         except (OutcomeUnknown, StoreUnavailable) as e:
-            log.info("no answer to %s: %s", effect.tag, e)
+            self._remark("no answer to a write", e)
             result = None
         except UserError as e:  # the store refuses: out of space, too large
             log.error("the store refuses %s: %s", effect.tag, e)
@@ -242,7 +260,7 @@ class Driver:
         try:
             snapshot = await self._store.read(effect.keys)
         except StoreUnavailable as e:
-            log.info("no answer to reading %s: %s", effect.tag, e)
+            self._remark("no answer to a read", e)
             await self.tell(ReadDone(effect.tag, None))
             return
         entries = {k: entry_of(v) for k, v in snapshot.entries.items()}
@@ -252,7 +270,7 @@ class Driver:
         try:
             page = await self._store.list(effect.prefix, after=effect.after, limit=effect.limit)
         except (StoreUnavailable, Compacted) as e:  # a long list is read in pages, all at one revision
-            log.info("no answer to listing %s: %s", effect.prefix, e)
+            self._remark("no answer to a list", e)
             await self.tell(ListDone(effect.tag, None))
             return
         entries = tuple(entry for kv in page.entries if (entry := entry_of(kv)) is not None)
@@ -265,14 +283,14 @@ class Driver:
                 if told:
                     await self.tell(Changed(effect.tag, effect.serial, told, changes.revision))
         except (Compacted, StoreUnavailable) as e:
-            log.info("the watch of %s ended: %s", effect.prefix, e)
+            self._remark("a watch ended and begins again", e)
         await self.tell(WatchLost(effect.tag, effect.serial))
 
     async def _grant(self, effect: GrantLease) -> None:
         try:
             lease = await self._store.grant_lease(effect.ttl_s)
         except (OutcomeUnknown, StoreUnavailable) as e:
-            log.info("no lease: %s", e)
+            self._remark("no lease", e)
             lease = None
         await self.tell(LeaseGranted(effect.tag, lease))
 
@@ -281,7 +299,7 @@ class Driver:
         try:
             ttl_s = await self._store.keep_alive(effect.lease, timeout_s=self._busy_s)
         except (OutcomeUnknown, StoreUnavailable) as e:
-            log.info("no answer to keeping a lease alive: %s", e)
+            self._remark("no answer to keeping a lease alive", e)
             ttl_s = NoAnswer.UNKNOWN
         await self.tell(KeptAlive(effect.tag, effect.lease, ttl_s))
 
@@ -289,7 +307,7 @@ class Driver:
         try:
             await self._store.revoke_lease(effect.lease)
         except (OutcomeUnknown, StoreUnavailable) as e:
-            log.info("a lease was not revoked and will run out: %s", e)
+            self._remark("a lease was not revoked and will run out", e)
 
     async def _write_down(self, effect: Remember) -> None:
         try:
@@ -319,7 +337,7 @@ class Driver:
         try:
             await request
         except RuntimeUnavailable as e:
-            log.info("the runtime did not take a request; it is made again when it is back: %s", e)
+            self._remark("the runtime did not take a request; it is made again when it is back", e)
 
     async def _list_runtime(self) -> None:
         held = await self._runtime.held()

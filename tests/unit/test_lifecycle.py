@@ -118,6 +118,7 @@ ENDS = [
     (Exit(Reason.OUT_OF_MEMORY, signal=9), 2, True, False, Event.RETRY, Outcome.FAILED, Outcome.NONE, ""),
     (Exit(Reason.WALLTIME, signal=15), 0, True, False, Event.FINISH, Outcome.FAILED, Outcome.FAILED, "walltime"),
     (Exit(Reason.WALLTIME, signal=15), 1, True, False, Event.RETRY, Outcome.FAILED, Outcome.NONE, ""),
+    (Exit(Reason.FENCED), 0, False, False, Event.RELEASE, Outcome.LOST, Outcome.NONE, ""),
     (Exit(Reason.NODE_UNFIT), 0, True, False, Event.RELEASE, Outcome.LOST, Outcome.NONE, ""),
     (Exit(Reason.SPAWN_FAILED), 0, True, False, Event.FINISH, Outcome.FAILED, Outcome.FAILED, "spawn-failed"),
     # by its user
