@@ -69,7 +69,11 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a seed decides beforehand."""
+    """All that a seed decides beforehand.
+
+    `no_hint`: tasks submitted with an empty queue key. `tight`: limits are so low that they are reached.
+    `long`: tasks come early and last long, so that what happens to their nodes happens under them.
+    """
 
     seed: int
     kinds: tuple[str, ...]
@@ -79,6 +83,9 @@ class Plan:
     faults: tuple[Fault, ...]
     rates: Rates
     gone: frozenset[NodeId]
+    no_hint: frozenset[TaskId]
+    tight: bool
+    long: bool
     lease_ttl_s: int
     grace_s: float
     rho: float
@@ -126,12 +133,14 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
     for kind in KINDS:
         if kind in kinds:
             _ADD[kind](draft)
-    submits = tuple(sorted((_submit(rng, n) for n in range(1, rng.randint(2, PIECES_MAX) + 1)), key=lambda s: s[0]))
-    cancels = tuple((rng.uniform(at_s, HORIZON_S), spec.id) for at_s, spec in submits if rng.random() < 0.2)
+    long = rng.random() < 0.4
+    many = range(1, rng.randint(2, PIECES_MAX) + 1)
+    submits = tuple(sorted((_submit(rng, n, long=long) for n in many), key=lambda s: s[0]))
+    cancels = tuple((rng.uniform(at_s, HORIZON_S), spec.id) for at_s, spec in submits if rng.random() < 0.4)
     rates = Rates(
-        lost=rng.uniform(0, 0.15) if "net" in kinds else 0.0,
-        answer_lost=rng.uniform(0, 0.15) if "net" in kinds else 0.0,
-        late=rng.uniform(0, 0.15) if "net" in kinds else 0.0,
+        lost=rng.uniform(0, 0.25) if "net" in kinds else 0.0,
+        answer_lost=rng.uniform(0, 0.25) if "net" in kinds else 0.0,
+        late=rng.uniform(0, 0.25) if "net" in kinds else 0.0,
         slow=rng.uniform(0, 0.3) if "net" in kinds else 0.0,
         drop_event=rng.uniform(0, 0.1) if "watch" in kinds else 0.0,
         slow_watch=rng.uniform(0, 0.5) if "watch" in kinds else 0.0,
@@ -148,13 +157,16 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
         tuple(sorted(draft.faults, key=lambda f: f.at_s)),
         rates,
         frozenset(draft.gone),
+        frozenset(spec.id for _, spec in submits if rng.random() < 0.1),
+        tight=rng.random() < 0.4,
+        long=long,
         lease_ttl_s=rng.choice((2, 3)),
         grace_s=rng.choice((2.0, 3.0, 5.0, 6.0)),
         rho=rho,
     )
 
 
-def _submit(rng: random.Random, n: int) -> tuple[float, TaskSpec]:
+def _submit(rng: random.Random, n: int, *, long: bool) -> tuple[float, TaskSpec]:
     need = cpus(rng.choice((0.5, 1, 1, 1, 2, 4)), rng.choice((0, GIB, 2 * GIB)))
     if rng.random() < 0.1:
         need = cpus(1, gpu=1)
@@ -171,7 +183,7 @@ def _submit(rng: random.Random, n: int) -> tuple[float, TaskSpec]:
         restart_on_node_failure=rng.random() < 0.9,
         grace_s=rng.choice((0.0, 0.0, 0.0, 1.5, 4.0)),
     )
-    return rng.uniform(0.0, HORIZON_S * rng.choice((0.2, 0.8))), spec
+    return rng.uniform(0.0, HORIZON_S * (0.1 if long else rng.choice((0.2, 0.8)))), spec
 
 
 def _spread(kind: str, most: int, longest_s: float, modes: tuple[str, ...] = ("",)) -> _Adder:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from unittest import mock
 
-from spinetta import codec, keys, lifecycle, txn
+from spinetta import claims, codec, holdings, keys, lifecycle, queue, recover, steal, txn
 from spinetta.events import LeaveWanted, SetDraining
 from spinetta.model import IncarnationId, NodeId, QueueHint, State, TaskId, TaskSpec
 from spinetta.session import Phase
@@ -25,6 +27,18 @@ HEAL_LIMIT_S = 60.0  # after the last fault: leases, a wait-out, several generat
 REST_S = 3.0
 REST_TURNS_MAX_HZ = 25.0  # a node at rest renews, keeps two leases alive and hears of its peers
 STEPS_MAX = 60_000
+# Limits that a dozen tasks reach, so that pages, batches and starvation are part of the story.
+TIGHT: tuple[tuple[Any, str, float], ...] = (
+    (claims, "PAGE_KEYS", 3),
+    (claims, "LINGER_S", 1.0),
+    (holdings, "FINISHES_MAX", 2),
+    (holdings, "READ_MAX", 2),
+    (queue, "WINDOW_MAX", 2),
+    (queue, "HINTS_READ_MAX", 1),
+    (recover, "REQUEUE_MAX", 2),
+    (steal, "CLAIMS_MAX", 2),
+    (steal, "STARVED_AFTER_S", 2.0),
+)
 
 
 class Stuck(AssertionError):
@@ -254,7 +268,8 @@ class World:
         if self.now < self.stalled_until_s:
             arrives = False
         if arrives:
-            body = txn.submit(spec.id, codec.encode_task(task), codec.encode_hint(QueueHint.of(spec)))
+            hint = b"" if spec.id in self.plan.no_hint else codec.encode_hint(QueueHint.of(spec))
+            body = txn.submit(spec.id, codec.encode_task(task), hint)
             self.on_store(lambda: self.model.commit(body))  # a conflict means that it was there already
             wish.acknowledged = answers
         if not wish.acknowledged:
@@ -299,7 +314,7 @@ class World:
         if found is None:
             rng = random.Random(f"{self.plan.seed} {task} {attempt}")
             code = 0 if rng.random() < 0.8 else rng.randint(1, 255)
-            longest_s = rng.choice((0.0, 0.3, 2.0, 5.0, 12.0))
+            longest_s = rng.choice((5.0, 10.0, 15.0) if self.plan.long else (0.0, 0.3, 2.0, 5.0, 12.0))
             duration_s = rng.uniform(longest_s / 2, longest_s)
             found = self._scripts[task, attempt] = Script(duration_s, code, deaf=rng.random() < 0.2)
         return found
@@ -308,6 +323,12 @@ class World:
 
     def run(self) -> None:
         """Faults, healing, rest; raises when an invariant is broken or something does not come to its end."""
+        with ExitStack() as limits:
+            for module, name, value in TIGHT if self.plan.tight else ():
+                limits.enter_context(mock.patch.object(module, name, value))
+            self._run()
+
+    def _run(self) -> None:
         self.at(0.5, self._look_round)
         self.run_until(self.plan.horizon_s)
         limit_s = self.now + HEAL_LIMIT_S

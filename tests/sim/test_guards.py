@@ -1,0 +1,91 @@
+"""A check on the checks: each fault made in the code on purpose is noticed by a seed of the simulator.
+
+Each guard by itself, in the store in which it alone does not hold, is in ``tests/unit/test_txn.py``: many guards stand
+behind one another, so that it takes two faults and much bad luck before a world goes wrong without one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from spinetta.errors import InvariantViolation
+from tests.sim.__main__ import attempt
+from tests.sim.mutants import MUTANTS
+from tests.unit import test_agent as stories
+
+SEARCH = 100  # a change of the code changes what a seed tells: then the next one that notices will do
+
+# mutant: the faults that it takes, and a seed that notices
+NOTICED: dict[str, tuple[str, int]] = {
+    "submit[0]": ("net", 27),
+    "claim[0]": ("", 1),
+    "claims-outer[0]": ("admin,net", 28),
+    "claims-outer[0,1]": ("", 4),
+    "finish[0]": ("partition,net", 11),
+    "give_back[0]": ("admin,net", 35),
+    "cancel_waiting[0]": ("daemon,net", 14),
+    "cancel_running[0]": ("partition", 0),
+    "register[0,1]": ("daemon,net", 8),
+    "registration[0]": ("partition,net", 6),
+    "registration[0,1]": ("", 4),
+    "renew[0,1]": ("partition", 48),
+    "take_office[0]": ("", 3),
+    "condemn[0]": ("net", 24),
+    "condemn[1]": ("", 1),
+    "deaf-shim": ("", 0),
+    "no-wait": ("partition", 1),
+    "short-wait": ("partition", 3),
+    "renew-unanswered": ("partition", 15),
+    "no-losses": ("partition", 3),
+    "claim-unknown-is-no": ("partition,net", 17),
+    "finish-unknown-is-yes": ("partition", 0),
+    "forgetful-daemon": ("runtime,daemon", 5),
+    "always-nothing-runs": ("partition", 22),
+    "late-news": ("", 1),
+    "no-reconcile": ("", 0),
+    "lives-go-on": ("daemon,net", 30),
+    "row QUEUED claim": ("", 0),
+    "row QUEUED cancel": ("", 0),
+    "row RUNNING finish": ("", 0),
+    "row RUNNING retry": ("", 1),
+    "row RUNNING release": ("admin", 3),
+    "row RUNNING node-lost": ("", 0),
+    "row RUNNING give-up": ("net,watch", 7),
+}
+
+# mutant: the story, told step by step, that does not come out well with it
+TOLD: dict[str, Callable[[], None]] = {
+    "no-resume": stories.test_claims_of_a_dead_daemon_come_too_late,
+    "no-fresh-listing": stories.test_a_claim_committed_between_listing_and_registration_is_counted,
+    "start-unknown-is-no": stories.test_a_start_that_was_not_answered_is_looked_up_not_guessed,
+    "no-must-stop": stories.test_a_condemned_node_stops_all_says_so_and_begins_again,
+    "claim-unknown-is-no": stories.test_a_claim_made_again_may_lose_to_its_own_first_proposal,
+    "give_back[0]": stories.test_a_cancel_between_the_end_and_its_record_is_not_lost,
+    "forgetful-daemon": stories.test_a_restarted_daemon_goes_on,
+}
+
+
+def notices(mutant: str, kinds: tuple[str, ...], seed: int) -> bool:
+    with MUTANTS[mutant]():
+        return bool(attempt(seed, kinds)[1])
+
+
+@pytest.mark.parametrize("mutant", NOTICED)
+def test_it_is_noticed(mutant: str) -> None:
+    faults, seed = NOTICED[mutant]
+    kinds = tuple(k for k in faults.split(",") if k)
+    assert not attempt(seed, kinds)[1], "the seed must hold without the fault in the code"
+    assert any(notices(mutant, kinds, s) for s in (seed, *range(SEARCH))), "nothing notices it any more"
+
+
+@pytest.mark.parametrize("mutant", TOLD)
+def test_its_story_goes_wrong(mutant: str) -> None:
+    TOLD[mutant]()
+    with MUTANTS[mutant](), pytest.raises((AssertionError, InvariantViolation)):
+        TOLD[mutant]()
+
+
+def test_every_mutant_is_tried() -> None:
+    assert set(MUTANTS) == set(NOTICED) | set(TOLD)
