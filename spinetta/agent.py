@@ -44,7 +44,7 @@ from spinetta.model import Exit, IncarnationId, NodeRecord, Reason, Resources
 from spinetta.recover import Leadership
 from spinetta.session import Phase, Session
 from spinetta.settings import AgentSettings
-from spinetta.txn import Registration
+from spinetta.txn import Conflict, Registration
 
 POLLS_MAX = 16  # rounds of asking the parts until none has more to do; more would be two parts going in circles
 
@@ -194,6 +194,8 @@ class Agent:
                 return []
             case "finish":
                 self.claims.touch()
+                if isinstance(done.result, Conflict):
+                    self.session.suspect(now)
                 return self.holdings.finished(done, now)
             case "office":
                 return self.leadership.office_answered(done, now)
@@ -308,7 +310,9 @@ class Agent:
         if session.must_stop:
             self.claims.life_ended()
         life = session.incarnation
-        effects += self.holdings.poll(now, now_ms, life, may_start=session.may_start, must_stop=session.must_stop)
+        effects += self.holdings.poll(
+            now, now_ms, life, session.life_seen, may_start=self._may_start, must_stop=session.must_stop
+        )
         if self.leaving and session.active and self.holdings.empty:
             effects += self.leadership.resign()
             effects += session.deregister()
@@ -323,12 +327,22 @@ class Agent:
         )
         return effects
 
+    @property
+    def _up_to_date(self) -> bool:
+        """Whether all is known that an earlier daemon, or registration, has written of what this node holds.
+
+        It may have had claims and ends under way, which were committed after an older listing.
+        """
+        registration = self.session.registration
+        return registration is not None and self.holdings.listed_at >= registration.since
+
+    @property
+    def _may_start(self) -> bool:
+        return self.session.may_start and self._up_to_date
+
     def _takeable(self) -> Resources | None:
-        registration, holdings = self.session.registration, self.holdings
-        if self.draining or registration is None or not (holdings.runtime_known and holdings.all_read):
-            return None
-        # Claims that an earlier daemon had under way may have been committed after an older listing.
-        return self.free() if holdings.listed_at >= registration.since else None
+        known = self._up_to_date and self.holdings.runtime_known and self.holdings.all_read
+        return self.free() if known and not self.draining else None
 
     def _slots(self) -> int:
         return self.settings.attempts_max - len(self.holdings.held)

@@ -264,12 +264,20 @@ class Holdings:
         self._releasing = why
 
     def poll(
-        self, now: float, now_ms: int, life: IncarnationId | None, *, may_start: bool, must_stop: bool
+        self,
+        now: float,
+        now_ms: int,
+        life: IncarnationId | None,
+        life_seen: Revision,
+        *,
+        may_start: bool,
+        must_stop: bool,
     ) -> list[Effect]:
         """Bring the two truths together; idempotent. Starts, stops, forgets, and records ends in one batch.
 
         `life`: the incarnation that is ours. What another one of the same name holds (an earlier life, or a node
-        elsewhere that has the name) is not touched in the store, and not ours to run.
+        elsewhere that has the name) is not touched in the store, and not ours to run. `life_seen`: the revision of its
+        record, 0 while it is not known; ends are recorded under it.
         `must_stop`: this life of the node has been ended by others. What ended by itself before may still be recorded
         while its key stands; all else is stopped and given back.
         """
@@ -287,7 +295,7 @@ class Holdings:
             effects += self._tend(h, now, now_ms, stop, may_start)
         effects += self._read_unread()
         if self._retry_at_s is None:
-            effects += self._record_ends(now_ms)
+            effects += self._record_ends(now_ms, life_seen)
             effects += self._resolve_doubts()
         return effects
 
@@ -369,8 +377,8 @@ class Holdings:
                 self._drop(held)  # the record has moved on, so the key has gone too; or nobody can read it
         return []
 
-    def _record_ends(self, now_ms: int) -> list[Effect]:
-        if self._finishing:
+    def _record_ends(self, now_ms: int, life_seen: Revision) -> list[Effect]:
+        if self._finishing or not life_seen:
             return []
         ready = [h for h in self.held.values() if h.step is Step.ENDED][:FINISHES_MAX]
         if not ready:
@@ -380,7 +388,9 @@ class Holdings:
         for h in ready[:fitting]:
             h.step = Step.RECORDING
         self._finishing = tuple((h.task_id, h.token) for h in ready[:fitting])
-        return [Commit("finish", txn.batch(nested[:fitting]))]
+        # Under the life as this daemon knows it: what it has under way when it dies must not be recorded once the next
+        # one has gone on with the life, and perhaps started what this one gave back before it was started.
+        return [Commit("finish", txn.batch(nested[:fitting], (txn.life_guard(self.node, life_seen),)))]
 
     def _end_of(self, h: Held, now_ms: int) -> txn.Txn:
         assert h.task is not None and h.exit is not None  # noqa: S101, PT018 - step ENDED
@@ -411,6 +421,7 @@ class Holdings:
                 self._drop(held)
             else:
                 held.step = Step.DOUBTFUL
+                self._retry_at_s = now + RETRY_S  # not at once: it may be refused again
         return []
 
     def _resolve_doubts(self) -> list[Effect]:

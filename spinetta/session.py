@@ -107,6 +107,11 @@ class Session:
                 times.append(self._advertise_at_s)
         return min(times, default=None)
 
+    @property
+    def life_seen(self) -> Revision:
+        """The revision of our incarnation as last seen; 0 while there is none."""
+        return self._open_revision
+
     def begin(self, now: float) -> None:
         """Start by reading what the store says of this node."""
         self._look(now)

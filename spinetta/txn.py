@@ -232,6 +232,11 @@ def cancel_running(node: NodeId, task: TaskId, seen: Revision, holding: bytes) -
 # --- transitions of nodes ----------------------------------------------------------------------------------------
 
 
+def life_guard(node: NodeId, seen: Revision) -> Guard:
+    """The incarnation is as it was seen: neither condemned, nor gone on with by another daemon."""
+    return RevisionIs(keys.incarnation(node), seen)
+
+
 def register(node: NodeId, lease: LeaseId, record: bytes, incarnation: bytes, generation: Revision) -> Txn:
     """A node begins a life. Conflict: the name is alive, or an earlier life of it has not been closed."""
     return Txn(

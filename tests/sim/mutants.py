@@ -202,6 +202,8 @@ MUTANTS: dict[str, Mutant] = {
     "start-unknown-is-no": _not_answered_is_not_started,
     # pieces of reasoning
     "no-resume": _no_resume,
+    "start-on-old-listing": put(Agent, "_may_start", property(lambda self: self.session.may_start)),
+    "ends-of-any-life": drop_outer(1, 0),
     "no-fresh-listing": put(txn.Registration, "since", Revision(0)),
     "forgetful-daemon": _forgetful,
     "no-must-stop": put(session.Session, "must_stop", False),

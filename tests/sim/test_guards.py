@@ -60,6 +60,8 @@ TOLD: dict[str, Callable[[], None]] = {
     "no-resume": stories.test_claims_of_a_dead_daemon_come_too_late,
     "no-fresh-listing": stories.test_a_claim_committed_between_listing_and_registration_is_counted,
     "start-unknown-is-no": stories.test_a_start_that_was_not_answered_is_looked_up_not_guessed,
+    "start-on-old-listing": stories.test_nothing_is_started_on_the_word_of_an_old_listing,
+    "ends-of-any-life": stories.test_what_a_dead_daemon_gave_back_is_not_taken_from_the_next_one,
     "no-must-stop": stories.test_a_condemned_node_stops_all_says_so_and_begins_again,
     "claim-unknown-is-no": stories.test_a_claim_made_again_may_lose_to_its_own_first_proposal,
     "give_back[0]": stories.test_a_cancel_between_the_end_and_its_record_is_not_lost,

@@ -23,7 +23,8 @@ from tests.sim.machine import Machine
 from tests.sim.shim_model import Script
 
 R = TypeVar("R")
-HEAL_LIMIT_S = 60.0  # after the last fault: leases, a wait-out, several generations of tasks
+HEAL_LIMIT_S = 60.0  # after the last fault, besides the work itself: leases, a wait-out, rounds of claims
+LONGEST_S = 15.0  # a process by itself
 REST_S = 3.0
 REST_TURNS_MAX_HZ = 25.0  # a node at rest renews, keeps two leases alive and hears of its peers
 STEPS_MAX = 60_000
@@ -314,7 +315,7 @@ class World:
         if found is None:
             rng = random.Random(f"{self.plan.seed} {task} {attempt}")
             code = 0 if rng.random() < 0.8 else rng.randint(1, 255)
-            longest_s = rng.choice((5.0, 10.0, 15.0) if self.plan.long else (0.0, 0.3, 2.0, 5.0, 12.0))
+            longest_s = rng.choice((5.0, 10.0, LONGEST_S) if self.plan.long else (0.0, 0.3, 2.0, 5.0, 12.0))
             duration_s = rng.uniform(longest_s / 2, longest_s)
             found = self._scripts[task, attempt] = Script(duration_s, code, deaf=rng.random() < 0.2)
         return found
@@ -331,10 +332,11 @@ class World:
     def _run(self) -> None:
         self.at(0.5, self._look_round)
         self.run_until(self.plan.horizon_s)
-        limit_s = self.now + HEAL_LIMIT_S
+        work_s = sum(LONGEST_S * (spec.retries + 1) for _, spec in self.plan.submits)  # one after the other, at worst
+        limit_s = self.now + HEAL_LIMIT_S + work_s
         while (why := self.unsettled()) is not None:
             if self.now >= limit_s:
-                raise Stuck(f"{HEAL_LIMIT_S} s after the last fault: {why}")
+                raise Stuck(f"{limit_s - self.plan.horizon_s:.0f} s after the last fault: {why}")
             self.run_until(self.now + 0.5)
         self._rest()
 

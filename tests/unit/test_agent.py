@@ -12,6 +12,7 @@ from spinetta.events import (
     Effect,
     GrantLease,
     LeaveWanted,
+    List,
     ListRuntime,
     Remember,
     RuntimeListed,
@@ -21,6 +22,7 @@ from spinetta.events import (
     Stop,
     Watch,
 )
+from spinetta.holdings import Step
 from spinetta.model import NodeId, Outcome, Reason, State
 from spinetta.session import Phase
 from tests.builders import cpus, settings, spec, task_id
@@ -400,6 +402,54 @@ def test_a_claim_committed_between_listing_and_registration_is_counted() -> None
     running = [e.key for e in d.model.list(keys.running_on(n1.settings.name)).entries]
     assert len(running) == 1
     assert len(n1.shim.alive()) == 1
+
+
+def test_what_a_dead_daemon_gave_back_is_not_taken_from_the_next_one() -> None:
+    """Seed 101407: it was to give back an attempt before its start, and died; the next daemon started it."""
+    d = Direct(settings("n1"), script=long_tasks)
+    n1 = d.node()
+    d.submit(spec(1))
+    late = until_given_back(d, n1)
+    d.restart(n1)
+    d.run(d.now + 1.0)
+    assert len(n1.shim.alive()) == 1
+    assert isinstance(d.model.commit(late.txn), txn.Conflict)
+    assert d.task(task_id(1)).state is State.RUNNING
+
+
+def test_nothing_is_started_on_the_word_of_an_old_listing() -> None:
+    """The daemon before gave it back after this one had listed, and before it went on with the life."""
+    d = Direct(settings("n1"), script=long_tasks)
+    n1 = d.node()
+    d.submit(spec(1))
+    late = until_given_back(d, n1)
+    d.restart(n1)
+    resume = until_wanted(d, n1, commits("resume"))
+    d.settle()
+    n1.watches.pop("mine")  # the watch lags
+    assert isinstance(d.model.commit(late.txn), txn.Committed)
+    d.perform(n1, resume)
+    listing = until_wanted(d, n1, lambda e: isinstance(e, List) and e.tag == "mine")
+    d.run(d.now + 0.5)  # registered and renewed, and yet it must wait for that listing
+    assert n1.agent.session.may_start
+    assert not n1.shim.alive()
+    d.perform(n1, listing)
+    d.run(d.now + 0.5)
+    assert [p.key for p in n1.shim.alive()] == [f"{task_id(1)}.2"]
+
+
+def until_given_back(d: Direct, node: Node) -> Commit:
+    """The node claims the task, is told to give everything back, and wants to write that of what it has not started."""
+    d.perform(node, until_wanted(d, node, commits("claim")))
+    start = next((e for e in node.pending if isinstance(e, Start)), None)
+    assert start is None or d.take(node, lambda e: e is start) is start
+    node.agent.holdings._asked.clear()
+    for h in node.agent.holdings.held.values():
+        h.step = Step.STARTING  # as if no renewal had been committed yet
+    d.tell(node, SetDraining(True, leaving=True, release=True))
+    finish = until_wanted(d, node, commits("finish"))
+    assert isinstance(finish, Commit)
+    return finish
 
 
 def test_an_end_while_no_daemon_ran_is_recorded() -> None:

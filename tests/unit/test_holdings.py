@@ -31,6 +31,7 @@ from tests.builders import cpus, entry, exit_code, holding, key_of, queued, task
 ME = NodeId("n1")
 LIFE = IncarnationId("life")
 NOW = 10.0
+SEEN = Revision(3)  # of our incarnation
 
 
 def ready() -> Holdings:
@@ -42,7 +43,7 @@ def ready() -> Holdings:
 
 
 def poll(held: Holdings, now: float = NOW, *, may_start: bool = True, must_stop: bool = False) -> list[Effect]:
-    return held.poll(now, 5000, LIFE, may_start=may_start, must_stop=must_stop)
+    return held.poll(now, 5000, LIFE, SEEN, may_start=may_start, must_stop=must_stop)
 
 
 def record(n: int = 1, **fields: object) -> Task:
@@ -165,6 +166,20 @@ def test_ends_gather_while_one_batch_is_under_way() -> None:
     assert poll(held) == []
     held.finished(CommitDone("finish", txn.Committed(Revision(9), (True,))), NOW)
     assert [t.id for t in written(poll(held))] == [task_id(2), task_id(3)]
+
+
+def test_ends_are_recorded_under_the_life_that_is_known() -> None:
+    held = running()
+    held.attempt_ended(AttemptEnded(key_of(1), exit_code(0)))
+    assert held.poll(NOW, 1, LIFE, Revision(0), may_start=True, must_stop=False) == []
+    (commit,) = poll(held)
+    assert isinstance(commit, Commit)
+    assert commit.txn.when == (txn.RevisionIs(keys.incarnation(ME), SEEN),)
+    held.finished(CommitDone("finish", txn.Conflict(Revision(9))), NOW)
+    later = NOW + RETRY_S
+    assert [type(e) for e in poll(held, later)] == [Read]
+    held.doubts_read(still_there(), later)
+    assert len(written(poll(held, later))) == 1
 
 
 def test_a_retry_goes_back_to_the_queue_with_its_wait() -> None:
@@ -330,19 +345,21 @@ def test_no_answer_to_reading_back() -> None:
 def test_an_end_refused_because_of_a_request_is_told_otherwise() -> None:
     held = ended()
     held.finished(CommitDone("finish", txn.Committed(Revision(9), (False,))), NOW)
-    assert len(poll(held)) == 1
-    held.doubts_read(still_there(8, cancel_requested=True), NOW)
-    (task,) = written(poll(held))
+    assert poll(held) == []  # not at once
+    later = NOW + RETRY_S
+    assert len(poll(held, later)) == 1
+    held.doubts_read(still_there(8, cancel_requested=True), later)
+    (task,) = written(poll(held, later))
     assert task.outcome is Outcome.CANCELLED
 
 
 def test_a_key_that_another_has_taken_meanwhile() -> None:
     held = ended()
     held.finished(CommitDone("finish", txn.Committed(Revision(9), (False,))), NOW)
-    poll(held)
+    poll(held, NOW + RETRY_S)
     new = key_entry(1, 15)
-    held.doubts_read(ReadDone("doubtful", Reading(Revision(30), {new.key: new})), NOW)
-    assert poll(held) == [Forget(key_of(1))]
+    held.doubts_read(ReadDone("doubtful", Reading(Revision(30), {new.key: new})), NOW + RETRY_S)
+    assert poll(held, NOW + RETRY_S) == [Forget(key_of(1))]
 
 
 def test_a_start_that_was_not_answered_is_asked_for() -> None:
@@ -485,9 +502,11 @@ def test_what_another_life_holds_is_not_touched() -> None:
     held.follow([appeared()])
     poll(held)
     held.read_done(records(record()), NOW)
-    assert held.poll(NOW, 1, IncarnationId("mine"), may_start=True, must_stop=True) == []
+    assert held.poll(NOW, 1, IncarnationId("mine"), SEEN, may_start=True, must_stop=True) == []
     held.runtime_listed(RuntimeListed((HeldAttempt(key_of(1), Revision(5), LIFE, None),)), NOW)
-    assert held.poll(NOW, 1, IncarnationId("mine"), may_start=False, must_stop=True) == [Stop(key_of(1), "fenced")]
+    assert held.poll(NOW, 1, IncarnationId("mine"), SEEN, may_start=False, must_stop=True) == [
+        Stop(key_of(1), "fenced")
+    ]
 
 
 def test_demand_is_what_is_held() -> None:
