@@ -75,6 +75,8 @@ class Session:
         # The id is of a life that is not known to have begun: it is kept, because a registration whose answer was lost
         # may commit after a reading that does not show it, and must then be recognised as ours.
         self._fresh = False
+        # Ids that were ours and are no longer, one a life: a registration under one of them may still commit.
+        self._former = {incarnation} if incarnation is not None else set()
         self._resumed = False  # requests of an earlier daemon of this life have been shut out
         self._leaving = False
 
@@ -249,6 +251,11 @@ class Session:
         life = codec.readable(codec.decode_incarnation, inc.value)
         if life is None:  # overwritten by some other hand; the leader ends it as if it had been condemned
             return self._wait_for_other(False, now)
+        if life.id != self.incarnation and life.id in self._former and life.state is Life.OPEN and nothing_runs:
+            # Our own registration came after we had given up on it. Waiting for the leader to bury it could take for
+            # ever: it does not when more than half of the nodes look dead.
+            self.phase = Phase.WAITING
+            return [self._concede(inc.modified, life)]
         if life.id != self.incarnation:
             return self._wait_for_other(node is not None, now)
         if life.state is Life.OPEN:
@@ -278,6 +285,8 @@ class Session:
             self.phase = Phase.LEFT
             return []
         if not self._fresh:
+            if self.incarnation is not None:
+                self._former.add(self.incarnation)
             self.incarnation = None
             self.renewed_at_s = None
         return self._join(now)
@@ -305,8 +314,12 @@ class Session:
         if not nothing_runs or life.state is Life.DEAD:
             self._look(now + POLL_S)
             return self._say("this node has been given up by the others; it stops what it runs and begins again")
+        return [self._concede(seen, life)]
+
+    def _concede(self, seen: Revision, life: Incarnation) -> Effect:
+        """Tell the leader that nothing of this life runs, so that it need not wait."""
         dead = codec.encode_incarnation(replace(life, state=Life.DEAD))
-        return [Commit("concede", txn.concede(self.settings.name, seen, dead))]
+        return Commit("concede", txn.concede(self.settings.name, seen, dead))
 
     def _commit_registration(self) -> list[Effect]:
         assert self.incarnation is not None and self.lease is not None  # noqa: S101, PT018 - set by lease_granted

@@ -20,6 +20,7 @@ KINDS = (
     "compact",  # history is thrown away
     "watch",  # watches break, lag, and now and then drop an event
     "runtime",  # the shim does not answer
+    "unfit",  # a machine can start nothing for a while
     "disk",  # what should be remembered cannot be written
     "admin",  # nodes are drained, undrained, leave and come back
     "join",  # a node joins late
@@ -226,6 +227,7 @@ _ADD = {
     "compact": _spread("compact", 4, 1.0),
     "watch": _spread("watch", 6, 1.0),
     "runtime": _spread("runtime", 3, 1.5),
+    "unfit": _spread("unfit", 3, 4.0),
     "disk": _nothing,
     "admin": _spread("admin", 3, 4.0, ("drain", "leave", "release", "stay")),
     "join": _join,

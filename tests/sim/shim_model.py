@@ -55,6 +55,7 @@ class ShimModel:
         self.kill_margin_s = kill_margin_s
         self.held: dict[str, Process] = {}
         self.renewed_at_s: float | None = None
+        self.unfit = False  # nothing can be started: its disk, control groups or process table
         self.obeys_deadline = True  # tests switch it off to see that it is needed
         self._script = script
         self._lag_s = lag_s
@@ -84,6 +85,9 @@ class ShimModel:
         self.held[key] = process
         if self.deadline_s(process) <= now:
             process.exit = Exit(Reason.FENCED, message="too late to start")
+            return None, process.exit
+        if self.unfit:
+            process.exit = Exit(Reason.NODE_UNFIT, message="cannot fork")
             return None, process.exit
         process.ends_s = now + process.script.duration_s
         if process.walltime_s and process.walltime_s < process.script.duration_s:

@@ -37,6 +37,7 @@ STORIES = {
     58: "a round of claims in doubt outlived its incarnation and claimed for the old life",
     89: "a claim in doubt that the watch had shown was counted twice, and what is free became negative",
     110: "the leader put back a task whose holder had just recorded its end",
+    840: "a registration came after its node had given up on it, and the leader saw too many dead to bury it",
     13797: "a node that left while it stood for the office was made leader without a lease, and turned in a tight loop",
     101407: "an attempt given back by a daemon that died, committed after the next one had started it",
     15234: "a listing of the runtime was under way while a start was answered, and its end was forgotten",

@@ -32,6 +32,7 @@ STEPS_MAX = 60_000
 TIGHT: tuple[tuple[Any, str, float], ...] = (
     (claims, "PAGE_KEYS", 3),
     (claims, "LINGER_S", 1.0),
+    (claims, "HOLD_OFF_S", 2.0),
     (holdings, "FINISHES_MAX", 2),
     (holdings, "READ_MAX", 2),
     (queue, "WINDOW_MAX", 2),
@@ -207,6 +208,9 @@ class World:
                 tags = sorted(machine.daemon.watches) if machine.daemon is not None else []
                 if tags:
                     machine.lose_watch(self.rng.choice(tags))
+            case "unfit":
+                machine.shim.unfit = True
+                self.after(fault.for_s, setattr, machine.shim, "unfit", False)
             case "runtime":
                 machine.disconnect(fault.for_s)
             case "admin":

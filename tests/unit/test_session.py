@@ -266,6 +266,25 @@ def test_having_said_so_it_waits_for_the_leader() -> None:
     assert session.read_done(says(), 2.0, nothing_runs=True) == [GrantLease("self", 3)]
 
 
+def test_a_registration_that_comes_after_it_was_given_up_is_ended_by_ourselves() -> None:
+    """Seed 840: the machine went down while it registered; the leader saw too many dead nodes to bury this one."""
+    session = begun(LIFE)
+    session.read_done(says(), 0.0, nothing_runs=True)  # not there: another life is begun
+    session.lease_granted(LeaseGranted("self", LeaseId(9)), 0.1)
+    session.remembered(Remembered(IncarnationId("0000000000000009"), done=True), 0.2)
+    session.commit_done(CommitDone("register", txn.Conflict(Revision(31))), 0.3)
+    session.poll(0.3)
+    (commit,) = session.read_done(says(node_entry(), life_entry()), 0.4, nothing_runs=True)
+    assert isinstance(commit, Commit)
+    assert commit.tag == "concede"
+    session.commit_done(CommitDone("concede", txn.Committed(Revision(32))), 0.5)
+    session.poll(0.5)
+    session.read_done(says(None, life_entry(Life.DEAD)), 0.6, nothing_runs=True)
+    assert session.phase is Phase.WAITING
+    session.poll(0.6 + POLL_S)
+    assert session.read_done(says(), 2.0, nothing_runs=True) == [GrantLease("self", 3)]
+
+
 # --- renewals ------------------------------------------------------------------------------------------------------
 
 
