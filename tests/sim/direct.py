@@ -272,3 +272,44 @@ class Direct:
         kv = self.model.get(keys.task(task_id))
         assert kv is not None
         return codec.decode_task(kv.value)
+
+
+def commits(tag: str) -> Callable[[Effect], bool]:
+    return lambda e: isinstance(e, Commit) and e.tag == tag
+
+
+def until_wanted(d: Direct, node: Node, wanted: Callable[[Effect], bool]) -> Effect:
+    """Carry out what comes before; what is wanted is taken out and returned, not yet done."""
+    for _ in range(2000):
+        if any(wanted(e) for e in node.pending):
+            return d.take(node, wanted)
+        if node.pending:
+            d.perform(node, node.pending.pop(0))
+        else:
+            assert node.agent.next_s is not None
+            d.now = max(d.now, node.agent.next_s)
+            d.model.advance(d.now)
+            d.tell(node)
+    raise AssertionError("it never wants that")
+
+
+def long_tasks(_: Start) -> Script:
+    return Script(1000.0)
+
+
+def until_wanted_later(d: Direct, node: Node, wanted: Callable[[Effect], bool]) -> Effect:
+    """As `until_wanted`, letting processes end meanwhile."""
+    for _ in range(2000):
+        if any(wanted(e) for e in node.pending):
+            return d.take(node, wanted)
+        if node.pending:
+            d.perform(node, node.pending.pop(0))
+            continue
+        assert node.agent.next_s is not None
+        d.now = max(d.now, min(node.agent.next_s, node.shim.next_s))
+        d.model.advance(d.now)
+        for process in node.shim.advance(d.now):
+            assert process.exit is not None
+            d.tell(node, AttemptEnded(process.key, process.exit))
+        d.tell(node)
+    raise AssertionError("it never wants that")

@@ -13,7 +13,8 @@ import pytest
 from spinetta.errors import InvariantViolation
 from tests.sim.__main__ import attempt
 from tests.sim.mutants import MUTANTS
-from tests.unit import test_agent as stories
+from tests.unit import test_agent
+from tests.unit import test_agent_stories as stories
 
 SEARCH = 100  # a change of the code changes what a seed tells: then the next one that notices will do
 
@@ -65,7 +66,7 @@ TOLD: dict[str, Callable[[], None]] = {
     "no-must-stop": stories.test_a_condemned_node_stops_all_says_so_and_begins_again,
     "claim-unknown-is-no": stories.test_a_claim_made_again_may_lose_to_its_own_first_proposal,
     "give_back[0]": stories.test_a_cancel_between_the_end_and_its_record_is_not_lost,
-    "forgetful-daemon": stories.test_a_restarted_daemon_goes_on,
+    "forgetful-daemon": test_agent.test_a_restarted_daemon_goes_on,
 }
 
 
