@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from spinetta.errors import UserError
+from spinetta import trustcodec
+from spinetta.errors import CorruptRecord as CorruptRecord
 from spinetta.model import (
     Attempt,
     Holding,
@@ -34,12 +35,6 @@ from spinetta.v1 import record_pb2 as pb
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
-
-
-class CorruptRecord(UserError):
-    """A stored value is not what its key says; it is left as it is."""
-
-    reason = "corrupt"
 
 
 def parse(message: M, data: bytes, what: str) -> M:
@@ -111,6 +106,9 @@ def spec_to_pb(s: TaskSpec) -> pb.TaskSpec:
         restart_on_node_failure=s.restart_on_node_failure,
         owner=s.owner,
         grace_s=s.grace_s,
+        clearance=s.clearance,
+        sealed=trustcodec.envelope_to_pb(s.sealed) if s.sealed is not None else None,
+        secrets=[pb.SecretRef(name=name, file=file) for name, file in s.secrets],
     )
 
 
@@ -133,6 +131,9 @@ def spec_from_pb(m: pb.TaskSpec) -> TaskSpec:
         restart_on_node_failure=m.restart_on_node_failure if m.HasField("restart_on_node_failure") else True,
         owner=m.owner,
         grace_s=m.grace_s,
+        clearance=tuple(sorted(set(m.clearance))),
+        sealed=trustcodec.envelope_from_pb(m.sealed) if m.HasField("sealed") else None,
+        secrets=tuple((r.name, r.file or r.name) for r in m.secrets),
     )
 
 
@@ -241,6 +242,10 @@ def node_to_pb(n: NodeRecord) -> pb.Node:
         boot_id=n.boot_id,
         runtimes=n.runtimes,
         warnings=n.warnings,
+        trust_generation=n.trust_generation,
+        certificate_expires_ms=n.certificate_expires_ms,
+        clearances=n.clearances,
+        authority_signed=n.authority_signed,
     )
 
 
@@ -265,6 +270,10 @@ def node_from_pb(m: pb.Node) -> NodeRecord:
         boot_id=m.boot_id,
         runtimes=tuple(m.runtimes),
         warnings=tuple(m.warnings),
+        trust_generation=m.trust_generation,
+        certificate_expires_ms=m.certificate_expires_ms,
+        clearances=tuple(m.clearances),
+        authority_signed=m.authority_signed,
     )
 
 
@@ -293,6 +302,7 @@ def encode_hint(h: QueueHint) -> bytes:
         tags_forbidden=h.tags_forbidden,
         priority=h.priority,
         delay_s=h.delay_s,
+        clearance=h.clearance,
     ).SerializeToString(deterministic=True)
 
 
@@ -310,6 +320,7 @@ def decode_hint(data: bytes) -> QueueHint | None:
         tuple(sorted(m.tags_forbidden)),
         m.priority,
         m.delay_s,
+        tuple(sorted(m.clearance)),
     )
 
 

@@ -5,7 +5,9 @@
     SpinettaError
     ├── UserError            the caller's input: says what is wrong and how to mend it
     │   ├── NotFound         no such task or node
-    │   └── AlreadyExists    the name or id is taken by something else
+    │   ├── AlreadyExists    the name or id is taken by something else
+    │   ├── CorruptRecord    a stored value is not what its key says
+    │   └── Denied           who asks may not do this
     ├── StoreUnavailable     nothing happened: safe to try again
     ├── RuntimeUnavailable   the shim does not answer; every request to it may be made twice: try again
     ├── OutcomeUnknown       may have happened: read back first
@@ -59,6 +61,18 @@ class AlreadyExists(UserError):
     """The id or name is in use by something else."""
 
     reason = "already-exists"
+
+
+class CorruptRecord(UserError):
+    """A stored value is not what its key says; it is left as it is."""
+
+    reason = "corrupt"
+
+
+class Denied(UserError):
+    """Who asks may not do this; reason ``unauthenticated`` when it is not known who asks."""
+
+    reason = "denied"
 
 
 class StoreUnavailable(SpinettaError):

@@ -16,6 +16,16 @@ BEAT = "/beat/"
 LEADER = "/leader/"
 OFFICE = "/leader/office"
 GENERATION = "/generation"
+ACL = "/acl/"
+ACL_NODE = "/acl/node/"
+ACL_USER = "/acl/user/"
+ACL_GROUP = "/acl/group/"
+TOKEN = "/acl/token/"  # noqa: S105 - a key, not a secret
+REQUEST = "/acl/request/"
+POLICY = "/acl/policy"
+AUTHORITY = "/trust/authority/"
+LABEL = "/trust/label/"
+SECRET = "/secret/"  # noqa: S105 - a key, not a secret
 
 
 def task(task_id: TaskId) -> str:
@@ -61,6 +71,51 @@ def incarnation(name: NodeId) -> str:
 def beat(name: NodeId) -> str:
     """The guarded heartbeat of a node."""
     return BEAT + name
+
+
+def acl_node(name: NodeId) -> str:
+    """The rights of a node."""
+    return ACL_NODE + name
+
+
+def acl_user(name: str) -> str:
+    """The rights of a person."""
+    return ACL_USER + name
+
+
+def acl_group(name: str) -> str:
+    """What nodes of a group may be cleared for at most."""
+    return ACL_GROUP + name
+
+
+def token(token_id: str) -> str:
+    """A join token, its secret hashed."""
+    return TOKEN + token_id
+
+
+def request(name: NodeId) -> str:
+    """A node that waits for approval."""
+    return REQUEST + name
+
+
+def authority(kind: str) -> str:
+    """The certificate authorities of a kind, ``cluster`` or ``etcd``."""
+    return AUTHORITY + kind
+
+
+def label(name: str) -> str:
+    """The keys of a clearance label."""
+    return LABEL + name
+
+
+def secrets_of(owner: str) -> str:
+    """The prefix of an owner's secrets."""
+    return f"{SECRET}{owner}/"
+
+
+def secret(owner: str, name: str) -> str:
+    """A sealed secret for tasks."""
+    return f"{SECRET}{owner}/{name}"
 
 
 def parse_task(key: str) -> TaskId:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NewType
 
+from spinetta.access import Envelope
+
 TaskId = NewType("TaskId", str)
 """A UUID of version 7 in its canonical form, so that key order is submission order."""
 NodeId = NewType("NodeId", str)
@@ -165,6 +167,9 @@ class TaskSpec:
     restart_on_node_failure: bool = True
     owner: str = ""
     grace_s: float = 0.0
+    clearance: tuple[str, ...] = ()
+    sealed: Envelope | None = None
+    secrets: tuple[tuple[str, str], ...] = ()  # name of the secret, name of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +231,12 @@ class QueueHint:
     tags_forbidden: tuple[str, ...] = ()
     priority: int = 0
     delay_s: float = 0.0
+    clearance: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: TaskSpec, delay_s: float = 0.0) -> QueueHint:
         """The hint for a task."""
-        return cls(spec.resources, spec.tags_required, spec.tags_forbidden, spec.priority, delay_s)
+        return cls(spec.resources, spec.tags_required, spec.tags_forbidden, spec.priority, delay_s, spec.clearance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +272,10 @@ class NodeRecord:
     boot_id: str = ""
     runtimes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    trust_generation: int = 0
+    certificate_expires_ms: int = 0
+    clearances: tuple[str, ...] = ()
+    authority_signed: int = 0
 
 
 class Life(enum.IntEnum):

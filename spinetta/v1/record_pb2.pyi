@@ -63,6 +63,64 @@ CANCELLED: Outcome.ValueType  # 3
 LOST: Outcome.ValueType  # 4
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
+class _NodeRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NodeRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NODE_ROLE_UNSPECIFIED: _NodeRole.ValueType  # 0
+    NODE_ROLE_VOTER: _NodeRole.ValueType  # 1
+    NODE_ROLE_WORKER: _NodeRole.ValueType  # 2
+
+class NodeRole(_NodeRole, metaclass=_NodeRoleEnumTypeWrapper):
+    """--- trust ---------------------------------------------------------------------------------------------------------"""
+
+NODE_ROLE_UNSPECIFIED: NodeRole.ValueType  # 0
+NODE_ROLE_VOTER: NodeRole.ValueType  # 1
+NODE_ROLE_WORKER: NodeRole.ValueType  # 2
+Global___NodeRole: _TypeAlias = NodeRole  # noqa: Y015
+
+class _UserRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UserRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UserRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USER_ROLE_UNSPECIFIED: _UserRole.ValueType  # 0
+    USER_ROLE_VIEWER: _UserRole.ValueType  # 1
+    USER_ROLE_USER: _UserRole.ValueType  # 2
+    USER_ROLE_OPERATOR: _UserRole.ValueType  # 3
+    USER_ROLE_ADMIN: _UserRole.ValueType  # 4
+
+class UserRole(_UserRole, metaclass=_UserRoleEnumTypeWrapper): ...
+
+USER_ROLE_UNSPECIFIED: UserRole.ValueType  # 0
+USER_ROLE_VIEWER: UserRole.ValueType  # 1
+USER_ROLE_USER: UserRole.ValueType  # 2
+USER_ROLE_OPERATOR: UserRole.ValueType  # 3
+USER_ROLE_ADMIN: UserRole.ValueType  # 4
+Global___UserRole: _TypeAlias = UserRole  # noqa: Y015
+
+class _TokenRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TokenRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOKEN_ROLE_UNSPECIFIED: _TokenRole.ValueType  # 0
+    TOKEN_ROLE_VOTER: _TokenRole.ValueType  # 1
+    TOKEN_ROLE_WORKER: _TokenRole.ValueType  # 2
+    TOKEN_ROLE_CLIENT: _TokenRole.ValueType  # 3
+
+class TokenRole(_TokenRole, metaclass=_TokenRoleEnumTypeWrapper): ...
+
+TOKEN_ROLE_UNSPECIFIED: TokenRole.ValueType  # 0
+TOKEN_ROLE_VOTER: TokenRole.ValueType  # 1
+TOKEN_ROLE_WORKER: TokenRole.ValueType  # 2
+TOKEN_ROLE_CLIENT: TokenRole.ValueType  # 3
+Global___TokenRole: _TypeAlias = TokenRole  # noqa: Y015
+
 @_typing.final
 class Resources(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -175,6 +233,9 @@ class TaskSpec(_message.Message):
     RESTART_ON_NODE_FAILURE_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     GRACE_S_FIELD_NUMBER: _builtins.int
+    CLEARANCE_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID version 7, canonical form"""
     name: _builtins.str
@@ -207,6 +268,16 @@ class TaskSpec(_message.Message):
     def tags_required(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def tags_forbidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def clearance(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """labels; only nodes cleared for all of them may run it"""
+
+    @_builtins.property
+    def sealed(self) -> Global___Envelope:
+        """a serialized SealedPayload; present exactly when `clearance` is not empty"""
+
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedCompositeFieldContainer[Global___SecretRef]: ...
     def __init__(
         self,
         *,
@@ -226,16 +297,176 @@ class TaskSpec(_message.Message):
         restart_on_node_failure: _builtins.bool | None = ...,
         owner: _builtins.str = ...,
         grace_s: _builtins.float = ...,
+        clearance: _abc.Iterable[_builtins.str] | None = ...,
+        sealed: Global___Envelope | None = ...,
+        secrets: _abc.Iterable[Global___SecretRef] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_restart_on_node_failure", b"_restart_on_node_failure", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_restart_on_node_failure", b"_restart_on_node_failure", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_restart_on_node_failure", b"_restart_on_node_failure", "command", b"command", "env", b"env", "grace_s", b"grace_s", "id", b"id", "labels", b"labels", "name", b"name", "owner", b"owner", "priority", b"priority", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "retries", b"retries", "retry_backoff_s", b"retry_backoff_s", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required", "walltime_s", b"walltime_s", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_restart_on_node_failure", b"_restart_on_node_failure", "clearance", b"clearance", "command", b"command", "env", b"env", "grace_s", b"grace_s", "id", b"id", "labels", b"labels", "name", b"name", "owner", b"owner", "priority", b"priority", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "retries", b"retries", "retry_backoff_s", b"retry_backoff_s", "sealed", b"sealed", "secrets", b"secrets", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required", "walltime_s", b"walltime_s", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__restart_on_node_failure: _TypeAlias = _typing.Literal["restart_on_node_failure"]  # noqa: Y015
     _WhichOneofArgType__restart_on_node_failure: _TypeAlias = _typing.Literal["_restart_on_node_failure", b"_restart_on_node_failure"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__restart_on_node_failure) -> _WhichOneofReturnType__restart_on_node_failure | None: ...
 
 Global___TaskSpec: _TypeAlias = TaskSpec  # noqa: Y015
+
+@_typing.final
+class SecretRef(_message.Message):
+    """A secret that the task gets as a file, in the directory that SPINETTA_SECRETS names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of the task's owner"""
+    file: _builtins.str
+    """empty: as the secret's name"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        file: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecretRef: _TypeAlias = SecretRef  # noqa: Y015
+
+@_typing.final
+class SealedPayload(_message.Message):
+    """What of a specification is sealed when the task carries a label."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    WORKING_DIRECTORY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    working_directory: _builtins.str
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        command: _abc.Iterable[_builtins.str] | None = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        working_directory: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "env", b"env", "labels", b"labels", "name", b"name", "working_directory", b"working_directory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealedPayload: _TypeAlias = SealedPayload  # noqa: Y015
+
+@_typing.final
+class SealedKeyShare(_message.Message):
+    """A data key's share, sealed to the key of one clearance label."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    generation: _builtins.int
+    sealed: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        sealed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "label", b"label", "sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealedKeyShare: _TypeAlias = SealedKeyShare  # noqa: Y015
+
+@_typing.final
+class Envelope(_message.Message):
+    """A sealed payload: AES-256-GCM under a data key that is the XOR of all shares."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    CIPHERTEXT_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    ciphertext: _builtins.bytes
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealedKeyShare]: ...
+    def __init__(
+        self,
+        *,
+        shares: _abc.Iterable[Global___SealedKeyShare] | None = ...,
+        nonce: _builtins.bytes = ...,
+        ciphertext: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ciphertext", b"ciphertext", "nonce", b"nonce", "shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Envelope: _TypeAlias = Envelope  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
@@ -392,6 +623,7 @@ class QueueHint(_message.Message):
     TAGS_FORBIDDEN_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     DELAY_S_FIELD_NUMBER: _builtins.int
+    CLEARANCE_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     delay_s: _builtins.float
     """claim no sooner than this after first seeing the key (back-off of a retry)"""
@@ -401,6 +633,8 @@ class QueueHint(_message.Message):
     def tags_required(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def tags_forbidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def clearance(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -409,10 +643,11 @@ class QueueHint(_message.Message):
         tags_forbidden: _abc.Iterable[_builtins.str] | None = ...,
         priority: _builtins.int = ...,
         delay_s: _builtins.float = ...,
+        clearance: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay_s", b"delay_s", "priority", b"priority", "resources", b"resources", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clearance", b"clearance", "delay_s", b"delay_s", "priority", b"priority", "resources", b"resources", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -475,6 +710,10 @@ class Node(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     RUNTIMES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    TRUST_GENERATION_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    CLEARANCES_FIELD_NUMBER: _builtins.int
+    AUTHORITY_SIGNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
     """of the API, HOST:PORT"""
@@ -491,6 +730,12 @@ class Node(_message.Message):
     version: _builtins.str
     started_ms: _builtins.int
     boot_id: _builtins.str
+    trust_generation: _builtins.int
+    """of the certificate authorities it believes; 0: none, plain text"""
+    certificate_expires_ms: _builtins.int
+    """wall clock"""
+    authority_signed: _builtins.int
+    """generation of the authorities that its certificate was signed under"""
     @_builtins.property
     def capacity(self) -> Global___Resources: ...
     @_builtins.property
@@ -501,6 +746,10 @@ class Node(_message.Message):
     def runtimes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """for people; what counts is /acl/node/NODE"""
+
     def __init__(
         self,
         *,
@@ -522,10 +771,14 @@ class Node(_message.Message):
         boot_id: _builtins.str = ...,
         runtimes: _abc.Iterable[_builtins.str] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        trust_generation: _builtins.int = ...,
+        certificate_expires_ms: _builtins.int = ...,
+        clearances: _abc.Iterable[_builtins.str] | None = ...,
+        authority_signed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_id", b"boot_id", "candidate", b"candidate", "capacity", b"capacity", "draining", b"draining", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -624,3 +877,553 @@ class Generation(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Generation: _TypeAlias = Generation  # noqa: Y015
+
+@_typing.final
+class Limits(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_PER_S_FIELD_NUMBER: _builtins.int
+    TASKS_PER_S_FIELD_NUMBER: _builtins.int
+    calls_per_s: _builtins.float
+    tasks_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        calls_per_s: _builtins.float = ...,
+        tasks_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_per_s", b"calls_per_s", "tasks_per_s", b"tasks_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class NodeAcl(_message.Message):
+    """The value of /acl/node/NODE."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    CLEARANCES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_FIELD_NUMBER: _builtins.int
+    KEY_HASH_FIELD_NUMBER: _builtins.int
+    SEALING_KEY_FIELD_NUMBER: _builtins.int
+    NEXT_KEY_HASH_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CREATED_MS_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    ISSUED_AFTER_MS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    role: Global___NodeRole.ValueType
+    key_hash: _builtins.bytes
+    sealing_key: _builtins.bytes
+    next_key_hash: _builtins.bytes
+    revoked: _builtins.bool
+    reason: _builtins.str
+    created_ms: _builtins.int
+    created_by: _builtins.str
+    issued_after_ms: _builtins.int
+    @_builtins.property
+    def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def effective(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        role: Global___NodeRole.ValueType = ...,
+        clearances: _abc.Iterable[_builtins.str] | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        effective: _abc.Iterable[_builtins.str] | None = ...,
+        key_hash: _builtins.bytes = ...,
+        sealing_key: _builtins.bytes = ...,
+        next_key_hash: _builtins.bytes = ...,
+        revoked: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        created_ms: _builtins.int = ...,
+        created_by: _builtins.str = ...,
+        issued_after_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clearances", b"clearances", "created_by", b"created_by", "created_ms", b"created_ms", "effective", b"effective", "groups", b"groups", "issued_after_ms", b"issued_after_ms", "key_hash", b"key_hash", "name", b"name", "next_key_hash", b"next_key_hash", "reason", b"reason", "revoked", b"revoked", "role", b"role", "sealing_key", b"sealing_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeAcl: _TypeAlias = NodeAcl  # noqa: Y015
+
+@_typing.final
+class UserAcl(_message.Message):
+    """The value of /acl/user/NAME."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    PROJECTS_FIELD_NUMBER: _builtins.int
+    CLEARANCES_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CREATED_MS_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    ISSUED_AFTER_MS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    role: Global___UserRole.ValueType
+    revoked: _builtins.bool
+    reason: _builtins.str
+    created_ms: _builtins.int
+    created_by: _builtins.str
+    issued_after_ms: _builtins.int
+    @_builtins.property
+    def projects(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        role: Global___UserRole.ValueType = ...,
+        projects: _abc.Iterable[_builtins.str] | None = ...,
+        clearances: _abc.Iterable[_builtins.str] | None = ...,
+        revoked: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        created_ms: _builtins.int = ...,
+        created_by: _builtins.str = ...,
+        issued_after_ms: _builtins.int = ...,
+        limits: Global___Limits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clearances", b"clearances", "created_by", b"created_by", "created_ms", b"created_ms", "issued_after_ms", b"issued_after_ms", "limits", b"limits", "name", b"name", "projects", b"projects", "reason", b"reason", "revoked", b"revoked", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UserAcl: _TypeAlias = UserAcl  # noqa: Y015
+
+@_typing.final
+class GroupAcl(_message.Message):
+    """The value of /acl/group/NAME."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CLEARANCES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        clearances: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clearances", b"clearances", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupAcl: _TypeAlias = GroupAcl  # noqa: Y015
+
+@_typing.final
+class TokenRecord(_message.Message):
+    """The value of /acl/token/ID."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    SECRET_HASH_FIELD_NUMBER: _builtins.int
+    EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    USES_LEFT_FIELD_NUMBER: _builtins.int
+    CLEARANCES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    APPROVAL_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
+    CREATED_MS_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    role: Global___TokenRole.ValueType
+    salt: _builtins.bytes
+    secret_hash: _builtins.bytes
+    expires_ms: _builtins.int
+    uses_left: _builtins.int
+    user: _builtins.str
+    approval: _builtins.bool
+    revoked: _builtins.bool
+    created_ms: _builtins.int
+    created_by: _builtins.str
+    @_builtins.property
+    def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        role: Global___TokenRole.ValueType = ...,
+        salt: _builtins.bytes = ...,
+        secret_hash: _builtins.bytes = ...,
+        expires_ms: _builtins.int = ...,
+        uses_left: _builtins.int = ...,
+        clearances: _abc.Iterable[_builtins.str] | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        user: _builtins.str = ...,
+        approval: _builtins.bool = ...,
+        revoked: _builtins.bool = ...,
+        created_ms: _builtins.int = ...,
+        created_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "clearances", b"clearances", "created_by", b"created_by", "created_ms", b"created_ms", "expires_ms", b"expires_ms", "groups", b"groups", "id", b"id", "revoked", b"revoked", "role", b"role", "salt", b"salt", "secret_hash", b"secret_hash", "user", b"user", "uses_left", b"uses_left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenRecord: _TypeAlias = TokenRecord  # noqa: Y015
+
+@_typing.final
+class JoinRequestRecord(_message.Message):
+    """The value of /acl/request/NODE."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    CSR_FIELD_NUMBER: _builtins.int
+    ETCD_CSR_FIELD_NUMBER: _builtins.int
+    SEALING_KEY_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    KEY_HASH_FIELD_NUMBER: _builtins.int
+    CLEARANCES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    CREATED_MS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    role: Global___NodeRole.ValueType
+    token_id: _builtins.str
+    csr: _builtins.bytes
+    etcd_csr: _builtins.bytes
+    sealing_key: _builtins.bytes
+    address: _builtins.str
+    key_hash: _builtins.bytes
+    rejected: _builtins.bool
+    created_ms: _builtins.int
+    @_builtins.property
+    def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        role: Global___NodeRole.ValueType = ...,
+        token_id: _builtins.str = ...,
+        csr: _builtins.bytes = ...,
+        etcd_csr: _builtins.bytes = ...,
+        sealing_key: _builtins.bytes = ...,
+        address: _builtins.str = ...,
+        key_hash: _builtins.bytes = ...,
+        clearances: _abc.Iterable[_builtins.str] | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        rejected: _builtins.bool = ...,
+        created_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "clearances", b"clearances", "created_ms", b"created_ms", "csr", b"csr", "etcd_csr", b"etcd_csr", "groups", b"groups", "key_hash", b"key_hash", "name", b"name", "rejected", b"rejected", "role", b"role", "sealing_key", b"sealing_key", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JoinRequestRecord: _TypeAlias = JoinRequestRecord  # noqa: Y015
+
+@_typing.final
+class GroupMapping(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    PROJECTS_FIELD_NUMBER: _builtins.int
+    CLEARANCES_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    role: Global___UserRole.ValueType
+    @_builtins.property
+    def projects(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        role: Global___UserRole.ValueType = ...,
+        projects: _abc.Iterable[_builtins.str] | None = ...,
+        clearances: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clearances", b"clearances", "group", b"group", "projects", b"projects", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupMapping: _TypeAlias = GroupMapping  # noqa: Y015
+
+@_typing.final
+class Issuer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    AUDIENCE_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    NAME_CLAIM_FIELD_NUMBER: _builtins.int
+    GROUPS_CLAIM_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    CA_PEM_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    audience: _builtins.str
+    prefix: _builtins.str
+    name_claim: _builtins.str
+    groups_claim: _builtins.str
+    ca_pem: _builtins.bytes
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupMapping]: ...
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        audience: _builtins.str = ...,
+        prefix: _builtins.str = ...,
+        name_claim: _builtins.str = ...,
+        groups_claim: _builtins.str = ...,
+        groups: _abc.Iterable[Global___GroupMapping] | None = ...,
+        ca_pem: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "ca_pem", b"ca_pem", "groups", b"groups", "groups_claim", b"groups_claim", "name_claim", b"name_claim", "prefix", b"prefix", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Issuer: _TypeAlias = Issuer  # noqa: Y015
+
+@_typing.final
+class Policy(_message.Message):
+    """The value of /acl/policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPROVAL_FIELD_NUMBER: _builtins.int
+    NODE_CERTIFICATE_S_FIELD_NUMBER: _builtins.int
+    USER_CERTIFICATE_S_FIELD_NUMBER: _builtins.int
+    OVERLAP_S_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    ISSUERS_FIELD_NUMBER: _builtins.int
+    approval: _builtins.bool
+    node_certificate_s: _builtins.float
+    user_certificate_s: _builtins.float
+    overlap_s: _builtins.float
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def issuers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Issuer]: ...
+    def __init__(
+        self,
+        *,
+        approval: _builtins.bool = ...,
+        node_certificate_s: _builtins.float = ...,
+        user_certificate_s: _builtins.float = ...,
+        overlap_s: _builtins.float = ...,
+        limits: Global___Limits | None = ...,
+        issuers: _abc.Iterable[Global___Issuer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "issuers", b"issuers", "limits", b"limits", "node_certificate_s", b"node_certificate_s", "overlap_s", b"overlap_s", "user_certificate_s", b"user_certificate_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class Wrap(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    sealed: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        sealed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wrap: _TypeAlias = Wrap  # noqa: Y015
+
+@_typing.final
+class Authorities(_message.Message):
+    """The value of /trust/authority/KIND."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Entry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CERTIFICATE_PEM_FIELD_NUMBER: _builtins.int
+        STATE_FIELD_NUMBER: _builtins.int
+        WRAPS_FIELD_NUMBER: _builtins.int
+        CREATED_MS_FIELD_NUMBER: _builtins.int
+        RETIRE_AT_MS_FIELD_NUMBER: _builtins.int
+        certificate_pem: _builtins.bytes
+        state: _builtins.int
+        """1 next, 2 active, 3 retiring"""
+        created_ms: _builtins.int
+        retire_at_ms: _builtins.int
+        @_builtins.property
+        def wraps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wrap]: ...
+        def __init__(
+            self,
+            *,
+            certificate_pem: _builtins.bytes = ...,
+            state: _builtins.int = ...,
+            wraps: _abc.Iterable[Global___Wrap] | None = ...,
+            created_ms: _builtins.int = ...,
+            retire_at_ms: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_pem", b"certificate_pem", "created_ms", b"created_ms", "retire_at_ms", b"retire_at_ms", "state", b"state", "wraps", b"wraps"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    KIND_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    generation: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Authorities.Entry]: ...
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        entries: _abc.Iterable[Global___Authorities.Entry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "generation", b"generation", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Authorities: _TypeAlias = Authorities  # noqa: Y015
+
+@_typing.final
+class LabelKey(_message.Message):
+    """The value of /trust/label/LABEL."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Generation(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NUMBER_FIELD_NUMBER: _builtins.int
+        PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+        WRAPS_FIELD_NUMBER: _builtins.int
+        number: _builtins.int
+        public_key: _builtins.bytes
+        @_builtins.property
+        def wraps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wrap]: ...
+        def __init__(
+            self,
+            *,
+            number: _builtins.int = ...,
+            public_key: _builtins.bytes = ...,
+            wraps: _abc.Iterable[Global___Wrap] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "public_key", b"public_key", "wraps", b"wraps"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelKey.Generation]: ...
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        generations: _abc.Iterable[Global___LabelKey.Generation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations", b"generations", "label", b"label"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LabelKey: _TypeAlias = LabelKey  # noqa: Y015
+
+@_typing.final
+class SecretRecord(_message.Message):
+    """The value of /secret/OWNER/NAME."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    CREATED_MS_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    name: _builtins.str
+    version: _builtins.int
+    created_ms: _builtins.int
+    created_by: _builtins.str
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def envelope(self) -> Global___Envelope: ...
+    def __init__(
+        self,
+        *,
+        owner: _builtins.str = ...,
+        name: _builtins.str = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        envelope: Global___Envelope | None = ...,
+        version: _builtins.int = ...,
+        created_ms: _builtins.int = ...,
+        created_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_by", b"created_by", "created_ms", b"created_ms", "envelope", b"envelope", "labels", b"labels", "name", b"name", "owner", b"owner", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecretRecord: _TypeAlias = SecretRecord  # noqa: Y015
