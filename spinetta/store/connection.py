@@ -1,27 +1,34 @@
-"""Connections to etcd's members: which one to ask, how long to wait, and what a failure means.
-
-What a failure means is the heart of it. A write that failed is *not done* only when that is certain: the text of etcd
-or gRPC says that it never left or was refused before it was proposed. Everything else is unknown.
-"""
+"""Connections to etcd's members: which one to ask, with which certificates, and how long to wait."""
 
 from __future__ import annotations
 
 import asyncio
-import enum
-from collections.abc import Callable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
-from spinetta.errors import InvariantViolation, OutcomeUnknown, SpinettaError, StoreUnavailable, UserError
+from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.store import tls as certificates
 from spinetta.store import wire
+from spinetta.store.failures import (
+    TOO_LARGE_FOR_CLIENT,
+    Meaning,
+    Refused,
+    cancelled_ourselves,
+    meaning_of,
+)
+from spinetta.store.tls import Material, TlsSource
 
 RECEIVE_BYTES_MAX = 32 << 20  # a page of 4096 task records of 8 KB; lists halve their page when one does not fit
 CONNECT_S = 1.0  # a local or nearby member answers in milliseconds; longer means frozen or cut off
 HOLD_REFUSED_S = 1.0  # leave an endpoint alone that refused a connection or said that it cannot serve
 HOLD_SILENT_S = 15.0  # … or that did not answer: by then keep-alive has found out whether the connection is dead
 CLOSE_GRACE_S = 1.0  # for calls under way when a connection is let go of
+REFRESH_GRACE_S = 15.0  # above the longest limit of a call (10 s): only watches are still there then, and begin again
 KEEPALIVE_S = 10.0  # etcd drops clients that ping more often than every 5 s
 KEEPALIVE_ANSWER_S = 5.0
 
@@ -43,112 +50,114 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-class Meaning(enum.Enum):
-    """What a failed call says about the request."""
+@dataclass(slots=True, eq=False)
+class Line:
+    """One channel, and how many calls are on it.
 
-    NOT_DONE = enum.auto()  # certainly; another member may do it
-    REFUSED = enum.auto()  # certainly not, and no member will
-    UNKNOWN = enum.auto()  # it may have been carried out
-
-
-class Refused(Exception):
-    """Etcd said no. Never leaves `spinetta.store`: its callers know what the text means for them."""
-
-    def __init__(self, code: grpc.StatusCode, text: str) -> None:
-        super().__init__(f"etcd refused: {text}")
-        self.code = code
-        self.text = text
-
-
-NOT_DONE_TEXTS = (
-    "failed to connect to all addresses",  # gRPC: there was no connection to send it on
-    "etcdserver: no leader",  # refused on arrival, because we require one
-    "etcdserver: rpc not supported for learner",
-    "etcdserver: too many requests",
-    "etcdserver: not capable",
-)
-REFUSED_CODES = frozenset(
-    {
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.NOT_FOUND,
-        grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.OUT_OF_RANGE,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.DATA_LOSS,
-    }
-)
-TOO_LARGE_FOR_SERVER = "grpc: received message larger than max"
-TOO_LARGE_FOR_CLIENT = "CLIENT: Received message larger than max"  # with more around it
-
-
-def meaning_of(code: grpc.StatusCode, text: str) -> Meaning:
-    """Judge a failure by what gRPC and etcd say of it.
-
-    A code alone proves nothing: gRPC makes RESOURCE_EXHAUSTED and PERMISSION_DENIED of broken streams too.
+    Attributes:
+        material: what it was opened with; None: plain text.
+        idle: set while nobody uses it.
     """
-    if text.startswith(NOT_DONE_TEXTS):
-        return Meaning.NOT_DONE
-    if text.startswith("etcdserver: ") and (code in REFUSED_CODES or text == "etcdserver: unhealthy cluster"):
-        return Meaning.REFUSED
-    return Meaning.REFUSED if text.startswith(TOO_LARGE_FOR_SERVER) else Meaning.UNKNOWN
 
+    channel: grpc.aio.Channel
+    stubs: wire.Stubs
+    material: Material | None
+    users: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
 
-def refusal(error: Refused) -> SpinettaError:
-    """The error of ours that tells the caller what to do about a refusal it did not foresee."""
-    text = error.text
-    if "request is too large" in text or text.startswith(TOO_LARGE_FOR_SERVER):
-        return UserError(
-            "the request is larger than the 1.5 MiB that etcd takes", hint="make it smaller", reason="too-large"
-        )
-    if "too many operations" in text:
-        return UserError("more operations than etcd takes in one transaction", reason="too-many-operations")
-    if "database space exceeded" in text:
-        return StoreUnavailable(
-            "etcd is full (alarm NOSPACE): it takes no writes until it has been compacted and "
-            "defragmented and the alarm disarmed"
-        )
-    if error.code is grpc.StatusCode.INVALID_ARGUMENT:
-        return InvariantViolation(str(error))
-    return StoreUnavailable(str(error))
+    @classmethod
+    def open(cls, endpoint: str, material: Material | None) -> Line:
+        """Connects when it is first used."""
+        if material is None:
+            channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        else:
+            options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", certificates.SERVER_NAME))
+            channel = grpc.aio.secure_channel(endpoint, material.credentials(), options=options)
+        line = cls(channel, wire.stubs(channel), material)
+        line.idle.set()
+        return line
+
+    @property
+    def connected(self) -> bool:
+        """Has a connection; if not, asking begins to make one."""
+        return self.channel.get_state(try_to_connect=True) == grpc.ChannelConnectivity.READY
+
+    async def ready(self) -> bool:
+        """Wait until it is connected; False when that failed or the line was closed."""
+        while not self.connected:
+            state = self.channel.get_state(try_to_connect=True)
+            if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                return False
+            try:
+                await self.channel.wait_for_state_change(state)
+            except grpc.aio.UsageError:  # closed while we waited
+                return False
+        return True
+
+    async def retire(self, grace_s: float) -> None:
+        """Close it as soon as nobody uses it, at the latest after so long."""
+        try:
+            async with asyncio.timeout(grace_s):
+                await self.idle.wait()
+        except TimeoutError:
+            pass
+        finally:
+            await self.channel.close()
 
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """One member, over one channel for as long as the endpoint is in use.
+    """One member, over one channel for as long as the endpoint is in use and the certificates are the same.
 
     Attributes:
         endpoint: ``HOST:PORT``.
+        tls: where the certificates are; None: plain text.
         held_until_s: after a failure it is not asked before this (event loop time); 0 while all is well.
+        trouble: why there was no connection the last time, in words.
     """
 
     endpoint: str
+    tls: TlsSource | None = None
     held_until_s: float = 0.0
-    _channel: grpc.aio.Channel | None = None
-    _stubs: wire.Stubs | None = None
+    trouble: str = "no connection"
+    _line: Line | None = None
 
-    @property
-    def stubs(self) -> wire.Stubs:
-        """Its services."""
-        if self._stubs is None:
-            self._stubs = wire.stubs(self.channel)
-        return self._stubs
+    def _material(self) -> Material | None:
+        return certificates.read(self.tls()) if self.tls is not None else None
 
-    @property
-    def channel(self) -> grpc.aio.Channel:
-        """Opened at first use, because a channel belongs to the running event loop."""
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS)
-        return self._channel
+    def _open(self) -> Line:
+        """Opened at first use, because a channel belongs to the running event loop. Raises `StoreUnavailable`."""
+        if self._line is None:
+            self._line = Line.open(self.endpoint, self._material())
+        return self._line
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[wire.Stubs]:
+        """Its services, for one call or stream. A `refresh` lets those go on that have begun.
+
+        Raises:
+            StoreUnavailable: there are no certificates.
+        """
+        line = self._open()
+        line.users += 1
+        line.idle.clear()
+        try:
+            yield line.stubs
+        finally:
+            line.users -= 1
+            if not line.users:
+                line.idle.set()
 
     def usable(self, now_s: float) -> bool:
         """Not held, or held long enough and found connected again."""
         if not self.held_until_s:
             return True
         # Asking also starts a new attempt to connect, in the background: coming back costs no request.
-        state = self.channel.get_state(try_to_connect=True)
-        if now_s >= self.held_until_s and state == grpc.ChannelConnectivity.READY:
+        try:
+            connected = self._open().connected
+        except StoreUnavailable:
+            return False
+        if connected and now_s >= self.held_until_s:
             self.held_until_s = 0.0
             return True
         return False
@@ -159,28 +168,56 @@ class Connection:
 
     async def ready(self, timeout_s: float) -> bool:
         """Wait for a connection. Until there is one nothing has been sent, which is why writes wait here first."""
-        channel = self.channel
-        state = channel.get_state(try_to_connect=True)
-        if state == grpc.ChannelConnectivity.READY:
-            return True
         try:
             async with asyncio.timeout(timeout_s):
-                while state != grpc.ChannelConnectivity.READY:
-                    if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-                        return False
-                    await channel.wait_for_state_change(state)
-                    state = channel.get_state(try_to_connect=True)
+                while True:
+                    line = self._open()
+                    if line.connected:
+                        return True
+                    # A channel keeps the certificates it was made with, and those may have been renewed since.
+                    if line.material != self._material():
+                        self._line = None
+                        await line.channel.close()
+                        continue
+                    if await line.ready():
+                        return True
+                    if self._line is line:
+                        break
         except TimeoutError:
+            pass
+        except StoreUnavailable as error:
+            self.trouble = str(error)
             return False
-        except grpc.aio.UsageError:  # closed while we waited
-            return False
+        material = self._line.material if self._line is not None else None
+        self.trouble = (material.trouble(time.time()) if material is not None else "") or "no connection"
+        return False
+
+    async def refresh(self, material: Material, *, grace_s: float) -> bool:
+        """Move on to new certificates, see `Connections.refresh`. False: they do not work here, and the old ones do."""
+        old = self._line
+        if old is None or old.material == material:
+            return True
+        new = Line.open(self.endpoint, material)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                works = await new.ready()
+        except TimeoutError:
+            works = False
+        except BaseException:
+            await new.channel.close()
+            raise
+        if self._line is not old or (not works and old.connected):
+            await new.channel.close()
+            return self._line is not old
+        self._line = new
+        await old.retire(grace_s)
         return True
 
     async def close(self) -> None:
         """End the channel; calls under way get a moment. May be called twice."""
-        channel, self._channel, self._stubs = self._channel, None, None
-        if channel is not None:
-            await channel.close(grace=CLOSE_GRACE_S)
+        line, self._line = self._line, None
+        if line is not None:
+            await line.channel.close(grace=CLOSE_GRACE_S)
 
 
 @dataclass(slots=True, eq=False)
@@ -192,22 +229,42 @@ class Connections:
     """
 
     endpoints: Sequence[str]
+    tls: TlsSource | None = None
     _all: list[Connection] = field(default_factory=list)
     _closed: bool = False
 
     def __post_init__(self) -> None:
-        self.endpoints = normal_endpoints(self.endpoints)
-        self._all = [Connection(endpoint) for endpoint in self.endpoints]
+        self.endpoints = normal_endpoints(self.endpoints, secured=self.tls is not None)
+        self._all = [Connection(endpoint, self.tls) for endpoint in self.endpoints]
 
     async def set_endpoints(self, endpoints: Sequence[str]) -> None:
         """Use these from now on, in this order. Connections to others are closed, which ends their watches."""
-        wanted = normal_endpoints(endpoints)
+        wanted = normal_endpoints(endpoints, secured=self.tls is not None)
         known = {each.endpoint: each for each in self._all}
         self.endpoints = wanted
-        self._all = [known[endpoint] if endpoint in known else Connection(endpoint) for endpoint in wanted]
+        self._all = [known[endpoint] if endpoint in known else Connection(endpoint, self.tls) for endpoint in wanted]
         for each in known.values():
             if each.endpoint not in wanted:
                 await each.close()
+
+    async def refresh(self, *, grace_s: float = REFRESH_GRACE_S) -> bool:
+        """Let go of connections that were made with other certificates than the files hold now.
+
+        New calls use new connections at once; calls under way end on the old ones. Returns when the old ones are
+        closed, after `grace_s` at the latest: watches that are still on them end with `StoreUnavailable`.
+
+        Returns:
+            False when a member takes the old certificates but not the new ones: its connection has been kept.
+
+        Raises:
+            StoreUnavailable: the files cannot be read or do not fit each other; nothing was changed.
+        """
+        if self.tls is None:
+            return True
+        material = certificates.read(self.tls())
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each.refresh(material, grace_s=grace_s)) for each in self._all]
+        return all(task.result() for task in tasks)
 
     async def close(self) -> None:
         """Let go of all. May be called twice."""
@@ -240,13 +297,14 @@ class Connections:
                 break
             if not await connection.ready(min(CONNECT_S, left_s)):
                 connection.hold()
-                failures.append(f"{connection.endpoint}: no connection")
+                failures.append(f"{connection.endpoint}: {connection.trouble}")
                 continue
             left_s = deadline_s - now()
             if not write and at + 1 < len(order):
                 left_s /= 2  # a read may be asked again elsewhere: keep time for that
             try:
-                return await method(connection.stubs)(request, timeout=max(left_s, 0.001), metadata=REQUIRE_LEADER)
+                with connection.use() as stubs:
+                    return await method(stubs)(request, timeout=max(left_s, 0.001), metadata=REQUIRE_LEADER)
             except grpc.aio.AioRpcError as error:
                 code, text = error.code(), error.details() or ""
             except (asyncio.CancelledError, grpc.aio.UsageError):
@@ -275,8 +333,8 @@ class Connections:
             if await connection.ready(min(CONNECT_S, left_s)):
                 return connection
             connection.hold()
-            failed.append(connection.endpoint)
-        raise StoreUnavailable(f"no etcd member answered: {', '.join(failed)}")
+            failed.append(f"{connection.endpoint}: {connection.trouble}")
+        raise StoreUnavailable(f"no etcd member answered: {'; '.join(failed)}")
 
     def _order(self) -> list[Connection]:
         """Those in good standing by preference, then the others, longest left alone first."""
@@ -291,24 +349,21 @@ class Connections:
         return good + held
 
 
-def cancelled_ourselves() -> bool:
-    """Inside `except CancelledError`: is it this task that was cancelled?
-
-    gRPC raises the same error when a channel is closed under a call, and that must not end the task.
-    """
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def normal_endpoints(endpoints: Sequence[str]) -> tuple[str, ...]:
-    """``http://HOST:PORT`` or ``HOST:PORT`` to the latter, each once. Raises `UserError`."""
+def normal_endpoints(endpoints: Sequence[str], *, secured: bool = False) -> tuple[str, ...]:
+    """``http://HOST:PORT`` (`secured`: ``https://``) or ``HOST:PORT`` to the latter, each once. Raises `UserError`."""
     found: dict[str, None] = {}
     for endpoint in endpoints:
         scheme, separator, rest = endpoint.rpartition("://")
-        if separator and scheme != "http":
+        if separator and scheme != ("https" if secured else "http"):
             raise UserError(
-                f"etcd endpoint {endpoint!r}: only plain http is supported until the cluster has certificates",
+                f"etcd endpoint {endpoint!r}: "
+                + (
+                    "this cluster has certificates, and all its etcd endpoints are https"
+                    if secured
+                    else "without etcd certificates only plain http can be spoken"
+                ),
                 field="endpoints",
+                reason="endpoint-scheme",
             )
         host, colon, port = rest.rstrip("/").rpartition(":")
         if not (colon and host and port.isdigit()):

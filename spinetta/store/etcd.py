@@ -11,14 +11,9 @@ import grpc
 from spinetta.errors import Compacted, InvariantViolation, StoreUnavailable
 from spinetta.model import LeaseId, Revision
 from spinetta.store import wire
-from spinetta.store.connection import (
-    REQUIRE_LEADER,
-    TOO_LARGE_FOR_CLIENT,
-    Connections,
-    Refused,
-    cancelled_ourselves,
-    refusal,
-)
+from spinetta.store.connection import REQUIRE_LEADER, Connections
+from spinetta.store.failures import TOO_LARGE_FOR_CLIENT, Refused, cancelled_ourselves, refusal
+from spinetta.store.process import EtcdTls
 from spinetta.store.protocol import READ_KEYS_MAX, Changes, KeyValue, Page, Snapshot
 from spinetta.store.watch import watch
 from spinetta.txn import Conflict, Result, Txn
@@ -32,17 +27,21 @@ class EtcdStore:
     Construct and use it inside one event loop. The first endpoint is preferred (a node's own member); others are asked
     while it fails. Connections are opened at first use and kept.
 
+    Args:
+        tls: where this voter's etcd certificates are; None: plain text.
+
     Raises:
-        UserError: an endpoint is not ``HOST:PORT`` or ``http://HOST:PORT``.
+        UserError: an endpoint is not ``HOST:PORT`` or ``http://HOST:PORT`` (with `tls` ``https://HOST:PORT``).
     """
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
-        self._connections = Connections(endpoints)
+    def __init__(self, endpoints: Sequence[str], tls: Callable[[], EtcdTls] | None = None) -> None:
+        self._connections = Connections(endpoints, tls)
 
     @property
     def endpoints(self) -> tuple[str, ...]:
-        """Those in use as ``http://HOST:PORT``, which is how etcd tells of its members; the preferred one first."""
-        return tuple(f"http://{endpoint}" for endpoint in self._connections.endpoints)
+        """Those in use as URLs, which is how etcd tells of its members; the preferred one first."""
+        scheme = "http" if self._connections.tls is None else "https"
+        return tuple(f"{scheme}://{endpoint}" for endpoint in self._connections.endpoints)
 
     @property
     def connections(self) -> Connections:
@@ -52,6 +51,10 @@ class EtcdStore:
     async def set_endpoints(self, endpoints: Sequence[str]) -> None:
         """Use these from now on. Watches over an endpoint that is no longer among them end with `StoreUnavailable`."""
         await self._connections.set_endpoints(endpoints)
+
+    async def refresh(self) -> bool:
+        """As `Connections.refresh`: to be called when the certificate files have changed, before the old ones end."""
+        return await self._connections.refresh()
 
     async def close(self) -> None:
         """Let go of connections. May be called twice."""
@@ -179,19 +182,22 @@ class EtcdStore:
     async def keep_alive(self, lease: LeaseId, *, timeout_s: float = 5.0) -> float | None:
         """As `Store.keep_alive`. An answer proves nothing about the store: a frozen ex-leader keeps answering."""
         connection = await self._connections.pick(timeout_s)
-        call = connection.stubs.lease.LeaseKeepAlive(timeout=timeout_s, metadata=REQUIRE_LEADER)
-        try:
-            await call.write(wire.lease_keep_alive(lease))
-            response = await call.read()
-        except grpc.aio.AioRpcError as error:
-            connection.hold()
-            raise StoreUnavailable(f"lease not renewed: {connection.endpoint}: {error.details()}") from error
-        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
-            if cancelled_ourselves():
-                raise
-            raise StoreUnavailable(f"lease not renewed: {connection.endpoint}: the connection was closed") from error
-        finally:
-            call.cancel()
+        with connection.use() as stubs:
+            call = stubs.lease.LeaseKeepAlive(timeout=timeout_s, metadata=REQUIRE_LEADER)
+            try:
+                await call.write(wire.lease_keep_alive(lease))
+                response = await call.read()
+            except grpc.aio.AioRpcError as error:
+                connection.hold()
+                raise StoreUnavailable(f"lease not renewed: {connection.endpoint}: {error.details()}") from error
+            except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+                if cancelled_ourselves():
+                    raise
+                raise StoreUnavailable(
+                    f"lease not renewed: {connection.endpoint}: the connection was closed"
+                ) from error
+            finally:
+                call.cancel()
         if response is grpc.aio.EOF:
             connection.hold()
             raise StoreUnavailable(f"lease not renewed: {connection.endpoint} ended the stream")

@@ -16,10 +16,10 @@ from spinetta.store.connection import (
     REQUIRE_LEADER,
     Connection,
     Connections,
-    Refused,
     normal_endpoints,
-    refusal,
 )
+from spinetta.store.failures import Refused, refusal
+from spinetta.store.tls import TlsSource
 
 # What etcd says when it will say otherwise soon: too many changes at once, or members not all connected for 5 s.
 TRY_LATER = (
@@ -110,10 +110,11 @@ class Members:
         try:
             # 3.4 answers MemberList from the member's own state; a linearizable read first makes it catch up.
             probe = wire.range_request(wire.ALL_KEYS, b"", keys_only=True)
-            await connection.stubs.kv.Range(probe, timeout=timeout_s, metadata=REQUIRE_LEADER)
-            response = await connection.stubs.cluster.MemberList(
-                wire.member_list(), timeout=timeout_s, metadata=REQUIRE_LEADER
-            )
+            with connection.use() as stubs:
+                await stubs.kv.Range(probe, timeout=timeout_s, metadata=REQUIRE_LEADER)
+                response = await stubs.cluster.MemberList(
+                    wire.member_list(), timeout=timeout_s, metadata=REQUIRE_LEADER
+                )
         except grpc.aio.AioRpcError as error:
             connection.hold()
             raise StoreUnavailable(f"{connection.endpoint}: {error.details()}") from error
@@ -164,18 +165,19 @@ class Members:
         return await self._connections.call(method, request, timeout_s=timeout_s, write=True)
 
 
-async def status(endpoint: str, *, timeout_s: float = 2.0) -> MemberStatus:
-    """How the member at one endpoint is; learners answer too.
+async def status(endpoint: str, tls: TlsSource | None = None, *, timeout_s: float = 2.0) -> MemberStatus:
+    """How the member at one endpoint is; learners answer too. `tls` as for `EtcdStore`.
 
     Raises:
         StoreUnavailable: it does not answer.
         UserError: not an endpoint.
     """
-    connection = Connection(normal_endpoints([endpoint])[0])
+    connection = Connection(normal_endpoints([endpoint], secured=tls is not None)[0], tls)
     try:
         if not await connection.ready(min(timeout_s, CONNECT_S)):
-            raise StoreUnavailable(f"{endpoint}: no connection")
-        response = await connection.stubs.maintenance.Status(wire.status(), timeout=timeout_s)
+            raise StoreUnavailable(f"{endpoint}: {connection.trouble}")
+        with connection.use() as stubs:
+            response = await stubs.maintenance.Status(wire.status(), timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
         raise StoreUnavailable(f"{endpoint}: {error.details()}") from error
     finally:
@@ -193,14 +195,16 @@ async def status(endpoint: str, *, timeout_s: float = 2.0) -> MemberStatus:
     )
 
 
-async def statuses(members: Iterable[Member], *, timeout_s: float = 2.0) -> dict[int, MemberStatus | None]:
-    """How each member is, by its id, asked all at once; None for those that do not answer."""
+async def statuses(
+    members: Iterable[Member], tls: TlsSource | None = None, *, timeout_s: float = 2.0
+) -> dict[int, MemberStatus | None]:
+    """How each member is, by its id, asked all at once; None for those that do not answer. `tls` as for `EtcdStore`."""
 
     async def one(member: Member) -> MemberStatus | None:
         if not member.client_url:
             return None
         try:
-            return await status(member.client_url, timeout_s=timeout_s)
+            return await status(member.client_url, tls, timeout_s=timeout_s)
         except StoreUnavailable:
             return None
 

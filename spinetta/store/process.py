@@ -25,6 +25,32 @@ QUOTA_BYTES = 2 << 30  # etcd's own default; past it etcd refuses writes, so it 
 COMPACT_AFTER = "1h"  # history for a checker and for watchers that were away; all that a reconcile does not need
 TXN_OPS_MAX = 128  # etcd's default; `txn.NESTED_MAX` is made to fit
 
+# For TLS 1.2; those of 1.3 are fixed. Forward secret and authenticated; ECDSA because all our keys are on P-256. HTTP/2
+# insists on the first.
+CIPHER_SUITES = (
+    "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256",
+    "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384",
+    "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdTls:
+    """The files that open etcd: as server, as peer and as client. Only voters have them.
+
+    etcd and we read certificate and key anew for each connection, so that a renewal needs no restart. The two must fit
+    each other at every moment: renew the certificate for the same key, or keep both in one file that both name.
+
+    Attributes:
+        ca_file: the CAs trusted, one or more. etcd reads this one only when it starts.
+        cert_file: this voter's certificate.
+        key_file: its key.
+    """
+
+    ca_file: Path
+    cert_file: Path
+    key_file: Path
+
 
 @dataclass(frozen=True, slots=True)
 class EtcdSettings:
@@ -34,12 +60,13 @@ class EtcdSettings:
         program: path or name on PATH.
         name: of the node.
         data_dir: etcd's own; nothing else is in it.
-        client_url: where the daemons of this machine reach it; loopback.
-        peer_url: where the other members reach it.
+        client_url: where daemons reach it. With `tls` ``https://``; without, ``http://`` on loopback.
+        peer_url: where the other members reach it; likewise.
         initial_cluster: exactly the members there are, ``NAME=PEER_URL,…``; see `initial_cluster`.
         existing: the cluster exists, and this member has been added to it.
         token: keeps the members of two clusters apart that were given each other's addresses.
         quota_bytes: of the database.
+        tls: None: plain text, on loopback.
     """
 
     program: str
@@ -51,6 +78,7 @@ class EtcdSettings:
     existing: bool = False
     token: str = "spinetta"  # noqa: S105 - a name, not a secret
     quota_bytes: int = QUOTA_BYTES
+    tls: EtcdTls | None = None
 
 
 def initial_cluster(members: Iterable[tuple[str, str]]) -> str:
@@ -64,10 +92,11 @@ def etcd_argv(settings: EtcdSettings, version: Version = (3, 4, 23)) -> list[str
     Heartbeat (100 ms) and election timeout (1 s) are etcd's defaults.
 
     Raises:
-        UserError: an address is not on loopback.
+        UserError: an address is not on loopback, or with `tls`: is not ``https://ADDRESS:PORT``.
     """
-    require_loopback(settings.client_url, "etcd's client address")
-    require_loopback(settings.peer_url, "etcd's peer address")
+    require = require_loopback if settings.tls is None else require_https
+    require(settings.client_url, "etcd's client address")
+    require(settings.peer_url, "etcd's peer address")
     corrupt_check = (
         "--feature-gates=InitialCorruptCheck=true" if version >= (3, 6, 0) else "--experimental-initial-corrupt-check"
     )
@@ -92,7 +121,28 @@ def etcd_argv(settings: EtcdSettings, version: Version = (3, 4, 23)) -> list[str
         "--logger=zap",
         "--log-level=warn",
         "--log-outputs=stderr",
+        *(_tls_flags(settings.tls, version) if settings.tls is not None else ()),
     ]
+
+
+def _tls_flags(tls: EtcdTls, version: Version) -> tuple[str, ...]:
+    """Mutual TLS on both ports, on loopback too: a task on this machine must not reach what its node may."""
+    # etcd would look up the DNS names of a peer's certificate and compare them with where the connection comes from.
+    # Only voters have certificates of this CA, and behind address translation a voter comes from anywhere.
+    skip = "peer-skip-client-san-verification"
+    return (
+        f"--cert-file={tls.cert_file}",
+        f"--key-file={tls.key_file}",
+        f"--trusted-ca-file={tls.ca_file}",
+        "--client-cert-auth=true",
+        f"--peer-cert-file={tls.cert_file}",
+        f"--peer-key-file={tls.key_file}",
+        f"--peer-trusted-ca-file={tls.ca_file}",
+        "--peer-client-cert-auth=true",
+        f"--{skip}=true" if version >= (3, 6, 0) else f"--experimental-{skip}=true",
+        f"--cipher-suites={','.join(CIPHER_SUITES)}",  # TLS 1.2 is the least that etcd takes anyway
+        "--enable-grpc-gateway=false",  # JSON over HTTP: nobody here uses it, and it is a door
+    )
 
 
 def etcd_env(path: str) -> Mapping[str, str]:
@@ -101,22 +151,36 @@ def etcd_env(path: str) -> Mapping[str, str]:
 
 
 def require_loopback(url: str, what: str) -> None:
-    """The peer port serves the whole client API, unauthenticated: until there is TLS it stays on this machine.
+    """The peer port serves the whole client API, unauthenticated: without TLS it stays on this machine.
 
     Raises:
         UserError: the URL is not ``http://`` with an address of 127.0.0.0/8 and a port.
     """
-    hint = "use an address of 127.0.0.0/8: other machines can be part only once the cluster has certificates"
+    hint = "use an address of 127.0.0.0/8: other machines can be part only of a cluster that has certificates"
+    if _address(url, what, "http", hint) not in ipaddress.ip_network("127.0.0.0/8"):
+        raise UserError(f"{what} {url!r} is not on loopback", hint=hint, field="node.address", reason="not-loopback")
+
+
+def require_https(url: str, what: str) -> None:
+    """With certificates any address will do at which others can reach this machine.
+
+    Raises:
+        UserError: the URL is not ``https://ADDRESS:PORT``, or the address stands for all or many.
+    """
+    hint = "use an address of this machine at which the other voters reach it"
+    address = _address(url, what, "https", hint)
+    if address.is_unspecified or address.is_multicast:
+        raise UserError(f"{what} {url!r} is not one machine's", hint=hint, field="node.address")
+
+
+def _address(url: str, what: str, scheme: str, hint: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     try:
         parts = urlsplit(url)
-        good = parts.scheme == "http" and bool(parts.port)
-        address = ipaddress.ip_address(parts.hostname or "")
+        if parts.scheme == scheme and parts.port:
+            return ipaddress.ip_address(parts.hostname or "")
     except ValueError:
-        raise UserError(f"{what} {url!r} is not http://ADDRESS:PORT", hint=hint, field="node.address") from None
-    if not good:
-        raise UserError(f"{what} {url!r} is not http://ADDRESS:PORT", hint=hint, field="node.address")
-    if address not in ipaddress.ip_network("127.0.0.0/8"):
-        raise UserError(f"{what} {url!r} is not on loopback", hint=hint, field="node.address", reason="not-loopback")
+        pass
+    raise UserError(f"{what} {url!r} is not {scheme}://ADDRESS:PORT", hint=hint, field="node.address")
 
 
 # --- versions --------------------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ class EtcdSupervisor:
         self._services = services
         self._log_path = log_path
         self._argv = etcd_argv(settings, version)
+        self._tls = (lambda: tls) if (tls := settings.tls) is not None else None
+        self._changing = asyncio.Lock()  # of `restart` and `run`, which both start it
 
     async def start(self, *, timeout_s: float = 60.0) -> MemberStatus:
         """Start etcd, or take over the one that runs, and wait until it is part of its cluster.
@@ -121,7 +123,7 @@ class EtcdSupervisor:
 
     async def _healthy(self) -> MemberStatus:
         try:
-            found = await status(self.settings.client_url, timeout_s=1.0)
+            found = await status(self.settings.client_url, self._tls, timeout_s=1.0)
         except StoreUnavailable:
             await self._raise_if_ended()
             raise
@@ -150,9 +152,21 @@ class EtcdSupervisor:
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, RESTART_MOST_S)
                 since_s = time.monotonic()
-                await self._launch()
+                async with self._changing:
+                    if not await self.running():
+                        await self._launch()
             except (RuntimeUnavailable, UserError, OSError) as error:  # such as a port that the ending etcd still has
                 log.warning("etcd cannot be looked after now: %s", error)
+
+    async def restart(self, *, timeout_s: float = 60.0) -> MemberStatus:
+        """Stop it in order and start it again, so that it reads what it reads only at its start: the CAs it trusts.
+
+        The others serve meanwhile; restart the next one only when this has returned. Raises as `start`.
+        """
+        async with self._changing:
+            await self.stop()
+            await self._launch()
+        return await self.wait_healthy(timeout_s=timeout_s)
 
     async def stop(self, *, wait_s: float = STOP_WAIT_S) -> None:
         """Stop it in order: it hands over its leadership first. No error if it does not run."""
@@ -229,7 +243,8 @@ def check_free(url: str) -> None:
         UserError: it cannot.
     """
     parts = urlsplit(url)
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+    family = socket.AF_INET6 if ":" in (parts.hostname or "") else socket.AF_INET
+    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((parts.hostname, parts.port))

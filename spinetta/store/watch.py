@@ -12,7 +12,8 @@ import grpc
 from spinetta.errors import Compacted, StoreUnavailable
 from spinetta.model import Revision
 from spinetta.store import wire
-from spinetta.store.connection import REQUIRE_LEADER, Connection, Connections, cancelled_ourselves
+from spinetta.store.connection import REQUIRE_LEADER, Connection, Connections
+from spinetta.store.failures import cancelled_ourselves
 from spinetta.store.protocol import Change, Changes
 
 STAND_S = 5.0  # from asking for a watch to its standing; it takes milliseconds
@@ -26,9 +27,18 @@ REVISION_EVENTS_MAX = 100_000
 async def watch(connections: Connections, prefix: str, start: Revision) -> AsyncGenerator[Changes, None]:
     """As `Store.watch`. Reads only as fast as its consumer: a slow one holds back etcd, not memory here."""
     connection = await connections.pick(STAND_S)
-    call = connection.stubs.watch.Watch(metadata=REQUIRE_LEADER)
+    with connection.use() as stubs:
+        async with contextlib.aclosing(_watch(connection, stubs, prefix, start)) as changes:
+            async for each in changes:
+                yield each
+
+
+async def _watch(
+    connection: Connection, stubs: wire.Stubs, prefix: str, start: Revision
+) -> AsyncGenerator[Changes, None]:
+    call = stubs.watch.Watch(metadata=REQUIRE_LEADER)
     try:
-        async with contextlib.aclosing(_changes(connection, call, prefix, start)) as changes:
+        async with contextlib.aclosing(_changes(connection, stubs, call, prefix, start)) as changes:
             async for each in changes:
                 yield each
     except grpc.aio.AioRpcError as error:
@@ -42,8 +52,10 @@ async def watch(connections: Connections, prefix: str, start: Revision) -> Async
         call.cancel()
 
 
-async def _changes(connection: Connection, call: Any, prefix: str, start: Revision) -> AsyncGenerator[Changes, None]:
-    yield await _stand(connection, call, prefix, start)
+async def _changes(
+    connection: Connection, stubs: wire.Stubs, call: Any, prefix: str, start: Revision
+) -> AsyncGenerator[Changes, None]:
+    yield await _stand(connection, stubs, call, prefix, start)
     whole = Reassembly(start)
     while True:
         response = await _next(connection, call)
@@ -53,7 +65,7 @@ async def _changes(connection: Connection, call: Any, prefix: str, start: Revisi
             yield changes
 
 
-async def _stand(connection: Connection, call: Any, prefix: str, start: Revision) -> Changes:
+async def _stand(connection: Connection, stubs: wire.Stubs, call: Any, prefix: str, start: Revision) -> Changes:
     """Open the watch and make sure that nothing from `start` on has been compacted."""
     try:
         async with asyncio.timeout(STAND_S):
@@ -64,20 +76,20 @@ async def _stand(connection: Connection, call: Any, prefix: str, start: Revision
             if response.canceled:
                 raise_cancelled(response)
             if start > 1:
-                await _require_history(connection, prefix, start)
+                await _require_history(stubs, prefix, start)
     except TimeoutError as error:
         raise StoreUnavailable(f"{connection.endpoint} did not open a watch within {STAND_S:g} s") from error
     return Changes(Revision(start - 1) if start else Revision(response.header.revision), ())
 
 
-async def _require_history(connection: Connection, prefix: str, start: Revision) -> None:
+async def _require_history(stubs: wire.Stubs, prefix: str, start: Revision) -> None:
     """Reading at `start` - 1 works exactly when `start` itself has not been compacted.
 
     Etcd serves a watch that starts at the very revision of the compaction, and 3.4.23 then leaves out its deletions.
     """
     request = wire.range_request(wire.encode(prefix) or wire.ALL_KEYS, b"", revision=start - 1)
     try:
-        await connection.stubs.kv.Range(request, timeout=STAND_S, metadata=REQUIRE_LEADER)
+        await stubs.kv.Range(request, timeout=STAND_S, metadata=REQUIRE_LEADER)
     except grpc.aio.AioRpcError as error:
         text = error.details() or ""
         if "has been compacted" in text:

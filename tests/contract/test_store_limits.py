@@ -11,8 +11,9 @@ import grpc
 import pytest
 
 from spinetta.errors import StoreUnavailable, UserError
-from spinetta.store.connection import Meaning, meaning_of, normal_endpoints
+from spinetta.store.connection import normal_endpoints
 from spinetta.store.etcd import EtcdStore
+from spinetta.store.failures import Meaning, meaning_of
 from spinetta.txn import Committed, Put, Txn
 from tests.contract.etcds import etcd
 

@@ -82,9 +82,10 @@ def test_without_a_majority_nothing_is_done_and_it_is_said_soon(tmp_path: Path) 
             raw = Connection(survivor.client_url.removeprefix("http://"))
             bare = wire.txn_request(Txn(when=(Absent("/b"),)))
             del bare.success[:], bare.failure[:]
-            assert (await raw.stubs.kv.Txn(bare, timeout=1.0)).succeeded
-            with pytest.raises(grpc.aio.AioRpcError):
-                await raw.stubs.kv.Txn(wire.txn_request(Txn(when=(Absent("/b"),))), timeout=1.0)
+            with raw.use() as stubs:
+                assert (await stubs.kv.Txn(bare, timeout=1.0)).succeeded
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await stubs.kv.Txn(wire.txn_request(Txn(when=(Absent("/b"),))), timeout=1.0)
             await raw.close()
 
             assert leader.supervisor is not None
