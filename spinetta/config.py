@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from spinetta import names, units
@@ -29,6 +29,9 @@ class Settings:
         address: HOST:PORT of the API; the host is also where etcd listens.
         data_dir: absolute path; everything the node keeps is below it.
         peers: API addresses of nodes of the cluster to join; empty: start a new cluster (or the one in data_dir).
+        token, token_file: the join token, or the file it is in, for the first time in a secured cluster.
+        tls: ``on``, ``off`` (plain text, loopback only) or ``auto``: on unless the address is on loopback and no token
+            is given. What a node that has been part of a cluster speaks never changes.
         tags: what this node is; tasks may require or forbid them.
         cpu_millis, memory_bytes, disk_bytes: what to offer; 0: what is detected.
         countables: further things to offer, sorted by name.
@@ -53,6 +56,9 @@ class Settings:
     address: str
     data_dir: str
     peers: tuple[str, ...] = ()
+    token: str = field(default="", repr=False)
+    token_file: str = ""
+    tls: str = "auto"
     tags: tuple[str, ...] = ()
     cpu_millis: int = 0
     memory_bytes: int = 0
@@ -264,6 +270,17 @@ def _check_together(s: Settings, origins: Mapping[str, Origin]) -> None:
     def where(attribute: str) -> str:
         return str(origins[attribute])
 
+    if s.token and s.token_file:
+        raise UserError(
+            f"a token is given twice, by {where('token')} and {where('token_file')}",
+            field="node.token",
+            hint="give one",
+        )
+    if s.tls == "off" and (s.token or s.token_file):
+        raise UserError("a token is of no use with tls off", field="node.tls", hint="leave one of them away")
+    if s.tls == "off":
+        for address in (s.address, *s.peers):
+            names.require_loopback(address, "node.tls")
     # The shim kills at renewal + grace - margin. A node is suspected only after lease_ttl_s of silence: killing
     # earlier than that would end tasks of a node whose registration still stands.
     shortest_s = s.lease_ttl_s + s.kill_margin_s

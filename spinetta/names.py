@@ -22,6 +22,7 @@ _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:=-]{0,62}", re.ASCII)
 _COUNTABLE = re.compile(r"[a-z][a-z0-9._-]{0,62}", re.ASCII)
 _LABEL_KEY = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_])?", re.ASCII)
 _OWNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,127}", re.ASCII)
+_HOST = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})(?:\.[A-Za-z0-9][A-Za-z0-9-]{0,62})*", re.ASCII)
 _NOT_IN_A_NAME = re.compile(r"[^a-z0-9-]+", re.ASCII)
 
 _RESERVED_COUNTABLES = frozenset({"cpu", "cpus", "memory", "disk"})
@@ -109,11 +110,11 @@ def check_printable(text: str, what: str, field: str) -> None:
             raise UserError(f"{what} holds the character U+{ord(c):04X}", field=field, hint="remove control characters")
 
 
-def check_loopback_address(address: str, field: str = "") -> str:
-    """HOST:PORT in canonical form, if the host is an IPv4 address in 127.0.0.0/8 (or ``localhost``).
+def check_address(address: str, field: str = "") -> str:
+    """HOST:PORT in canonical form: an IPv4 address, an IPv6 address in brackets, or a DNS name (`localhost`: 127.0.0.1).
 
     Raises:
-        UserError: not HOST:PORT, no such port, or off loopback, with the reason.
+        UserError: not HOST:PORT, no such port, or no such host can be.
     """
     host, colon, port_text = address.strip().rpartition(":")
     hint = "write HOST:PORT, e.g. 127.0.0.1:7220"
@@ -121,21 +122,72 @@ def check_loopback_address(address: str, field: str = "") -> str:
         raise UserError(f"not an address: {quoted(address)}", field=field, hint=hint)
     if not (port_text.isascii() and port_text.isdecimal()) or not 1 <= int(port_text[:6]) <= 65535:
         raise UserError(f"not a port: {quoted(port_text)} in {quoted(address)}", field=field, hint="1 to 65535")
-    if host == "localhost":
+    if host.lower() == "localhost":
         host = "127.0.0.1"
+    bracketed = host.startswith("[") and host.endswith("]")
     try:
-        ip = ipaddress.ip_address(host.strip("[]"))
+        ip = ipaddress.ip_address(host[1:-1] if bracketed else host)
     except ValueError:
-        ip = None
-    if ip is None or ip not in LOOPBACK:
+        if bracketed or not _HOST.fullmatch(host) or host.rpartition(".")[2].isdecimal():
+            raise UserError(f"not a host: {quoted(host)} in {quoted(address)}", field=field, hint=hint) from None
+        return f"{host.lower()}:{int(port_text)}"
+    if ip.version == 6 and not bracketed:
+        raise UserError(f"not an address: {quoted(address)}", field=field, hint="write IPv6 as [ADDRESS]:PORT")
+    return f"[{ip}]:{int(port_text)}" if ip.version == 6 else f"{ip}:{int(port_text)}"
+
+
+def check_own_address(address: str, field: str = "") -> str:
+    """As `check_address`, for a node itself: an IP address that the others can reach it at, so not 0.0.0.0 or ``[::]``.
+
+    Raises:
+        UserError: it is none.
+    """
+    found = check_address(address, field)
+    host = bare_host(found)
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
         raise UserError(
-            f"address {quoted(address)} is off loopback: traffic between nodes is not encrypted or authenticated yet, "
-            "so anyone on the network could run programs here",
+            f"address {quoted(address)} is a name", field=field, hint="a node listens on an IP address of its machine"
+        ) from None
+    if ip.is_unspecified or ip.is_multicast:
+        raise UserError(
+            f"address {quoted(address)} is of no machine: the other nodes are told of it and must reach this one there",
             field=field,
-            hint="use an address in 127.0.0.0/8, e.g. 127.0.0.1:7220",
+            hint="the address of one network interface, e.g. 10.0.0.5:7220",
+        )
+    return found
+
+
+def bare_host(address: str) -> str:
+    """The host of a HOST:PORT, without the brackets of IPv6."""
+    host = address.rpartition(":")[0]
+    return host[1:-1] if host.startswith("[") else host
+
+
+def is_loopback(address: str) -> bool:
+    """True when the host of a HOST:PORT is an IPv4 address in 127.0.0.0/8, the only place for plain text."""
+    try:
+        return ipaddress.ip_address(bare_host(address)) in LOOPBACK
+    except ValueError:
+        return False
+
+
+def require_loopback(address: str, field: str = "") -> str:
+    """The address, if plain text may be spoken to it.
+
+    Raises:
+        UserError: it is off loopback (reason ``off-loopback``).
+    """
+    if not is_loopback(address):
+        raise UserError(
+            f"address {quoted(address)} is off loopback, where plain text is not spoken: anyone on the network could "
+            "read it, and run programs here",
+            field=field,
+            hint="log in to the cluster with `spinetta login`, or use an address in 127.0.0.0/8",
             reason="off-loopback",
         )
-    return f"{ip}:{int(port_text)}"
+    return address
 
 
 def quoted(text: str) -> str:

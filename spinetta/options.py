@@ -27,6 +27,7 @@ class Option:
     parse: Parse
     help: str
     metavar: str = "TEXT"
+    secret: bool = False  # never shown
 
     @property
     def flag(self) -> str:
@@ -94,7 +95,7 @@ def _runtimes(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _addresses(value: Any, where: str) -> tuple[str, ...]:
-    found = [names.check_loopback_address(a, where) for a in _items(value, where, PEERS_MAX)]
+    found = [names.check_address(a, where) for a in _items(value, where, PEERS_MAX)]
     return tuple(dict.fromkeys(found))
 
 
@@ -106,7 +107,7 @@ def _client_addresses(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _address(value: Any, where: str) -> str:
-    return names.check_loopback_address(_text(value, where), where)
+    return names.check_own_address(_text(value, where), where)
 
 
 def _name(value: Any, where: str) -> str:
@@ -227,9 +228,12 @@ _PORT = _whole(0, 65535)
 
 NODE_OPTIONS: tuple[Option, ...] = (
     Option("name", "name", _name, "Name of this node, unique in the cluster.", "NAME"),
-    Option("address", "address", _address, "Where the API listens; loopback only for now.", "HOST:PORT"),
+    Option("address", "address", _address, "Where the API listens, an IP address of this machine.", "HOST:PORT"),
     Option("data_dir", "data_dir", _path, "Where this node keeps everything.", "PATH"),
     Option("peers", "peers", _addresses, "API addresses of nodes of the cluster to join.", "HOST:PORT,…"),
+    Option("token", "token", _text, "Join token; better in --token-file: arguments show in ps.", "TOKEN", secret=True),
+    Option("token_file", "token_file", _path, "File with the join token.", "PATH"),
+    Option("tls", "tls", _one_of("auto", "on", "off"), "Mutual TLS; auto: unless on loopback.", "auto|on|off"),
     Option("tags", "tags", _tags, "What this node is; tasks may require or forbid it.", "TAG,…"),
     Option("cpus", "cpu_millis", units.parse_cpus, "Cores to offer (0: as detected).", "N"),
     Option("memory", "memory_bytes", units.parse_bytes, "Memory to offer (0: as detected).", "SIZE"),

@@ -120,9 +120,7 @@ CLI = [
     ),
     Cli(("submit", "--wait", "--memory", "lots", "--", "true"), "not a size", code=125),
     # which cluster
-    Cli(
-        ("list", "--node", "10.0.0.1:7220"), "is off loopback: traffic between nodes is not encrypted or authenticated"
-    ),
+    Cli(("list", "--node", "10.0.0.1:7220"), "is off loopback, where plain text is not spoken"),
     Cli(("list", "--node", "127.0.0.1"), "--node: not an address: '127.0.0.1' (write HOST:PORT"),
     Cli(("list", "--node", "127.0.0.1:99999"), "not a port: '99999'"),
     Cli(("list", "--timeout", "0"), "--timeout: 0s is out of range"),
@@ -149,8 +147,9 @@ CLI = [
     Cli(("decode",), "no record is stored under '/x/y'", stdin="/x/y\nhello"),
     # a node's settings
     Cli(("node", "join", "--name", "Big Box"), "--name: not a name for a node: 'Big Box'"),
-    Cli(("node", "join", "--address", "192.168.1.2:7220"), "--address: address '192.168.1.2:7220' is off loopback"),
-    Cli(("node", "join", "--peers", "10.1.1.1:7220"), "--peers: address '10.1.1.1:7220' is off loopback"),
+    Cli(("node", "join", "--tls", "off", "--address", "192.168.1.2:7220"), "'192.168.1.2:7220' is off loopback"),
+    Cli(("node", "join", "--tls", "off", "--peers", "10.1.1.1:7220"), "'10.1.1.1:7220' is off loopback"),
+    Cli(("node", "join", "--address", "0.0.0.0:7220"), "address '0.0.0.0:7220' is of no machine"),
     Cli(
         ("node", "join", "--voters-wanted", "2"), "--voters-wanted: 2 voters: an even number survives no more failures"
     ),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from spinetta.config import Origin
     from spinetta.options import Option
 
+HIDDEN = "(hidden)"
+
 
 @click.group()
 def config() -> None:
@@ -72,6 +74,8 @@ def _documents(options: Sequence[Option], settings: object, origins: Mapping[str
     found = {}
     for option in options:
         value = getattr(settings, option.attribute)
+        if option.secret and value:
+            value = HIDDEN
         origin = origins[option.attribute]
         found[option.attribute] = {
             "value": dict(value) if option.key == "countables" else value,
@@ -92,6 +96,8 @@ def _text(option: Option, value: Any) -> str:
     """A value as one could write it in a file or a flag."""
     from spinetta import units
 
+    if option.secret and value:
+        return HIDDEN
     if option.attribute == "cpu_millis":
         return units.format_cpus(value) if value else "0 (detected)"
     if option.attribute in ("memory_bytes", "disk_bytes"):

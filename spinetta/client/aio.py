@@ -31,7 +31,7 @@ def parse_nodes(nodes: str | Sequence[str]) -> tuple[str, ...]:
         UserError: none, or one that is no address on loopback.
     """
     parts = nodes.split(",") if isinstance(nodes, str) else list(nodes)
-    found = tuple(dict.fromkeys(names.check_loopback_address(p, "nodes") for p in parts if p.strip()))
+    found = tuple(dict.fromkeys(names.check_address(p, "nodes") for p in parts if p.strip()))
     if not found:
         raise UserError("no node is named", field="nodes", hint="HOST:PORT, or several with commas between")
     return found
