@@ -203,10 +203,11 @@ class AuthorityState(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Wrap:
-    """A secret sealed to one node's sealing key."""
+    """A secret sealed to one node's sealing key. `key_id` tells which, for a name may come to another machine."""
 
     node: str
     sealed: bytes
+    key_id: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

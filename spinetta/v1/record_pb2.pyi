@@ -1263,17 +1263,21 @@ class Wrap(_message.Message):
 
     NODE_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     sealed: _builtins.bytes
+    key_id: _builtins.bytes
+    """which sealing key of the node: the first 8 bytes of its SHA-256"""
     def __init__(
         self,
         *,
         node: _builtins.str = ...,
         sealed: _builtins.bytes = ...,
+        key_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "sealed", b"sealed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "node", b"node", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

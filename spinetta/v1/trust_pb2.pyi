@@ -1193,3 +1193,139 @@ class RemoveSecretResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RemoveSecretResponse: _TypeAlias = RemoveSecretResponse  # noqa: Y015
+
+@_typing.final
+class GetLabelStatesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLabelStatesRequest: _TypeAlias = GetLabelStatesRequest  # noqa: Y015
+
+@_typing.final
+class GetLabelStatesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ClearedNode(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        SEALING_KEY_FIELD_NUMBER: _builtins.int
+        ROLE_FIELD_NUMBER: _builtins.int
+        LIVE_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        sealing_key: _builtins.bytes
+        role: _record_pb2.NodeRole.ValueType
+        live: _builtins.bool
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            sealing_key: _builtins.bytes = ...,
+            role: _record_pb2.NodeRole.ValueType = ...,
+            live: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["live", b"live", "name", b"name", "role", b"role", "sealing_key", b"sealing_key"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class State(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        LABEL_FIELD_NUMBER: _builtins.int
+        KEY_FIELD_NUMBER: _builtins.int
+        REVISION_FIELD_NUMBER: _builtins.int
+        CLEARED_FIELD_NUMBER: _builtins.int
+        label: _builtins.str
+        revision: _builtins.int
+        """of the record; 0: there is none"""
+        @_builtins.property
+        def key(self) -> _record_pb2.LabelKey:
+            """absent: there is none yet"""
+
+        @_builtins.property
+        def cleared(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetLabelStatesResponse.ClearedNode]: ...
+        def __init__(
+            self,
+            *,
+            label: _builtins.str = ...,
+            key: _record_pb2.LabelKey | None = ...,
+            revision: _builtins.int = ...,
+            cleared: _abc.Iterable[Global___GetLabelStatesResponse.ClearedNode] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "key", b"key", "label", b"label", "revision", b"revision"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STATES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetLabelStatesResponse.State]: ...
+    def __init__(
+        self,
+        *,
+        states: _abc.Iterable[Global___GetLabelStatesResponse.State] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["states", b"states"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLabelStatesResponse: _TypeAlias = GetLabelStatesResponse  # noqa: Y015
+
+@_typing.final
+class UpdateLabelKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """of the record that it replaces; 0: there must be none"""
+    @_builtins.property
+    def key(self) -> _record_pb2.LabelKey: ...
+    def __init__(
+        self,
+        *,
+        key: _record_pb2.LabelKey | None = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateLabelKeyRequest: _TypeAlias = UpdateLabelKeyRequest  # noqa: Y015
+
+@_typing.final
+class UpdateLabelKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    changed: _builtins.bool
+    """false: the record has changed meanwhile, or somebody's rights; look again"""
+    def __init__(
+        self,
+        *,
+        changed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateLabelKeyResponse: _TypeAlias = UpdateLabelKeyResponse  # noqa: Y015

@@ -295,6 +295,16 @@ class TrustStub:
                 request_serializer=spinetta_dot_v1_dot_trust__pb2.RemoveSecretRequest.SerializeToString,
                 response_deserializer=spinetta_dot_v1_dot_trust__pb2.RemoveSecretResponse.FromString,
                 _registered_method=True)
+        self.GetLabelStates = channel.unary_unary(
+                '/spinetta.v1.Trust/GetLabelStates',
+                request_serializer=spinetta_dot_v1_dot_trust__pb2.GetLabelStatesRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_trust__pb2.GetLabelStatesResponse.FromString,
+                _registered_method=True)
+        self.UpdateLabelKey = channel.unary_unary(
+                '/spinetta.v1.Trust/UpdateLabelKey',
+                request_serializer=spinetta_dot_v1_dot_trust__pb2.UpdateLabelKeyRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_trust__pb2.UpdateLabelKeyResponse.FromString,
+                _registered_method=True)
 
 
 class TrustServicer:
@@ -421,6 +431,19 @@ class TrustServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLabelStates(self, request, context):
+        """For workers, which keep the keys of labels that no voter is cleared for. Nodes only, for their own labels.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateLabelKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrustServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -518,6 +541,16 @@ def add_TrustServicer_to_server(servicer, server):
                     servicer.RemoveSecret,
                     request_deserializer=spinetta_dot_v1_dot_trust__pb2.RemoveSecretRequest.FromString,
                     response_serializer=spinetta_dot_v1_dot_trust__pb2.RemoveSecretResponse.SerializeToString,
+            ),
+            'GetLabelStates': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLabelStates,
+                    request_deserializer=spinetta_dot_v1_dot_trust__pb2.GetLabelStatesRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_trust__pb2.GetLabelStatesResponse.SerializeToString,
+            ),
+            'UpdateLabelKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateLabelKey,
+                    request_deserializer=spinetta_dot_v1_dot_trust__pb2.UpdateLabelKeyRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_trust__pb2.UpdateLabelKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1034,6 +1067,60 @@ class Trust:
             '/spinetta.v1.Trust/RemoveSecret',
             spinetta_dot_v1_dot_trust__pb2.RemoveSecretRequest.SerializeToString,
             spinetta_dot_v1_dot_trust__pb2.RemoveSecretResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLabelStates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Trust/GetLabelStates',
+            spinetta_dot_v1_dot_trust__pb2.GetLabelStatesRequest.SerializeToString,
+            spinetta_dot_v1_dot_trust__pb2.GetLabelStatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateLabelKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Trust/UpdateLabelKey',
+            spinetta_dot_v1_dot_trust__pb2.UpdateLabelKeyRequest.SerializeToString,
+            spinetta_dot_v1_dot_trust__pb2.UpdateLabelKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -119,6 +119,9 @@ class TrustStub:
     PutSecret: _grpc.UnaryUnaryMultiCallable[_trust_pb2.PutSecretRequest, _trust_pb2.PutSecretResponse]
     ListSecrets: _grpc.UnaryUnaryMultiCallable[_trust_pb2.ListSecretsRequest, _trust_pb2.ListSecretsResponse]
     RemoveSecret: _grpc.UnaryUnaryMultiCallable[_trust_pb2.RemoveSecretRequest, _trust_pb2.RemoveSecretResponse]
+    GetLabelStates: _grpc.UnaryUnaryMultiCallable[_trust_pb2.GetLabelStatesRequest, _trust_pb2.GetLabelStatesResponse]
+    """For workers, which keep the keys of labels that no voter is cleared for. Nodes only, for their own labels."""
+    UpdateLabelKey: _grpc.UnaryUnaryMultiCallable[_trust_pb2.UpdateLabelKeyRequest, _trust_pb2.UpdateLabelKeyResponse]
 
 @_typing.type_check_only
 class TrustAsyncStub(TrustStub):
@@ -150,6 +153,9 @@ class TrustAsyncStub(TrustStub):
     PutSecret: _aio.UnaryUnaryMultiCallable[_trust_pb2.PutSecretRequest, _trust_pb2.PutSecretResponse]  # type: ignore[assignment]
     ListSecrets: _aio.UnaryUnaryMultiCallable[_trust_pb2.ListSecretsRequest, _trust_pb2.ListSecretsResponse]  # type: ignore[assignment]
     RemoveSecret: _aio.UnaryUnaryMultiCallable[_trust_pb2.RemoveSecretRequest, _trust_pb2.RemoveSecretResponse]  # type: ignore[assignment]
+    GetLabelStates: _aio.UnaryUnaryMultiCallable[_trust_pb2.GetLabelStatesRequest, _trust_pb2.GetLabelStatesResponse]  # type: ignore[assignment]
+    """For workers, which keep the keys of labels that no voter is cleared for. Nodes only, for their own labels."""
+    UpdateLabelKey: _aio.UnaryUnaryMultiCallable[_trust_pb2.UpdateLabelKeyRequest, _trust_pb2.UpdateLabelKeyResponse]  # type: ignore[assignment]
 
 class TrustServicer(metaclass=_abc_1.ABCMeta):
     """For nodes and people with an identity; each call says what it needs."""
@@ -292,5 +298,20 @@ class TrustServicer(metaclass=_abc_1.ABCMeta):
         request: _trust_pb2.RemoveSecretRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trust_pb2.RemoveSecretResponse, _abc.Awaitable[_trust_pb2.RemoveSecretResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetLabelStates(
+        self,
+        request: _trust_pb2.GetLabelStatesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trust_pb2.GetLabelStatesResponse, _abc.Awaitable[_trust_pb2.GetLabelStatesResponse]]:
+        """For workers, which keep the keys of labels that no voter is cleared for. Nodes only, for their own labels."""
+
+    @_abc_1.abstractmethod
+    def UpdateLabelKey(
+        self,
+        request: _trust_pb2.UpdateLabelKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trust_pb2.UpdateLabelKeyResponse, _abc.Awaitable[_trust_pb2.UpdateLabelKeyResponse]]: ...
 
 def add_TrustServicer_to_server(servicer: TrustServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
