@@ -7,9 +7,10 @@ for the record which holds it to say.
 
 from __future__ import annotations
 
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hpke
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from spinetta.errors import UserError
 
@@ -78,3 +79,23 @@ def _private(private: bytes) -> X25519PrivateKey:
         return X25519PrivateKey.from_private_bytes(private)
     except ValueError:
         raise UserError(f"a private key for sealing has {KEY_BYTES} bytes", reason="bad-key") from None
+
+
+def to_pem(private: bytes) -> bytes:
+    """The private key as PKCS #8 PEM, to keep beside others in one file."""
+    return _private(private).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def from_pem(pem: bytes) -> bytes:
+    """The private key in a PEM text.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        key = load_pem_private_key(pem, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise UserError("this is no private key in PEM", reason="bad-key") from None
+    if not isinstance(key, X25519PrivateKey):
+        raise UserError("this private key is not for sealing", reason="bad-key")
+    return key.private_bytes_raw()
