@@ -111,7 +111,7 @@ def check_printable(text: str, what: str, field: str) -> None:
 
 
 def check_address(address: str, field: str = "") -> str:
-    """HOST:PORT in canonical form: an IPv4 address, an IPv6 address in brackets, or a DNS name (`localhost`: 127.0.0.1).
+    """HOST:PORT in canonical form: IPv4 address, IPv6 address in brackets, or DNS name (`localhost`: 127.0.0.1).
 
     Raises:
         UserError: not HOST:PORT, no such port, or no such host can be.

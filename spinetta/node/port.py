@@ -9,6 +9,8 @@ from typing import Protocol
 
 from spinetta.model import NodeId, TaskId, Usage
 from spinetta.store.protocol import Store
+from spinetta.trust.credentials import NodeCredentials
+from spinetta.trust.dial import Dialer
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,25 @@ class NodePort(Protocol):
     @property
     def version(self) -> str:
         """Of the software."""
+        ...
+
+    @property
+    def credentials(self) -> NodeCredentials | None:
+        """This node's certificates and keys; None in an open cluster, which speaks plain text on loopback."""
+        ...
+
+    @property
+    def dialer(self) -> Dialer:
+        """Makes channels to other nodes, with this node's certificate."""
+        ...
+
+    @property
+    def clearances(self) -> frozenset[str]:
+        """The labels that count for this node now; all that it is cleared for and its groups are."""
+        ...
+
+    def voter_addresses(self) -> tuple[str, ...]:
+        """API addresses of the nodes with a voter's seat, as far as this node knows."""
         ...
 
     def wall_ms(self) -> int:

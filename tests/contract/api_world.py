@@ -49,6 +49,8 @@ from spinetta.node.services.errors import DETAIL_KEY
 from spinetta.node.services.server import ApiServer, serve
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
+from spinetta.trust.credentials import NodeCredentials
+from spinetta.trust.dial import Dialer
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 from spinetta.v1 import record_pb2 as pb
@@ -158,6 +160,10 @@ class HandNode:
         self.name = NodeId(name)
         self.store = store
         self.version = "0.test"
+        self.credentials: NodeCredentials | None = None
+        self.dialer = Dialer.open()
+        self.clearances: frozenset[str] = frozenset()
+        self.voters: tuple[str, ...] = ()
         self.directory = directory
         self.draining: list[bool] = []
         self.seats: list[tuple[int, str, str]] = []
@@ -165,6 +171,9 @@ class HandNode:
         self.member = Membership("abc123", 7, (Member(name, 7, "http://127.0.0.1:1", "http://127.0.0.1:2"),))
         self.failure: Exception | None = None
         self.steps: list[LeaveStep] = [LeaveStep("draining", 2), LeaveStep("left", 0, done=True)]
+
+    def voter_addresses(self) -> tuple[str, ...]:
+        return self.voters
 
     def wall_ms(self) -> int:
         return time.time_ns() // 1_000_000
