@@ -218,7 +218,8 @@ class AuthorityEntry:
     state: AuthorityState
     wraps: tuple[Wrap, ...] = ()
     created_ms: int = 0
-    retire_at_ms: int = 0  # for RETIRING: believed until then
+    retire_at_ms: int = 0  # believed until then at least; 0: no successor has been announced
+    cross_pem: bytes = b""  # its key certified by its predecessor, for those who have been away and know only that one
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,8 @@ def node_to_pb(n: NodeRecord) -> pb.Node:
         certificate_expires_ms=n.certificate_expires_ms,
         clearances=n.clearances,
         authority_signed=n.authority_signed,
+        etcd_trust_generation=n.etcd_trust_generation,
+        etcd_authority_signed=n.etcd_authority_signed,
     )
 
 
@@ -274,6 +276,8 @@ def node_from_pb(m: pb.Node) -> NodeRecord:
         certificate_expires_ms=m.certificate_expires_ms,
         clearances=tuple(m.clearances),
         authority_signed=m.authority_signed,
+        etcd_trust_generation=m.etcd_trust_generation,
+        etcd_authority_signed=m.etcd_authority_signed,
     )
 
 

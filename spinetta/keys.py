@@ -24,6 +24,7 @@ TOKEN = "/acl/token/"  # noqa: S105 - a key, not a secret
 REQUEST = "/acl/request/"
 POLICY = "/acl/policy"
 AUTHORITY = "/trust/authority/"
+ETCD_RESTART = "/trust/restart"  # leased: one voter at a time restarts its etcd
 LABEL = "/trust/label/"
 SECRET = "/secret/"  # noqa: S105 - a key, not a secret
 

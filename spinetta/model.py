@@ -276,6 +276,8 @@ class NodeRecord:
     certificate_expires_ms: int = 0
     clearances: tuple[str, ...] = ()
     authority_signed: int = 0
+    etcd_trust_generation: int = 0
+    etcd_authority_signed: int = 0
 
 
 class Life(enum.IntEnum):

@@ -148,11 +148,32 @@ def create_authority(
     )
     certificate = (
         _builder(subject, subject, key.public_key(), key.public_key(), now_s - BACKDATE_S, now_s + lifetime_s)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        # 1: when its time comes it certifies its successor, see `cross_sign`.
+        .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
         .add_extension(_usage(signs=True), critical=True)
         .sign(key, hashes.SHA256())
     )
     return Authority(certificate.public_bytes(Encoding.PEM), key)
+
+
+def cross_sign(old: Authority, new_pem: bytes, *, now_s: float) -> bytes:
+    """The successor's key certified by the authority before it. Sent along with a node's own certificate, it lets
+    those in who know the old authority only. It ends when the old one does.
+
+    Raises:
+        UserError: the successor's certificate is none.
+    """
+    new, issuer = load_certificate(new_pem), load_certificate(old.certificate_pem)
+    key = new.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 - made by `create_authority`
+    until_s = min(new.not_valid_after_utc.timestamp(), issuer.not_valid_after_utc.timestamp())
+    certificate = (
+        _builder(new.subject, issuer.subject, key, old.key.public_key(), now_s - BACKDATE_S, until_s)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs=True), critical=True)
+        .sign(old.key, hashes.SHA256())
+    )
+    return certificate.public_bytes(Encoding.PEM)
 
 
 def csr(key: PrivateKey, name: str) -> bytes:

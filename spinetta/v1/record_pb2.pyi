@@ -714,6 +714,8 @@ class Node(_message.Message):
     CERTIFICATE_EXPIRES_MS_FIELD_NUMBER: _builtins.int
     CLEARANCES_FIELD_NUMBER: _builtins.int
     AUTHORITY_SIGNED_FIELD_NUMBER: _builtins.int
+    ETCD_TRUST_GENERATION_FIELD_NUMBER: _builtins.int
+    ETCD_AUTHORITY_SIGNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
     """of the API, HOST:PORT"""
@@ -735,7 +737,10 @@ class Node(_message.Message):
     certificate_expires_ms: _builtins.int
     """wall clock"""
     authority_signed: _builtins.int
-    """generation of the authorities that its certificate was signed under"""
+    """latest generation of the authorities whose signing one has signed its certificate"""
+    etcd_trust_generation: _builtins.int
+    """the same of etcd's authorities: what its running member believes"""
+    etcd_authority_signed: _builtins.int
     @_builtins.property
     def capacity(self) -> Global___Resources: ...
     @_builtins.property
@@ -775,10 +780,12 @@ class Node(_message.Message):
         certificate_expires_ms: _builtins.int = ...,
         clearances: _abc.Iterable[_builtins.str] | None = ...,
         authority_signed: _builtins.int = ...,
+        etcd_trust_generation: _builtins.int = ...,
+        etcd_authority_signed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1298,11 +1305,13 @@ class Authorities(_message.Message):
         WRAPS_FIELD_NUMBER: _builtins.int
         CREATED_MS_FIELD_NUMBER: _builtins.int
         RETIRE_AT_MS_FIELD_NUMBER: _builtins.int
+        CROSS_PEM_FIELD_NUMBER: _builtins.int
         certificate_pem: _builtins.bytes
         state: _builtins.int
         """1 next, 2 active, 3 retiring"""
         created_ms: _builtins.int
         retire_at_ms: _builtins.int
+        cross_pem: _builtins.bytes
         @_builtins.property
         def wraps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wrap]: ...
         def __init__(
@@ -1313,10 +1322,11 @@ class Authorities(_message.Message):
             wraps: _abc.Iterable[Global___Wrap] | None = ...,
             created_ms: _builtins.int = ...,
             retire_at_ms: _builtins.int = ...,
+            cross_pem: _builtins.bytes = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_pem", b"certificate_pem", "created_ms", b"created_ms", "retire_at_ms", b"retire_at_ms", "state", b"state", "wraps", b"wraps"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_pem", b"certificate_pem", "created_ms", b"created_ms", "cross_pem", b"cross_pem", "retire_at_ms", b"retire_at_ms", "state", b"state", "wraps", b"wraps"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
