@@ -18,6 +18,7 @@ from spinetta.events import (
     AttemptEnded,
     CaseTag,
     Changed,
+    ClearancesChanged,
     CommitDone,
     Effect,
     Happening,
@@ -179,6 +180,10 @@ class Agent:
                 self.draining = self.leaving = True
                 if event.release:
                     self.holdings.release_all(Reason.RELEASED)
+                return []
+            case ClearancesChanged():
+                self.claims.set_clearances(event.clearances)
+                self.session.describe(replace(self.session.record, clearances=event.clearances))
                 return []
             case SetCandidate():
                 if event.candidate:

@@ -8,6 +8,7 @@ still commit as long as its queue key has the revision it is guarded by.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,7 @@ from spinetta.events import (
     WatchLost,
 )
 from spinetta.holdings import Holdings
+from spinetta.match import uncleared
 from spinetta.model import Holding, IncarnationId, NodeRecord, QueueHint, Resources, Revision, State, Task, TaskId
 from spinetta.queue import PAGE_KEYS, Waiting, Window
 from spinetta.settings import AgentSettings
@@ -74,7 +76,7 @@ class Claims:
     def __init__(self, settings: AgentSettings) -> None:
         self.settings = settings
         record = settings.record
-        self.window = Window(record.capacity, frozenset(record.tags))
+        self.window = Window(record.capacity, frozenset(record.tags), frozenset(record.clearances))
         self.round: Round | None = None
         self._open = False
         self._watching = False
@@ -116,6 +118,25 @@ class Claims:
         if self.round is not None and self.round.stage is Stage.DOUBTFUL:
             times.append(self.round.act_at_s)
         return min(times, default=None)
+
+    @property
+    def clearances(self) -> tuple[str, ...]:
+        """The labels that tasks may carry to be claimed here, sorted."""
+        return tuple(sorted(self.window.clearances))
+
+    def set_clearances(self, clearances: Collection[str]) -> None:
+        """What this node is cleared for has changed: drop what it may no longer run, look again for what it may now.
+
+        A claim under way is guarded by the node's rights as they were, so it cannot commit against the new ones.
+        """
+        if self.window.clearances == frozenset(clearances):
+            return
+        gained = frozenset(clearances) - self.window.clearances
+        self.window.set_clearances(frozenset(clearances))
+        if gained and self._open:
+            self._clear()
+            self._reconcile_at_s = -math.inf
+        self._stale = True
 
     def touch(self) -> None:
         """Something that a plan depends on has changed (room, peers, the window)."""
@@ -281,7 +302,7 @@ class Claims:
                 continue
             size_bytes += len(entry.value) + 512
             task = codec.readable(codec.decode_task, entry.value)
-            if task is None or task.id != task_id or task.state is not State.QUEUED:
+            if task is None or task.id != task_id or not self._claimable(task):
                 self.window.drop(task_id, bid.waiting.revision)
                 del current.bids[task_id]
                 continue
@@ -290,6 +311,10 @@ class Claims:
                 continue
             self._bid(bid, task, current.incarnation, now_ms)
         return self._commit(registration)
+
+    def _claimable(self, task: Task) -> bool:
+        """As the record says: the window has only seen the hint, which anybody who may write could have falsified."""
+        return task.state is State.QUEUED and not uncleared(task.spec.clearance, self.window.clearances)
 
     def _bid(self, bid: Bid, task: Task, incarnation: IncarnationId, now_ms: int) -> None:
         me = self.settings.name

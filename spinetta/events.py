@@ -361,6 +361,13 @@ class SetCandidate:
     candidate: bool
 
 
+@dataclass(frozen=True, slots=True)
+class ClearancesChanged:
+    """What counts of the labels that this node is cleared for, sorted: as its rights say now."""
+
+    clearances: tuple[str, ...]
+
+
 Happening = (
     Tick
     | CommitDone
@@ -378,6 +385,7 @@ Happening = (
     | SetDraining
     | LeaveWanted
     | SetCandidate
+    | ClearancesChanged
 )
 
 

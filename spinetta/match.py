@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from spinetta import units
+from spinetta.access import MEMBERS, GroupAcl, NodeAcl
 from spinetta.model import NodeRecord, QueueHint, Resources
 
 
 class Obstacle(enum.Enum):
     """Kinds of reasons against running a task on a node."""
 
+    NOT_CLEARED = "not-cleared"  # for a label that the task carries, itself or through one of its groups
     TAG_MISSING = "tag-missing"
     TAG_FORBIDDEN = "tag-forbidden"
     TOO_LARGE = "too-large"  # for the node even when it is empty
@@ -32,8 +35,22 @@ class Reason:
         return self.obstacle is Obstacle.NO_ROOM
 
 
-def why_never(hint: QueueHint, capacity: Resources, tags: frozenset[str]) -> Reason | None:
-    """Why this node could not run the task even when empty; None when it could."""
+def uncleared(wanted: Collection[str], clearances: Collection[str]) -> list[str]:
+    """Labels that these effective clearances do not cover, sorted. Every approved node is cleared for `MEMBERS`."""
+    return sorted(label for label in set(wanted) if label != MEMBERS and label not in clearances)
+
+
+def why_never(
+    hint: QueueHint, capacity: Resources, tags: frozenset[str], clearances: Collection[str] = ()
+) -> Reason | None:
+    """Why this node could not run the task even when empty; None when it could.
+
+    `clearances` are the effective ones: granted to the node and to every group that it is in.
+    """
+    if hint.clearance:
+        lacking = uncleared(hint.clearance, clearances)
+        if lacking:
+            return Reason(Obstacle.NOT_CLEARED, f"the node is not cleared for {', '.join(lacking)}")
     missing = [t for t in hint.tags_required if t not in tags]
     if missing:
         return Reason(Obstacle.TAG_MISSING, f"the node lacks the tag {', '.join(missing)}")
@@ -56,7 +73,25 @@ def why_not(hint: QueueHint, node: NodeRecord) -> Reason | None:
     """Why the task cannot start on a node as that node describes itself; None when it can."""
     if node.draining or node.leaving:
         return Reason(Obstacle.NOT_TAKING, "the node is draining")
-    return why_never(hint, node.capacity, frozenset(node.tags)) or why_not_now(hint, node.free)
+    never = why_never(hint, node.capacity, frozenset(node.tags), node.clearances)
+    return never or why_not_now(hint, node.free)
+
+
+def why_not_cleared(wanted: Collection[str], acl: NodeAcl, groups: Collection[GroupAcl]) -> Reason | None:
+    """Why an approved node is not cleared for these labels, told to the group; None when it is."""
+    if acl.revoked:
+        return Reason(Obstacle.NOT_CLEARED, "the node's rights are revoked")
+    lacking = uncleared(wanted, acl.clearances)
+    if lacking:
+        return Reason(Obstacle.NOT_CLEARED, f"the node is not cleared for {', '.join(lacking)}")
+    for group in sorted(groups, key=lambda g: g.name):
+        barred = uncleared(wanted, group.clearances) if group.name in acl.groups else []
+        if barred:
+            return Reason(Obstacle.NOT_CLEARED, f"the node's group {group.name} is not cleared for {', '.join(barred)}")
+    lacking = uncleared(wanted, acl.effective)
+    if lacking:  # a group that is not among those given
+        return Reason(Obstacle.NOT_CLEARED, f"a group of the node is not cleared for {', '.join(lacking)}")
+    return None
 
 
 def shortfall(wanted: Resources, room: Resources) -> str:

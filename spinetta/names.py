@@ -16,6 +16,8 @@ COUNTABLE_NAME_MAX = 63
 LABEL_KEY_MAX = 128
 LABEL_VALUE_MAX = 256
 OWNER_MAX = 128
+CLEARANCE_MAX = 63
+SECRET_NAME_MAX = 128
 
 _NODE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:=-]{0,62}", re.ASCII)
@@ -23,6 +25,8 @@ _COUNTABLE = re.compile(r"[a-z][a-z0-9._-]{0,62}", re.ASCII)
 _LABEL_KEY = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_])?", re.ASCII)
 _OWNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]{0,127}", re.ASCII)
 _HOST = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})(?:\.[A-Za-z0-9][A-Za-z0-9-]{0,62})*", re.ASCII)
+_CLEARANCE = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?", re.ASCII)
+_SECRET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
 _NOT_IN_A_NAME = re.compile(r"[^a-z0-9-]+", re.ASCII)
 
 _RESERVED_COUNTABLES = frozenset({"cpu", "cpus", "memory", "disk"})
@@ -101,6 +105,36 @@ def check_owner(owner: str, field: str = "") -> None:
         raise UserError(
             f"not an owner: {quoted(owner)}", field=field, hint=f"1 to {OWNER_MAX} letters, digits and '._@+-'"
         )
+
+
+def check_clearance(label: str, field: str = "") -> str:
+    """The label, if it is one that nodes are cleared for and tasks carry.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not _CLEARANCE.fullmatch(label):
+        raise UserError(
+            f"not a clearance label: {quoted(label)}",
+            field=field,
+            hint=f"1 to {CLEARANCE_MAX} of a-z, 0-9 and '._-', beginning and ending with a letter or digit",
+        )
+    return label
+
+
+def check_secret_name(name: str, field: str = "", what: str = "a secret") -> str:
+    """The name, if it is one for a secret or for the file that a task gets it in: no slash, no leading dot.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not _SECRET.fullmatch(name):
+        raise UserError(
+            f"not a name for {what}: {quoted(name)}",
+            field=field,
+            hint=f"1 to {SECRET_NAME_MAX} letters, digits and '._-', beginning with a letter, digit or '_'",
+        )
+    return name
 
 
 def check_printable(text: str, what: str, field: str) -> None:

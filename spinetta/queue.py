@@ -34,9 +34,10 @@ class Waiting:
 class Window:
     """A node's bounded view of ``/status/queued/``."""
 
-    def __init__(self, capacity: Resources, tags: frozenset[str]) -> None:
+    def __init__(self, capacity: Resources, tags: frozenset[str], clearances: frozenset[str] = frozenset()) -> None:
         self.capacity = capacity
         self.tags = tags
+        self.clearances = clearances
         self.entries: dict[TaskId, Waiting] = {}
         self.covered_to: str | None = ""
         self._never: dict[TaskId, Revision] = {}
@@ -89,6 +90,18 @@ class Window:
             self._put(change.entry, now)
             self._shrink()
 
+    def set_clearances(self, clearances: frozenset[str]) -> None:
+        """What this node is cleared for has changed.
+
+        What it may no longer run leaves the window. For more to show, clear it and list again: tasks that did not
+        match are not kept.
+        """
+        self.clearances = clearances
+        self._never.clear()
+        for task, waiting in list(self.entries.items()):
+            if waiting.hint is not None and self._never_here(waiting.hint):
+                del self.entries[task]
+
     def drop(self, task: TaskId, revision: Revision) -> None:
         """It turned out that the key no longer has this revision."""
         known = self.entries.get(task)
@@ -107,7 +120,7 @@ class Window:
         if known.revision != revision:  # the key has moved on since; the watch will bring it as it is now
             self.drop(task, revision)
             return
-        if why_never(hint, self.capacity, self.tags) is not None:
+        if self._never_here(hint):
             del self.entries[task]
             self._remember_never(task, revision)
         else:
@@ -121,13 +134,16 @@ class Window:
         if self._never.get(task) == entry.modified:
             return
         hint = decode_hint(entry.value)
-        if hint is not None and why_never(hint, self.capacity, self.tags) is not None:
+        if hint is not None and self._never_here(hint):
             self.entries.pop(task, None)
             return
         revision, seen_at_s = self._seen.get(task, (0, now))
         if revision != entry.modified:
             seen_at_s = now
         self.entries[task] = Waiting(task, entry.modified, hint, seen_at_s)
+
+    def _never_here(self, hint: QueueHint) -> bool:
+        return why_never(hint, self.capacity, self.tags, self.clearances) is not None
 
     def _remember_never(self, task: TaskId, revision: Revision) -> None:
         # Only tasks without a hint are remembered: reading their record again on every reconcile would be waste.

@@ -285,7 +285,7 @@ def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
     hopeless = True
     for n in nodes.nodes:
         r = n.record
-        never = why_never(hint, r.capacity, frozenset(r.tags))
+        never = why_never(hint, r.capacity, frozenset(r.tags), r.clearances)
         now = why_not_now(hint, r.free)
         hopeless = hopeless and never is not None
         if never is not None:
