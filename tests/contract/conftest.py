@@ -13,7 +13,7 @@ import pytest
 from spinetta.model import Revision
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
-from tests.contract.etcds import Etcd, shared_etcd
+from tests.contract.etcds import Etcd, etcd_authority, shared_etcd
 from tests.sim.model_store import ModelStore
 
 LIMIT_S = 60.0
@@ -34,15 +34,24 @@ def etcd_server() -> Iterator[Etcd]:
         yield found
 
 
-@pytest.fixture(params=["model", "etcd"])
+@pytest.fixture(scope="session")
+def etcd_tls_server() -> Iterator[Etcd]:
+    with shared_etcd(etcd_authority()) as found:
+        yield found
+
+
+SERVERS = {"etcd": "etcd_server", "etcd-tls": "etcd_tls_server"}
+
+
+@pytest.fixture(params=["model", *SERVERS])
 def on_store(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
     """Runs a scenario on the store of the parameter."""
     kind = request.param
-    endpoint = request.getfixturevalue("etcd_server").client if kind == "etcd" else ""
+    server: Etcd | None = request.getfixturevalue(SERVERS[kind]) if kind in SERVERS else None
 
     def run(scenario: Scenario) -> None:
         async def main() -> None:
-            store: CompactingStore = EtcdStore([endpoint]) if kind == "etcd" else ModelStore()
+            store: CompactingStore = EtcdStore([server.client], server.tls) if server is not None else ModelStore()
             try:
                 async with asyncio.timeout(LIMIT_S):
                     await scenario(store, f"/test/{os.getpid()}-{next(_numbers)}/")

@@ -12,16 +12,19 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from spinetta.errors import StoreUnavailable
 from spinetta.model import Exit, Reason
 from spinetta.store.members import status
-from spinetta.store.process import EtcdSettings, etcd_argv, etcd_env, initial_cluster
+from spinetta.store.process import EtcdSettings, EtcdTls, etcd_argv, etcd_env, initial_cluster
+from spinetta.trust.certificates import Authority, create_authority, csr, issue_etcd, key_pem, new_key
 
 START_S = 30.0
+CLUSTER = "0123456789abcdef"
+HOUR_S = 3600.0
 
 
 def loopback_host() -> str:
@@ -33,6 +36,54 @@ def free_port(host: str) -> int:
     with socket.socket() as sock:
         sock.bind((host, 0))
         return int(sock.getsockname()[1])
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """At once, as nodes do it: whoever reads sees the old content or the new."""
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(data)
+    new.chmod(0o600)
+    new.replace(path)
+
+
+@dataclass
+class VoterFiles:
+    """The certificate files of one voter, and who has issued them."""
+
+    folder: Path
+    name: str
+    address: str
+    authority: Authority
+    key_pem: bytes = b""
+
+    @property
+    def tls(self) -> EtcdTls:
+        return EtcdTls(
+            ca_file=self.folder / f"{self.name}-etcd-ca.pem",
+            cert_file=self.folder / f"{self.name}-etcd.pem",
+            key_file=self.folder / f"{self.name}-etcd.key",
+        )
+
+    def renew(self, *, lifetime_s: float = HOUR_S, now_s: float | None = None) -> None:
+        """Make the first certificate, or a new one for the same key."""
+        key = new_key() if not self.key_pem else None
+        if key is not None:
+            self.key_pem, self.request = key_pem(key), csr(key, self.name)
+            self.trust(self.authority)
+            replace_file(self.tls.key_file, self.key_pem)
+        now_s = time.time() if now_s is None else now_s
+        pem = issue_etcd(
+            self.authority, self.request, name=self.name, address=self.address, now_s=now_s, lifetime_s=lifetime_s
+        )
+        replace_file(self.tls.cert_file, pem)
+
+    def trust(self, *authorities: Authority) -> None:
+        """The CAs that this voter trusts from now on."""
+        replace_file(self.tls.ca_file, b"".join(each.certificate_pem for each in authorities))
+
+
+def etcd_authority() -> Authority:
+    return create_authority("etcd", CLUSTER, now_s=time.time())
 
 
 @dataclass
@@ -99,20 +150,32 @@ class LocalServices:
 class Etcd:
     """One real etcd, started and stopped by hand."""
 
-    def __init__(self, directory: Path, name: str = "a") -> None:
-        host = loopback_host()
-        self.client = f"{host}:{free_port(host)}"
-        peer = f"http://{host}:{free_port(host)}"
+    def __init__(self, directory: Path, name: str = "a", authority: Authority | None = None) -> None:
+        self.host = loopback_host()
+        self.client = f"{self.host}:{free_port(self.host)}"
+        self.peer = f"{self.host}:{free_port(self.host)}"
+        self.files = VoterFiles(directory, name, self.host, authority) if authority is not None else None
+        if self.files is not None:
+            self.files.renew()
+        scheme = "http" if self.files is None else "https"
+        peer = f"{scheme}://{self.peer}"
         self.directory = directory
         self.settings = EtcdSettings(
             program="etcd",
             name=name,
             data_dir=directory / f"{name}.etcd",
-            client_url=f"http://{self.client}",
+            client_url=f"{scheme}://{self.client}",
             peer_url=peer,
             initial_cluster=initial_cluster([(name, peer)]),
+            tls=self.files.tls if self.files is not None else None,
         )
         self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def tls(self) -> Callable[[], EtcdTls] | None:
+        """For `EtcdStore`: as this member's own node."""
+        files = self.files
+        return (lambda: files.tls) if files is not None else None
 
     @property
     def pid(self) -> int:
@@ -134,7 +197,7 @@ class Etcd:
         end_s = time.monotonic() + START_S
         while True:
             try:
-                if (await status(self.client, timeout_s=1.0)).healthy:
+                if (await status(self.client, self.tls, timeout_s=1.0)).healthy:
                     return
             except StoreUnavailable:
                 if time.monotonic() > end_s:
@@ -153,10 +216,10 @@ class Etcd:
 
 
 @contextlib.asynccontextmanager
-async def etcd(*more: str) -> AsyncIterator[Etcd]:
-    """A healthy etcd of one member, with further flags."""
+async def etcd(*more: str, authority: Authority | None = None) -> AsyncIterator[Etcd]:
+    """A healthy etcd of one member, with further flags; under TLS when there is an authority."""
     with tempfile.TemporaryDirectory(prefix="spinetta-etcd-") as folder:
-        found = Etcd(Path(folder))
+        found = Etcd(Path(folder), authority=authority)
         found.launch(*more)
         try:
             await found.ready()
@@ -166,10 +229,10 @@ async def etcd(*more: str) -> AsyncIterator[Etcd]:
 
 
 @contextlib.contextmanager
-def shared_etcd() -> Iterator[Etcd]:
+def shared_etcd(authority: Authority | None = None) -> Iterator[Etcd]:
     """The same, for use from many event loops."""
     folder = Path(tempfile.mkdtemp(prefix="spinetta-etcd-"))
-    found = Etcd(folder)
+    found = Etcd(folder, authority=authority)
     found.launch()
     try:
         asyncio.run(found.ready())

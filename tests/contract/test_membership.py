@@ -16,12 +16,13 @@ from spinetta.errors import AlreadyExists, Fenced, OutcomeUnknown, StoreUnavaila
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.identity import Identity, check_data_dir
 from spinetta.store.members import Members, hex_id, status, statuses
-from spinetta.store.process import EtcdSettings, initial_cluster
+from spinetta.store.process import EtcdSettings, EtcdTls, initial_cluster
 from spinetta.store.supervisor import EtcdSupervisor
 from spinetta.store.wal import wal_owner
+from spinetta.trust.certificates import Authority
 from spinetta.txn import Absent, Committed, Put, Txn
 from spinetta.voters import AddLearner, Nothing, Promote, Remove, Seat, Sitter, next_step
-from tests.contract.etcds import LocalServices, free_port, loopback_host
+from tests.contract.etcds import HOUR_S, LocalServices, VoterFiles, free_port, loopback_host
 
 pytestmark = pytest.mark.contract
 
@@ -53,10 +54,22 @@ class Node:
     services: LocalServices = field(default_factory=LocalServices)
     leaving: bool = False
     supervisor: EtcdSupervisor | None = None
+    authority: Authority | None = None
+    lifetime_s: float = HOUR_S
 
     def __post_init__(self) -> None:
-        self.client_url = f"http://{self.host}:{free_port(self.host)}"
-        self.peer_url = f"http://{self.host}:{free_port(self.host)}"
+        self.files: VoterFiles | None = None
+        if self.authority is not None:
+            self.files = VoterFiles(self.directory, self.name, self.host, self.authority)
+            self.files.renew(lifetime_s=self.lifetime_s)
+        scheme = "http" if self.files is None else "https"
+        self.client_url = f"{scheme}://{self.host}:{free_port(self.host)}"
+        self.peer_url = f"{scheme}://{self.host}:{free_port(self.host)}"
+
+    @property
+    def tls(self) -> Callable[[], EtcdTls] | None:
+        files = self.files
+        return (lambda: files.tls) if files is not None else None
 
     def settings(self, cluster: str = "", existing: bool = False) -> EtcdSettings:
         return EtcdSettings(
@@ -67,6 +80,7 @@ class Node:
             peer_url=self.peer_url,
             initial_cluster=cluster or initial_cluster([(self.name, self.peer_url)]),
             existing=existing,
+            tls=self.files.tls if self.files is not None else None,
         )
 
     async def start(self, cluster: str = "", existing: bool = False) -> None:
@@ -84,15 +98,18 @@ class Node:
 class Cluster:
     """Nodes, and one who carries out the planner's steps."""
 
-    def __init__(self, directory: Path, names: str) -> None:
-        self.nodes = {name: Node(name, directory) for name in names}
-        self.store = EtcdStore([self.nodes[names[0]].client_url])
+    def __init__(
+        self, directory: Path, names: str, authority: Authority | None = None, lifetime_s: float = HOUR_S
+    ) -> None:
+        self.nodes = {name: Node(name, directory, authority=authority, lifetime_s=lifetime_s) for name in names}
+        self.first = self.nodes[names[0]]
+        self.store = EtcdStore([self.first.client_url], self.first.tls)
         self.members = Members(self.store.connections)
         self.steps: list[str] = []
 
     async def seats(self) -> list[Seat]:
         found = (await self.members.members()).members
-        how = await statuses(found)
+        how = await statuses(found, self.first.tls)
         return [
             Seat(m.member_id, m.name, m.peer_url, m.learner, bool((s := how[m.member_id]) and s.healthy)) for m in found
         ]
@@ -101,7 +118,7 @@ class Cluster:
         """One step; False when there is nothing more to do."""
         seats = await self.seats()
         sitters = [Sitter(n.name, n.peer_url, leaving=n.leaving) for n in self.nodes.values()]
-        leader = (await status(self.store.endpoints[0])).leader_id
+        leader = (await status(self.store.endpoints[0], self.first.tls)).leader_id
         step = next_step(seats, sitters, wanted=wanted, me=next(iter(self.nodes)), leader_member_id=leader)
         names = {seat.member_id: seat.name for seat in seats}
         match step:
@@ -144,8 +161,10 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(directory: Path, names: str) -> AsyncIterator[Cluster]:
-    made = Cluster(directory, names)
+async def cluster(
+    directory: Path, names: str, authority: Authority | None = None, lifetime_s: float = HOUR_S
+) -> AsyncIterator[Cluster]:
+    made = Cluster(directory, names, authority, lifetime_s)
     try:
         await made.nodes[names[0]].start()
         yield made
