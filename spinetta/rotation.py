@@ -104,8 +104,9 @@ def advance_rotation(authorities: Authorities, nodes: Sequence[NodeTrust], now_m
 
 
 def _moved_on(entry: AuthorityEntry) -> AuthorityEntry:
-    following = {AuthorityState.NEXT: AuthorityState.ACTIVE, AuthorityState.ACTIVE: AuthorityState.RETIRING}
-    return replace(entry, state=following.get(entry.state, entry.state))
+    if entry.state is AuthorityState.ACTIVE:
+        return replace(entry, state=AuthorityState.RETIRING, wraps=())  # it signs no more: nobody needs its key
+    return replace(entry, state=AuthorityState.ACTIVE) if entry.state is AuthorityState.NEXT else entry
 
 
 def without_node(authorities: Authorities, node: str) -> Authorities:
