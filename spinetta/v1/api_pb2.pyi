@@ -52,6 +52,7 @@ class ErrorDetail(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
     field: _builtins.str
     """e.g. "tasks[3].resources.memory_bytes" """
     reason: _builtins.str
@@ -59,6 +60,10 @@ class ErrorDetail(_message.Message):
     message: _builtins.str
     hint: _builtins.str
     """what to do"""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes to ask instead: of voters for "ask-a-voter", of the node that has it for "ask-node"."""
+
     def __init__(
         self,
         *,
@@ -66,10 +71,11 @@ class ErrorDetail(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         hint: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "hint", b"hint", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "field", b"field", "hint", b"hint", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
