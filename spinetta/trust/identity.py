@@ -81,16 +81,17 @@ def check_cluster(cluster: str) -> None:
         raise UserError(f"not the id of a cluster: {names.quoted(cluster)}", hint="16 hexadecimal digits")
 
 
-def cluster_of(ca_pem: bytes) -> str:
+def cluster_of(ca_pem: bytes, kind: Literal["cluster", "etcd"] | None = None) -> str:
     """The trust domain of an authority's certificate.
 
     Raises:
-        UserError: it is not one of a cluster's authorities.
+        UserError: it is not one of a cluster's authorities, or not of this kind.
     """
     certificate = load_certificate(ca_pem)
     for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
-        kind, _, cluster = str(attribute.value).rpartition(" ")
-        if kind in SUBJECTS.values() and _CLUSTER.fullmatch(cluster) and is_authority(certificate):
+        subject, _, cluster = str(attribute.value).rpartition(" ")
+        lawful = SUBJECTS.values() if kind is None else (SUBJECTS[kind],)
+        if subject in lawful and _CLUSTER.fullmatch(cluster) and is_authority(certificate):
             return cluster
     raise UserError("this is not the certificate of a cluster's authority", reason="bad-certificate")
 
@@ -123,7 +124,7 @@ def _identity(pem: bytes, authorities: tuple[bytes, ...], cluster: str) -> tuple
         certificate = x509.load_pem_x509_certificate(pem)
         for issuer in _issuers(authorities):
             if issuer.subject == certificate.issuer and _has_issued(issuer, certificate):
-                if cluster_of(issuer.public_bytes(Encoding.PEM)) != cluster:
+                if cluster_of(issuer.public_bytes(Encoding.PEM), "cluster") != cluster:
                     raise _NotOurs
                 identity = _read(certificate, cluster)
                 since_s = max(identity.not_before_s, issuer.not_valid_before_utc.timestamp())
