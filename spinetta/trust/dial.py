@@ -91,6 +91,16 @@ class Dialer:
         return self._get is not None
 
     @property
+    def has_token(self) -> bool:
+        """Whether a bearer token says who is calling. Only voters are shown it."""
+        return self._token is not None
+
+    @property
+    def pems(self) -> Pems | None:
+        """What its channels are made with now: to find out why none of them works. None for plain text."""
+        return None if self._get is None else self._get()
+
+    @property
     def serial(self) -> int:
         """Grows when the certificates have changed: channels made before should be replaced."""
         if self._get is not None:
