@@ -108,6 +108,7 @@ class TokenRecord:
         user: for `TokenRole.CLIENT`: whose certificate it gives.
         uses_left: 0: spent.
         approval: an administrator must approve each node that comes with it.
+        last_key_hash: of the key that redeemed it last: the same one again gets the same answer.
     """
 
     id: str
@@ -123,6 +124,7 @@ class TokenRecord:
     revoked: bool = False
     created_ms: int = 0
     created_by: str = ""
+    last_key_hash: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

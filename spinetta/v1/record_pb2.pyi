@@ -1062,6 +1062,7 @@ class TokenRecord(_message.Message):
     REVOKED_FIELD_NUMBER: _builtins.int
     CREATED_MS_FIELD_NUMBER: _builtins.int
     CREATED_BY_FIELD_NUMBER: _builtins.int
+    LAST_KEY_HASH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     role: Global___TokenRole.ValueType
     salt: _builtins.bytes
@@ -1073,6 +1074,7 @@ class TokenRecord(_message.Message):
     revoked: _builtins.bool
     created_ms: _builtins.int
     created_by: _builtins.str
+    last_key_hash: _builtins.bytes
     @_builtins.property
     def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1093,10 +1095,11 @@ class TokenRecord(_message.Message):
         revoked: _builtins.bool = ...,
         created_ms: _builtins.int = ...,
         created_by: _builtins.str = ...,
+        last_key_hash: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "clearances", b"clearances", "created_by", b"created_by", "created_ms", b"created_ms", "expires_ms", b"expires_ms", "groups", b"groups", "id", b"id", "revoked", b"revoked", "role", b"role", "salt", b"salt", "secret_hash", b"secret_hash", "user", b"user", "uses_left", b"uses_left"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "clearances", b"clearances", "created_by", b"created_by", "created_ms", b"created_ms", "expires_ms", b"expires_ms", "groups", b"groups", "id", b"id", "last_key_hash", b"last_key_hash", "revoked", b"revoked", "role", b"role", "salt", b"salt", "secret_hash", b"secret_hash", "user", b"user", "uses_left", b"uses_left"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
