@@ -15,6 +15,7 @@ from typing import Literal, Self
 from spinetta.access import NodeRole
 from spinetta.errors import UserError
 from spinetta.trust import certificates, files, generations, sealing
+from spinetta.trust.files import write_private as write_private
 
 PENDING = "pending.pem"
 
