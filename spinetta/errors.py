@@ -7,7 +7,9 @@
     │   ├── NotFound         no such task or node
     │   ├── AlreadyExists    the name or id is taken by something else
     │   ├── CorruptRecord    a stored value is not what its key says
-    │   └── Denied           who asks may not do this
+    │   ├── Denied           who asks may not do this
+    │   ├── Busy             too much is asked for: again later
+    │   └── AskElsewhere     another node answers that
     ├── StoreUnavailable     nothing happened: safe to try again
     ├── RuntimeUnavailable   the shim does not answer; every request to it may be made twice: try again
     ├── OutcomeUnknown       may have happened: read back first
@@ -73,6 +75,39 @@ class Denied(UserError):
     """Who asks may not do this; reason ``unauthenticated`` when it is not known who asks."""
 
     reason = "denied"
+
+
+class Busy(UserError):
+    """Too much is asked for at once, by this caller or by all together: nothing was done; again later.
+
+    Attributes:
+        retry_after_s: how long to wait first.
+    """
+
+    reason = "busy"
+
+    def __init__(self, message: str, *, retry_after_s: float, hint: str = "") -> None:
+        super().__init__(message, hint=hint or f"try again in {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+class AskElsewhere(UserError):
+    """This node may not answer that, another one does: reason ``ask-a-voter`` or ``ask-node``.
+
+    Attributes:
+        addresses: of the API of nodes that answer.
+        object: what was asked for under its full name, for those who search by fragments; may be empty.
+    """
+
+    reason = "ask-a-voter"
+
+    def __init__(
+        self, message: str, *, addresses: tuple[str, ...], field: str = "", object_: str = "", reason: str | None = None
+    ) -> None:
+        where = " or ".join(addresses) or "none is known here at the moment"
+        super().__init__(message, field=field, hint=f"ask {where}", reason=reason)
+        self.addresses = addresses
+        self.object = object_
 
 
 class StoreUnavailable(SpinettaError):

@@ -86,6 +86,10 @@ class NodePort(Protocol):
         """API addresses of the nodes with a voter's seat, as far as this node knows."""
         ...
 
+    def audit(self, call: str, caller: str, object_: str, outcome: str, revision: int) -> None:
+        """Write down who did what, or was refused, in this node's audit log."""
+        ...
+
     def wall_ms(self) -> int:
         """The wall clock, for people and for a joining node to compare with."""
         ...

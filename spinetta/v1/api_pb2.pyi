@@ -248,6 +248,7 @@ class TaskView(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
     SPEC_OMITTED_FIELD_NUMBER: _builtins.int
+    WITHHELD_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """where it runs, or ran last"""
     revision: _builtins.int
@@ -256,6 +257,8 @@ class TaskView(_message.Message):
     """in Get and List only: a Watch sees the record, which a request does not change"""
     spec_omitted: _builtins.bool
     """the answer would have been too large: only id, name and the last attempt are here"""
+    withheld: _builtins.bool
+    """the caller may not see what the task runs: command, environment, directory, messages"""
     @_builtins.property
     def task(self) -> _record_pb2.Task: ...
     def __init__(
@@ -266,10 +269,11 @@ class TaskView(_message.Message):
         revision: _builtins.int = ...,
         cancel_requested: _builtins.bool = ...,
         spec_omitted: _builtins.bool = ...,
+        withheld: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "node", b"node", "revision", b"revision", "spec_omitted", b"spec_omitted", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "node", b"node", "revision", b"revision", "spec_omitted", b"spec_omitted", "task", b"task", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

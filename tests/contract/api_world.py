@@ -164,6 +164,7 @@ class HandNode:
         self.dialer = Dialer.open()
         self.clearances: frozenset[str] = frozenset()
         self.voters: tuple[str, ...] = ()
+        self.audited: list[tuple[str, str, str, str, int]] = []
         self.directory = directory
         self.draining: list[bool] = []
         self.seats: list[tuple[int, str, str]] = []
@@ -171,6 +172,9 @@ class HandNode:
         self.member = Membership("abc123", 7, (Member(name, 7, "http://127.0.0.1:1", "http://127.0.0.1:2"),))
         self.failure: Exception | None = None
         self.steps: list[LeaveStep] = [LeaveStep("draining", 2), LeaveStep("left", 0, done=True)]
+
+    def audit(self, call: str, caller: str, object_: str, outcome: str, revision: int) -> None:
+        self.audited.append((call, caller, object_, outcome, revision))
 
     def voter_addresses(self) -> tuple[str, ...]:
         return self.voters

@@ -1,0 +1,123 @@
+"""How much one caller may ask for: calls and tasks a second, and streams at once."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from spinetta.access import Limits
+from spinetta.errors import Busy
+from spinetta.node.services import limits
+from spinetta.rights import Caller, CallerKind
+
+
+class Bucket:
+    """Lets through `rate` a second, and `BURST_S` seconds' worth at once after a rest.
+
+    A charge is taken whole as soon as anything is left, so that one larger than a burst passes too, and is paid for
+    afterwards.
+    """
+
+    __slots__ = ("_at_s", "_left")
+
+    def __init__(self, rate: float, now_s: float) -> None:
+        self._left = rate * limits.BURST_S
+        self._at_s = now_s
+
+    def take(self, amount: float, rate: float, now_s: float) -> float:
+        """Take so much; 0 when it was let through, else the seconds after which to try again."""
+        self._left = min(rate * limits.BURST_S, self._left + (now_s - self._at_s) * rate)
+        self._at_s = now_s
+        if self._left <= 0:
+            return min(max((1 - self._left) / rate, limits.BUSY_MIN_S), limits.BUSY_MAX_S)
+        self._left -= amount
+        return 0.0
+
+    def charge(self, amount: float) -> None:
+        """Take so much, whatever is left: for what has been done already."""
+        self._left -= amount
+
+
+class Throttle:
+    """The buckets of all callers of this node. Each node counts for itself."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._open: Counter[str] = Counter()
+
+    @property
+    def remembered(self) -> int:
+        """How many buckets there are."""
+        return len(self._buckets)
+
+    def call(self, caller: Caller, peer: str, policy: Limits) -> None:
+        """Count one call. `peer`: the address that a guest calls from.
+
+        Raises:
+            Busy: too many lately.
+        """
+        match caller.kind:
+            case CallerKind.LOCAL:
+                return
+            case CallerKind.NOBODY:
+                self._take(f"guest {peer}", 1, limits.GUEST_CALLS_PER_S, f"newcomers at {peer}", "calls")
+                self._take("guests", 1, limits.GUESTS_CALLS_PER_S, "newcomers", "calls")
+            case _:
+                rate = caller.limits.calls_per_s or policy.calls_per_s or limits.CALLS_PER_S
+                self._take(f"calls {caller.title}", 1, rate, caller.title, "calls")
+
+    def denied(self, caller: Caller, peer: str) -> None:
+        """Charge for a call that was refused: asking again and again for what one may not have is no use of a node."""
+        key = f"guest {peer}" if caller.kind is CallerKind.NOBODY else f"calls {caller.title}"
+        if key in self._buckets:
+            self._buckets[key].charge(limits.DENIED_COSTS - 1)
+
+    def tasks(self, caller: Caller, number: int, policy: Limits) -> None:
+        """Count tasks that are submitted.
+
+        Raises:
+            Busy: too many lately.
+        """
+        if caller.kind is not CallerKind.LOCAL and number:
+            rate = caller.limits.tasks_per_s or policy.tasks_per_s or limits.TASKS_PER_S
+            self._take(f"tasks {caller.title}", number, rate, caller.title, "tasks")
+
+    @contextmanager
+    def open(self, caller: Caller, peer: str) -> Iterator[None]:
+        """For as long as a stream or a wait is open; for those without an identity: any call.
+
+        Raises:
+            Busy: too many are open.
+        """
+        if caller.kind is CallerKind.LOCAL:
+            yield
+            return
+        of = {caller.title: limits.STREAMS_PER_CALLER_MAX}
+        if caller.kind is CallerKind.NOBODY:
+            of = {f"guest {peer}": limits.GUEST_OPEN_MAX, "guests": limits.GUESTS_OPEN_MAX}
+        for key, limit in of.items():
+            if self._open[key] >= limit:
+                raise Busy(f"{caller.title} has {limit} calls open at this node", retry_after_s=1.0)
+        self._open.update(of.keys())
+        try:
+            yield
+        finally:
+            self._open.subtract(of.keys())
+            for key in of:
+                if not self._open[key]:
+                    del self._open[key]
+
+    def _take(self, key: str, amount: float, rate: float, who: str, what: str) -> None:
+        now_s = self._clock()
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            while len(self._buckets) >= limits.BUCKETS_MAX:
+                self._buckets.popitem(last=False)
+            bucket = self._buckets[key] = Bucket(rate, now_s)
+        self._buckets.move_to_end(key)
+        wait_s = bucket.take(amount, rate, now_s)
+        if wait_s:
+            raise Busy(f"too many {what} from {who}: {rate:g} a second are let through here", retry_after_s=wait_s)
