@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spinetta import keys
+from spinetta import keys, trustcodec
+from spinetta.access import NodeAcl
 from spinetta.claims import QUEUE, Claims
 from spinetta.codec import decode_node, readable
 from spinetta.errors import InvariantViolation
@@ -41,8 +42,8 @@ from spinetta.events import (
 )
 from spinetta.holdings import Holdings
 from spinetta.mirror import Delta, Mirror
-from spinetta.model import Exit, IncarnationId, NodeRecord, Reason, Resources
-from spinetta.recover import Leadership
+from spinetta.model import Exit, IncarnationId, NodeId, NodeRecord, Reason, Resources
+from spinetta.recover import Leadership, Rights
 from spinetta.session import Phase, Session
 from spinetta.settings import AgentSettings
 from spinetta.txn import Conflict, Registration
@@ -70,7 +71,9 @@ class Agent:
         self.mine = Mirror("mine", keys.running_on(settings.name), every_s)
         self.offices = Mirror("offices", keys.LEADER, every_s)
         self.lives = Mirror("lives", keys.INCARNATION, every_s)
-        self._mirrors = {m.tag: m for m in (self.nodes, self.mine, self.offices, self.lives)}
+        self.rights = Mirror("rights", keys.ACL_NODE, every_s)  # for those only who may lead
+        self._mirrors = {m.tag: m for m in (self.nodes, self.mine, self.offices, self.lives, self.rights)}
+        self._revoked: frozenset[NodeId] = frozenset()
         self._records: dict[str, NodeRecord] = {}
         self._peers: tuple[NodeRecord, ...] = ()
         self._begun = False
@@ -79,8 +82,9 @@ class Agent:
 
     @property
     def left(self) -> bool:
-        """True once the node has deregistered: the daemon may end."""
-        return self.session.phase is Phase.LEFT
+        """True once the node has deregistered, or has nothing more to do here: the daemon may end."""
+        thrown_out = self.leaving and self.session.revoked and self.holdings.nothing_runs
+        return self.session.phase is Phase.LEFT or thrown_out
 
     @property
     def leading(self) -> bool:
@@ -182,14 +186,20 @@ class Agent:
                     self.holdings.release_all(Reason.RELEASED)
                 return []
             case ClearancesChanged():
-                self.claims.set_clearances(event.clearances)
-                self.session.describe(replace(self.session.record, clearances=event.clearances))
+                if self.session.acl is None:
+                    self._set_clearances(event.clearances)
+                self.session.look_again(now)
                 return []
             case SetCandidate():
                 if event.candidate:
                     self.leadership.candidate = True
                     return []
                 return self.leadership.resign()
+
+    def _set_clearances(self, clearances: tuple[str, ...]) -> None:
+        self.claims.set_clearances(clearances)
+        if self.session.record.clearances != clearances:
+            self.session.describe(replace(self.session.record, clearances=clearances))
 
     def _committed(self, done: CommitDone, now: float) -> list[Effect]:
         match done.tag:
@@ -216,7 +226,12 @@ class Agent:
     def _read(self, done: ReadDone, now: float, now_ms: int) -> list[Effect]:
         match done.tag:
             case "self":
-                return self.session.read_done(done, now, nothing_runs=self.holdings.nothing_runs)
+                effects = self.session.read_done(done, now, nothing_runs=self.holdings.nothing_runs)
+                if self.session.clearances is not None:
+                    # Together with the new registration: a round that was planned under the old rights would otherwise
+                    # be claimed under the new ones.
+                    self._set_clearances(self.session.clearances)
+                return effects
             case "held":
                 self.claims.touch()
                 return self.holdings.read_done(done, now)
@@ -251,6 +266,8 @@ class Agent:
             self.claims.touch()
         if mirror is self.nodes and deltas:
             self._peers_changed(deltas)
+        if mirror is self.rights and deltas:
+            self._rights_changed(deltas, now)
         return effects
 
     def _changed(self, changed: Changed, now: float) -> None:
@@ -264,6 +281,16 @@ class Agent:
             self.claims.touch()
         if mirror is self.nodes and deltas:
             self._peers_changed(deltas)
+        if mirror is self.rights and deltas:
+            self._rights_changed(deltas, now)
+
+    def _rights_changed(self, deltas: Sequence[Delta], now: float) -> None:
+        for d in deltas:
+            node = NodeId(d.key.removeprefix(keys.ACL_NODE))
+            acl = readable(_decode_rights, d.new.value) if d.new is not None else None
+            self._revoked = (self._revoked | {node}) if acl is not None and acl.revoked else (self._revoked - {node})
+            if node == self.settings.name and (d.new is None or d.new.modified != self.session.acl_seen):
+                self.session.look_again(now)
 
     def _peers_changed(self, deltas: Sequence[Delta]) -> None:
         for d in deltas:  # only what has changed is decoded: each node describes itself once a second
@@ -299,10 +326,14 @@ class Agent:
 
     @property
     def _may_lead(self) -> bool:
-        return self.nodes.synced and self.offices.synced
+        return self.nodes.synced and self.offices.synced and self.rights.synced
 
     def _poll(self, now: float, now_ms: int) -> list[Effect]:
         effects: list[Effect] = []
+        if self.leadership.candidate and not self.rights.wanted:
+            self.rights.open(now)
+        elif not self.leadership.candidate and self.rights.wanted:
+            effects += self.rights.close()
         if self.leading and not self.lives.wanted:
             self.lives.open(now)
         elif not self.leading and self.lives.wanted:
@@ -316,7 +347,14 @@ class Agent:
             self.claims.life_ended()
         life = session.incarnation
         effects += self.holdings.poll(
-            now, now_ms, life, session.life_seen, may_start=self._may_start, must_stop=session.must_stop
+            now,
+            now_ms,
+            life,
+            session.life_seen,
+            may_start=self._may_start,
+            must_stop=session.must_stop,
+            acl_seen=session.acl_seen,
+            clearances=session.clearances,
         )
         if self.leaving and session.active and self.holdings.empty:
             effects += self.leadership.resign()
@@ -326,11 +364,20 @@ class Agent:
         if self._may_lead:
             office = self.offices.entries.get(keys.OFFICE)
             lives = self.lives.entries if self.lives.synced else None
-            effects += self.leadership.poll(now, office, self.nodes.entries, lives, session.incarnation)
+            rights = self._rights()
+            effects += self.leadership.poll(now, office, self.nodes.entries, lives, session.incarnation, rights)
         effects += self.claims.poll(
             now, self._claim_under, session.incarnation, self._takeable(), self._slots(), self._peers
         )
         return effects
+
+    def _rights(self) -> Rights:
+        me = self.settings.name
+        own = self.rights.entries.get(keys.acl_node(me))
+        if own is None:
+            return Rights(may_lead=not self.settings.secured and not self.session.revoked, revoked=self._revoked)
+        # One that cannot be read is no reason to give the office up: what the guards let through was approved.
+        return Rights(own.modified, me not in self._revoked and not self.session.revoked, self._revoked)
 
     @property
     def _up_to_date(self) -> bool:
@@ -358,3 +405,7 @@ class Agent:
         said = self.session.record
         if (said.free, said.running, said.draining, said.leaving) != (free, running, self.draining, leaving):
             self.session.describe(replace(said, free=free, running=running, draining=self.draining, leaving=leaving))
+
+
+def _decode_rights(data: bytes) -> NodeAcl:
+    return trustcodec.decode(NodeAcl, data)

@@ -396,15 +396,23 @@ class Claims:
             if running is not None and _is_of(running, bid):
                 assert bid.task is not None and bid.holding is not None  # noqa: S101, PT018 - _is_of looked
                 holdings.claimed(bid.task, running.created, bid.holding)
-            elif queued is not None and queued.modified == bid.waiting.revision:
+            elif (
+                queued is not None
+                and queued.modified == bid.waiting.revision
+                # What is no longer covered was proposed under rights that were gone at this reading: lost for good.
+                and (registration is None or self._covers(bid) or done.reading.revision < registration.acl_revision)
+            ):
                 continue
             self.window.drop(task_id, bid.waiting.revision)
             del current.bids[task_id]
         if not current.bids:
             return self._abandon()
-        if registration is None:
+        if registration is None or not all(self._covers(bid) for bid in current.bids.values()):
             return []
         return self._commit(registration)
+
+    def _covers(self, bid: Bid) -> bool:
+        return bid.task is not None and not uncleared(bid.task.spec.clearance, self.window.clearances)
 
     def life_ended(self) -> None:
         """The incarnation has been condemned or closed: none of its claims can commit any more."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from spinetta import codec, keys, lifecycle, txn
@@ -31,6 +31,7 @@ from spinetta.events import (
     attempt_key,
     parse_attempt_key,
 )
+from spinetta.match import uncleared
 from spinetta.mirror import Delta
 from spinetta.model import Exit, Holding, IncarnationId, NodeId, QueueHint, Reason, Resources, Revision, Task, TaskId
 
@@ -272,6 +273,8 @@ class Holdings:
         *,
         may_start: bool,
         must_stop: bool,
+        acl_seen: Revision = Revision(0),
+        clearances: Collection[str] | None = None,
     ) -> list[Effect]:
         """Bring the two truths together; idempotent. Starts, stops, forgets, and records ends in one batch.
 
@@ -280,6 +283,8 @@ class Holdings:
         record, 0 while it is not known; ends are recorded under it.
         `must_stop`: this life of the node has been ended by others. What ended by itself before may still be recorded
         while its key stands; all else is stopped and given back.
+        `acl_seen`: the revision of this node's rights, under which ends are recorded. `clearances`: the labels it is
+        cleared for, None while that is not known; what is no longer covered is given back, all else goes on.
         """
         if self._list_at_s is not None and self._list_at_s <= now:
             self._list_at_s = now + STOP_AGAIN_S
@@ -292,10 +297,10 @@ class Holdings:
         ours = [h for h in self.held.values() if h.holding.incarnation == life]
         effects = self._tend_strays(ours, now)
         for h in ours:
-            effects += self._tend(h, now, now_ms, stop, may_start)
+            effects += self._tend(h, now, now_ms, stop or _barred(h, clearances), may_start)
         effects += self._read_unread()
         if self._retry_at_s is None:
-            effects += self._record_ends(now_ms, life_seen)
+            effects += self._record_ends(now_ms, life_seen, acl_seen)
             effects += self._resolve_doubts()
         return effects
 
@@ -377,7 +382,7 @@ class Holdings:
                 self._drop(held)  # the record has moved on, so the key has gone too; or nobody can read it
         return []
 
-    def _record_ends(self, now_ms: int, life_seen: Revision) -> list[Effect]:
+    def _record_ends(self, now_ms: int, life_seen: Revision, acl_seen: Revision) -> list[Effect]:
         if self._finishing or not life_seen:
             return []
         ready = [h for h in self.held.values() if h.step is Step.ENDED][:FINISHES_MAX]
@@ -389,8 +394,10 @@ class Holdings:
             h.step = Step.RECORDING
         self._finishing = tuple((h.task_id, h.token) for h in ready[:fitting])
         # Under the life as this daemon knows it: what it has under way when it dies must not be recorded once the next
-        # one has gone on with the life, and perhaps started what this one gave back before it was started.
-        return [Commit("finish", txn.batch(nested[:fitting], (txn.life_guard(self.node, life_seen),)))]
+        # one has gone on with the life, and perhaps started what this one gave back before it was started. And under
+        # its rights: of a node that has been thrown out no result counts from that revision on.
+        guards = txn.finish_guards(self.node, life_seen, acl_seen)
+        return [Commit("finish", txn.batch(nested[:fitting], guards))]
 
     def _end_of(self, h: Held, now_ms: int) -> txn.Txn:
         assert h.task is not None and h.exit is not None  # noqa: S101, PT018 - step ENDED
@@ -462,3 +469,10 @@ class Holdings:
     def _by_key(self, key: str) -> Held | None:
         held = self.held.get(parse_attempt_key(key)[0])
         return held if held is not None and held.key == key else None
+
+
+def _barred(h: Held, clearances: Collection[str] | None) -> Reason | None:
+    """Given back because the node is not cleared for it any more."""
+    if clearances is None or h.task is None or not uncleared(h.task.spec.clearance, clearances):
+        return None
+    return Reason.RELEASED

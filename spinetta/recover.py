@@ -70,6 +70,21 @@ class Stray:
     due_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What the leader, or who would be it, knows of the rights of nodes.
+
+    Attributes:
+        own: the revision of this node's own; every write in office is guarded by it. 0: no record.
+        may_lead: False once they have been revoked, or are not known.
+        revoked: nodes whose rights have been taken away: an administrator has already said that they are gone.
+    """
+
+    own: Revision = Revision(0)
+    may_lead: bool = True
+    revoked: frozenset[NodeId] = frozenset()
+
+
 @dataclass(slots=True)
 class Case:
     """A condemned incarnation that the leader deals with."""
@@ -101,6 +116,7 @@ class Leadership:
         self._cases: dict[NodeId, Case] = {}
         self._condemning: dict[NodeId, float] = {}  # until when not to try again
         self._notice = ""
+        self._rights = Rights()
 
     # --- outside view ---
 
@@ -117,7 +133,7 @@ class Leadership:
             if not self._keeping_alive:
                 times.append(self._keep_alive_at_s)
             times += [c.act_at_s for c in self._cases.values() if not c.busy]
-        elif self.candidate and not office_taken and not self._campaigning:
+        elif self.candidate and not office_taken and not self._campaigning and self._rights.may_lead:
             times.append(self._campaign_at_s)
         return min(times, default=None)
 
@@ -130,14 +146,19 @@ class Leadership:
         nodes: Mapping[str, Entry],
         lives: Mapping[str, Entry] | None,
         own: IncarnationId | None,
+        rights: Rights = Rights(),
     ) -> list[Effect]:
         """What time and the view ask for.
 
         `nodes` and `lives` mirror their prefixes; `lives` is None until synced. `own`: our incarnation, whose
         registration is our session's business.
         """
+        self._rights = rights
         if self.office is None:
             return self._campaign(now, office)
+        if not rights.may_lead:
+            return self._lose()
+        self.office = replace(self.office, acl_revision=rights.own)
         if office is not None and office.created > self.office.created:
             return self._lose()
         if now >= self._office_until_s:
@@ -159,6 +180,8 @@ class Leadership:
     def _campaign(self, now: float, office: Entry | None) -> list[Effect]:
         if not self.candidate or office is not None or self._campaigning or self._campaign_at_s > now:
             return []
+        if not self._rights.may_lead:
+            return []
         self._campaigning = True
         if self._lease is not None:
             return [self._take()]
@@ -166,7 +189,8 @@ class Leadership:
 
     def _take(self) -> Effect:
         assert self._lease is not None  # noqa: S101 - the caller looked
-        return Commit("office", txn.take_office(self._lease, codec.encode_office(self.settings.name)))
+        me = self.settings.name
+        return Commit("office", txn.take_office(me, self._lease, codec.encode_office(me), self._rights.own))
 
     def lease_granted(self, granted: LeaseGranted, now: float) -> list[Effect]:
         """A lease for the office: try to take it."""
@@ -183,7 +207,7 @@ class Leadership:
         self._campaigning = False
         self._campaign_at_s = now + RETRY_S
         if isinstance(done.result, txn.Committed) and self._lease is not None:  # None: we have resigned meanwhile
-            self.office = txn.OfficeHeld(done.result.revision)
+            self.office = txn.OfficeHeld(done.result.revision, self.settings.name, self._rights.own)
             self._keep_alive_at_s = now
             return []
         lease, self._lease = self._lease, None
@@ -224,15 +248,21 @@ class Leadership:
         assert self.office is not None  # noqa: S101 - poll looked
         lives = {keys.parse_node(k): (e, self._life(e)) for k, e in sorted(incarnations.items())}
         absent = [n for n, (_, life) in lives.items() if life.state is Life.OPEN and keys.node(n) not in nodes]
-        down = len(absent) + sum(1 for _, life in lives.values() if life.state is not Life.OPEN)
-        self.braking = bool(absent) and len(lives) >= BRAKE_NODES_MIN and 2 * down > len(lives)
-        if self.braking:
-            return self._say(
-                f"{down} of {len(lives)} nodes look dead at once; none is given up until an administrator has looked"
-            )
-        self._notice = ""
+        # Nodes whose rights were revoked do not count: an administrator *has* looked at them.
+        silent = [n for n in absent if n not in self._rights.revoked]
+        approved = [life for n, (_, life) in lives.items() if n not in self._rights.revoked]
+        down = len(silent) + sum(1 for life in approved if life.state is not Life.OPEN)
+        self.braking = bool(silent) and len(approved) >= BRAKE_NODES_MIN and 2 * down > len(approved)
         effects: list[Effect] = []
+        if self.braking:
+            effects += self._say(
+                f"{down} of {len(approved)} nodes look dead at once; none is given up until an administrator has looked"
+            )
+        else:
+            self._notice = ""
         for node in absent:
+            if self.braking and node in silent:
+                continue
             entry, life = lives[node]
             # By the incarnation, not the name: an earlier life of this very node must be ended by somebody, and this
             # may be the only node there is.

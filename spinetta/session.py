@@ -9,7 +9,8 @@ from __future__ import annotations
 import enum
 from dataclasses import replace
 
-from spinetta import codec, keys, txn
+from spinetta import codec, keys, trustcodec, txn
+from spinetta.access import NodeAcl
 from spinetta.events import (
     Commit,
     CommitDone,
@@ -45,6 +46,7 @@ class Phase(enum.Enum):
     FENCED = "fenced"  # condemned: everything must stop
     WAITING = "waiting"  # an earlier life has not been closed yet
     LEFT = "left"
+    REVOKED = "revoked"  # its rights have been taken away: everything must stop, and it may not come back by itself
 
 
 class Session:
@@ -79,6 +81,8 @@ class Session:
         self._former = {incarnation} if incarnation is not None else set()
         self._resumed = False  # requests of an earlier daemon of this life have been shut out
         self._leaving = False
+        self.acl: NodeAcl | None = None  # our rights as last read; None: no record, or not read yet
+        self.acl_seen = Revision(0)  # its revision: ends are recorded under it
 
     # --- outside view ---
 
@@ -111,8 +115,22 @@ class Session:
 
     @property
     def life_seen(self) -> Revision:
-        """The revision of our incarnation as last seen; 0 while there is none."""
-        return self._open_revision
+        """The revision of our incarnation as last seen; 0 while there is none, or none that we may write under."""
+        return Revision(0) if self.revoked else self._open_revision
+
+    @property
+    def revoked(self) -> bool:
+        """True once this node's rights have been taken away: it may write nothing any more."""
+        return self.phase is Phase.REVOKED
+
+    @property
+    def clearances(self) -> tuple[str, ...] | None:
+        """The labels this node is cleared for, sorted; None while it is not known, or where nobody has rights."""
+        return None if self.acl is None else self.acl.effective
+
+    def look_again(self, now: float) -> None:
+        """Something may have changed about this node: read what the store says, and go on meanwhile."""
+        self._look(now)
 
     def begin(self, now: float) -> None:
         """Start by reading what the store says of this node."""
@@ -139,7 +157,7 @@ class Session:
     @property
     def must_stop(self) -> bool:
         """True when nothing of this node may run on: its life has been ended by others."""
-        return self.phase in (Phase.FENCED, Phase.WAITING)
+        return self.phase in (Phase.FENCED, Phase.WAITING, Phase.REVOKED)
 
     def describe(self, record: NodeRecord) -> None:
         """New facts for what this node says of itself; sent when it is time."""
@@ -227,13 +245,17 @@ class Session:
 
     def _self_keys(self) -> tuple[str, ...]:
         name = self.settings.name
-        return keys.node(name), keys.incarnation(name), keys.GENERATION
+        return keys.node(name), keys.incarnation(name), keys.GENERATION, keys.acl_node(name)
 
     def _look(self, at_s: float) -> None:
+        if self.revoked:
+            return
         self._act_at_s = at_s if self._act_at_s is None else min(at_s, self._act_at_s)
 
     def suspect(self, now: float) -> None:
         """A guarded write failed: claim nothing until the store has said why."""
+        if self.revoked:
+            return
         self.registration = None
         if self.phase is Phase.ACTIVE:
             self.phase = Phase.LOOKING
@@ -246,6 +268,9 @@ class Session:
         generation = reading.entries[keys.GENERATION]
         self._generation = generation.modified if generation else Revision(0)
         self._open_revision = inc.modified if inc else Revision(0)
+        barred = self._take_rights(reading.entries[keys.acl_node(name)], now)
+        if barred is not None:
+            return barred
         if inc is None:
             return self._begin_life(node, now, nothing_runs)
         life = codec.readable(codec.decode_incarnation, inc.value)
@@ -264,13 +289,42 @@ class Session:
             record = codec.readable(codec.decode_node, node.value)
             if record is None or record.incarnation != self.incarnation:
                 return self._wait_for_other(True, now)
-            registration = txn.Registration(name, node.created, inc.modified, self._generation)
+            registration = txn.Registration(name, node.created, inc.modified, self._generation, self.acl_seen)
             if node.lease != self.lease and not self._resumed:
                 self.phase = Phase.LOOKING
                 return [Commit("resume", txn.resume(registration, inc.value))]
             self.lease = node.lease
             return self._activate(registration, now)
         return self._condemned_by(inc.modified, life, now, nothing_runs)
+
+    def _take_rights(self, entry: Entry | None, now: float) -> list[Effect] | None:
+        """What the store says of our rights; None when we may go on."""
+        if entry is None:
+            if not self.settings.secured and self.acl is None:
+                return None
+            return self._revoked_by("an administrator has removed it from the cluster")
+        acl = codec.readable(lambda data: trustcodec.decode(NodeAcl, data), entry.value)
+        if acl is None:  # neither a yes nor a no
+            self.phase = Phase.LOOKING
+            self.registration = None
+            self._look(now + POLL_S)
+            return self._say(f"the record of the rights of node {self.name} cannot be read; it takes nothing now")
+        self.acl, self.acl_seen = acl, entry.modified
+        if acl.revoked:
+            return self._revoked_by(acl.reason or "no reason was given")
+        return None
+
+    def _revoked_by(self, why: str) -> list[Effect]:
+        # For good, as far as this daemon goes: the name may be given to another machine, which must not bring this one
+        # back. What it holds it stops; what becomes of it in the store is for the leader to write.
+        self.phase = Phase.REVOKED
+        self.registration = None
+        self.lease = None
+        self._act_at_s = None
+        return self._say(
+            f"the rights of node {self.name} in this cluster have been revoked ({why}); it stops all that it runs. "
+            "To come back it must join anew, with a new token"
+        )
 
     def _begin_life(self, node: Entry | None, now: float, nothing_runs: bool) -> list[Effect]:
         if not nothing_runs:  # leftovers of a life that has been closed: stop them before beginning another
@@ -319,7 +373,7 @@ class Session:
     def _concede(self, seen: Revision, life: Incarnation) -> Effect:
         """Tell the leader that nothing of this life runs, so that it need not wait."""
         dead = codec.encode_incarnation(replace(life, state=Life.DEAD))
-        return Commit("concede", txn.concede(self.settings.name, seen, dead))
+        return Commit("concede", txn.concede(self.settings.name, seen, dead, self.acl_seen))
 
     def _commit_registration(self) -> list[Effect]:
         assert self.incarnation is not None and self.lease is not None  # noqa: S101, PT018 - set by lease_granted
@@ -327,7 +381,7 @@ class Session:
         record = codec.encode_node(self._advertised)
         name = self.settings.name
         if self._open_revision:
-            body = txn.reattach(name, self.lease, record, self._open_revision, self._generation)
+            body = txn.reattach(name, self.lease, record, self._open_revision, self._generation, self.acl_seen)
             return [Commit("reattach", body)]
         life = Incarnation(
             self.incarnation,
@@ -336,7 +390,7 @@ class Session:
             self.settings.lease_ttl_s,
             self.settings.kill_margin_s,
         )
-        body = txn.register(name, self.lease, record, codec.encode_incarnation(life), self._generation)
+        body = txn.register(name, self.lease, record, codec.encode_incarnation(life), self._generation, self.acl_seen)
         return [Commit("register", body)]
 
     def _activate(self, registration: txn.Registration, now: float) -> list[Effect]:

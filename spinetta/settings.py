@@ -19,6 +19,7 @@ class AgentSettings:
         clock_rate_error: how much clock rates may differ between nodes (rho).
         reconcile_s: everything that is watched is also listed this often.
         candidate: whether the node may hold the office.
+        secured: without a record of its rights under ``/acl/node/`` this node may do nothing.
         attempts_max: attempts held at once, whatever the resources: each is a process, a cgroup and two files.
     """
 
@@ -31,6 +32,7 @@ class AgentSettings:
     reconcile_s: float = 45.0
     candidate: bool = True
     attempts_max: int = 512
+    secured: bool = False
 
     @property
     def name(self) -> NodeId:

@@ -115,6 +115,7 @@ class Registration:
     node_created: Revision
     incarnation_revision: Revision
     generation_revision: Revision
+    acl_revision: Revision = Revision(0)  # of the node's rights; 0: it has none, as in an open cluster
 
     @property
     def since(self) -> Revision:
@@ -122,23 +123,27 @@ class Registration:
         return max(self.node_created, self.incarnation_revision)
 
     def guards(self) -> tuple[Guard, ...]:
-        """Alive under the same lease, not condemned, and the cluster not restored from a backup since."""
+        """Alive under the same lease, not condemned, the cluster not restored from a backup since, and the node's
+        rights as they were seen: what takes them away is atomic with stealing."""
         return (
             CreatedAt(keys.node(self.node), self.node_created),
             RevisionIs(keys.incarnation(self.node), self.incarnation_revision),
             RevisionIs(keys.GENERATION, self.generation_revision),
+            rights_guard(self.node, self.acl_revision),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class OfficeHeld:
-    """Proof that we are the leader: the office key as we created it."""
+    """Proof that we are the leader: the office key as we created it, and our rights as we know them."""
 
     created: Revision
+    node: NodeId
+    acl_revision: Revision = Revision(0)
 
-    def guard(self) -> Guard:
-        """Holds as long as the office has not been lost since."""
-        return CreatedAt(keys.OFFICE, self.created)
+    def guards(self) -> tuple[Guard, ...]:
+        """Hold as long as the office has not been lost since, and its holder's rights have not been changed."""
+        return (CreatedAt(keys.OFFICE, self.created), rights_guard(self.node, self.acl_revision))
 
 
 # --- transitions of tasks ----------------------------------------------------------------------------------------
@@ -237,13 +242,36 @@ def life_guard(node: NodeId, seen: Revision) -> Guard:
     return RevisionIs(keys.incarnation(node), seen)
 
 
-def register(node: NodeId, lease: LeaseId, record: bytes, incarnation: bytes, generation: Revision) -> Txn:
-    """A node begins a life. Conflict: the name is alive, or an earlier life of it has not been closed."""
+def rights_guard(node: NodeId, seen: Revision) -> Guard:
+    """The node's rights are as they were seen; 0: it has no record of them, as in an open cluster."""
+    return RevisionIs(keys.acl_node(node), seen)
+
+
+def finish_guards(node: NodeId, life_seen: Revision, acl_seen: Revision) -> tuple[Guard, ...]:
+    """What must hold for a node to record ends: to be the outer guards of a batch.
+
+    They do not ask for its registration: a node whose lease ran out may still tell what became of its attempts. One
+    whose rights were revoked may not. Conflict: read again what is told here, and try again if the node still may.
+    """
+    return (life_guard(node, life_seen), rights_guard(node, acl_seen))
+
+
+def register(
+    node: NodeId,
+    lease: LeaseId,
+    record: bytes,
+    incarnation: bytes,
+    generation: Revision,
+    acl: Revision = Revision(0),
+) -> Txn:
+    """A node begins a life. Conflict: the name is alive, an earlier life of it has not been closed, or its rights
+    (`acl`: their revision) have changed."""
     return Txn(
         when=(
             Absent(keys.node(node)),
             Absent(keys.incarnation(node)),
             RevisionIs(keys.GENERATION, generation),
+            rights_guard(node, acl),
         ),
         then=(
             Put(keys.node(node), record, lease),
@@ -253,13 +281,21 @@ def register(node: NodeId, lease: LeaseId, record: bytes, incarnation: bytes, ge
     )
 
 
-def reattach(node: NodeId, lease: LeaseId, record: bytes, incarnation: Revision, generation: Revision) -> Txn:
+def reattach(
+    node: NodeId,
+    lease: LeaseId,
+    record: bytes,
+    incarnation: Revision,
+    generation: Revision,
+    acl: Revision = Revision(0),
+) -> Txn:
     """A node whose lease ran out, but that was not condemned, goes on with the same incarnation."""
     return Txn(
         when=(
             Absent(keys.node(node)),
             RevisionIs(keys.incarnation(node), incarnation),
             RevisionIs(keys.GENERATION, generation),
+            rights_guard(node, acl),
         ),
         then=(Put(keys.node(node), record, lease),),
     )
@@ -283,10 +319,13 @@ def advertise(registration: Registration, lease: LeaseId, record: bytes) -> Txn:
     return Txn(when=registration.guards(), then=(Put(keys.node(registration.node), record, lease),))
 
 
-def concede(node: NodeId, seen: Revision, incarnation: bytes) -> Txn:
-    """The node itself reports that nothing of this incarnation runs any more: requeue need not wait."""
+def concede(node: NodeId, seen: Revision, incarnation: bytes, acl: Revision = Revision(0)) -> Txn:
+    """The node itself reports that nothing of this incarnation runs any more: requeue need not wait.
+
+    Under its rights: the word of a node that has been thrown out is not worth shortening the wait for.
+    """
     return Txn(
-        when=(RevisionIs(keys.incarnation(node), seen),),
+        when=(RevisionIs(keys.incarnation(node), seen), rights_guard(node, acl)),
         then=(Put(keys.incarnation(node), incarnation),),
     )
 
@@ -303,27 +342,27 @@ def deregister(registration: Registration) -> Txn:
 # --- the leader --------------------------------------------------------------------------------------------------
 
 
-def take_office(lease: LeaseId, record: bytes) -> Txn:
-    """Become leader. Conflict: somebody is."""
-    return Txn(when=(Absent(keys.OFFICE),), then=(Put(keys.OFFICE, record, lease),))
+def take_office(node: NodeId, lease: LeaseId, record: bytes, acl: Revision = Revision(0)) -> Txn:
+    """Become leader. Conflict: somebody is, or the candidate's rights have changed."""
+    return Txn(when=(Absent(keys.OFFICE), rights_guard(node, acl)), then=(Put(keys.OFFICE, record, lease),))
 
 
 def resign(office: OfficeHeld) -> Txn:
     """Give up the office at once instead of letting the lease run out."""
-    return Txn(when=(office.guard(),), then=(Delete(keys.OFFICE),))
+    return Txn(when=(CreatedAt(keys.OFFICE, office.created),), then=(Delete(keys.OFFICE),))
 
 
 def condemn(office: OfficeHeld, node: NodeId, seen: Revision, incarnation: bytes) -> Txn:
     """After this no renewal or claim of that incarnation can succeed. Conflict: it came back, or we lost office."""
     return Txn(
-        when=(office.guard(), Absent(keys.node(node)), RevisionIs(keys.incarnation(node), seen)),
+        when=(*office.guards(), Absent(keys.node(node)), RevisionIs(keys.incarnation(node), seen)),
         then=(Put(keys.incarnation(node), incarnation),),
     )
 
 
 def requeue_guards(office: OfficeHeld, node: NodeId, condemned: Revision) -> tuple[Guard, ...]:
     """What must hold for the leader to take tasks from a condemned node: to be the outer guards of a batch."""
-    return (office.guard(), RevisionIs(keys.incarnation(node), condemned))
+    return (*office.guards(), RevisionIs(keys.incarnation(node), condemned))
 
 
 def close(office: OfficeHeld, node: NodeId, condemned: Revision) -> Txn:

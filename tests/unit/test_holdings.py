@@ -174,7 +174,7 @@ def test_ends_are_recorded_under_the_life_that_is_known() -> None:
     assert held.poll(NOW, 1, LIFE, Revision(0), may_start=True, must_stop=False) == []
     (commit,) = poll(held)
     assert isinstance(commit, Commit)
-    assert commit.txn.when == (txn.RevisionIs(keys.incarnation(ME), SEEN),)
+    assert commit.txn.when == txn.finish_guards(ME, SEEN, Revision(0))
     held.finished(CommitDone("finish", txn.Conflict(Revision(9))), NOW)
     later = NOW + RETRY_S
     assert [type(e) for e in poll(held, later)] == [Read]

@@ -95,7 +95,7 @@ def elected(**fields: object) -> Bench:
     b = Bench(**fields)  # type: ignore[arg-type]
     assert b.poll() == [GrantLease("office", 3)]
     (take,) = b.leader.lease_granted(LeaseGranted("office", LEASE), b.now)
-    assert take == Commit("office", txn.take_office(LEASE, codec.encode_office(ME)))
+    assert take == Commit("office", txn.take_office(ME, LEASE, codec.encode_office(ME)))
     b.leader.office_answered(CommitDone("office", txn.Committed(OFFICE_AT)), b.now)
     b.office = entry(keys.OFFICE, b"", OFFICE_AT, OFFICE_AT)
     assert b.leader.leading
@@ -228,7 +228,7 @@ def test_a_node_whose_key_is_gone_is_condemned_once() -> None:
     assert isinstance(commit, Commit)
     assert commit.tag == CaseTag("condemn", LOST, Revision(10))
     value = life(LOST, Life.CONDEMNED).value
-    assert commit.txn == txn.condemn(txn.OfficeHeld(OFFICE_AT), LOST, Revision(10), value)
+    assert commit.txn == txn.condemn(txn.OfficeHeld(OFFICE_AT, ME), LOST, Revision(10), value)
     assert b.duties() == []
     b.leader.condemned(LOST, b.now)
     assert b.duties() == []
@@ -307,7 +307,7 @@ def test_it_waits_reads_puts_back_lists_again_and_closes() -> None:
     (commit,) = b.read_done(running())
     assert isinstance(commit, Commit)
     assert commit.tag == CaseTag("requeue", LOST, CONDEMNED_AT)
-    assert commit.txn.when == txn.requeue_guards(txn.OfficeHeld(OFFICE_AT), LOST, CONDEMNED_AT)
+    assert commit.txn.when == txn.requeue_guards(txn.OfficeHeld(OFFICE_AT, ME), LOST, CONDEMNED_AT)
     (nested,) = commit.txn.nested
     assert nested.when == (txn.RevisionIs(keys.running(LOST, task_id(1)), Revision(40)),)
     record = codec.decode_task(
@@ -319,7 +319,7 @@ def test_it_waits_reads_puts_back_lists_again_and_closes() -> None:
     assert b.duties() == [List(CaseTag("list", LOST, CONDEMNED_AT), keys.running_on(LOST))]
     (close,) = b.list_done()
     assert close == Commit(
-        CaseTag("close", LOST, CONDEMNED_AT), txn.close(txn.OfficeHeld(OFFICE_AT), LOST, CONDEMNED_AT)
+        CaseTag("close", LOST, CONDEMNED_AT), txn.close(txn.OfficeHeld(OFFICE_AT, ME), LOST, CONDEMNED_AT)
     )
     assert b.lives is not None
     del b.lives[keys.incarnation(LOST)]

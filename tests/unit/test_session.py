@@ -33,7 +33,7 @@ from tests.builders import cpus, entry, node_record, settings
 ME = NodeId("n1")
 LIFE = IncarnationId("0000000000000007")
 LEASE = LeaseId(7)
-KEYS = (keys.node(ME), keys.incarnation(ME), keys.GENERATION)
+KEYS = (keys.node(ME), keys.incarnation(ME), keys.GENERATION, keys.acl_node(ME))
 NODE_AT, INC_AT = Revision(20), Revision(21)
 
 
@@ -46,8 +46,10 @@ def node_entry(id_: str = LIFE, at: int = NODE_AT, lease: int = LEASE) -> Entry:
     return entry(keys.node(ME), codec.encode_node(node_record(ME, incarnation=IncarnationId(id_))), at, at, lease)
 
 
-def says(node: Entry | None = None, inc: Entry | None = None, generation: Entry | None = None) -> ReadDone:
-    return ReadDone("self", Reading(Revision(30), dict(zip(KEYS, (node, inc, generation), strict=True))))
+def says(
+    node: Entry | None = None, inc: Entry | None = None, generation: Entry | None = None, acl: Entry | None = None
+) -> ReadDone:
+    return ReadDone("self", Reading(Revision(30), dict(zip(KEYS, (node, inc, generation, acl), strict=True))))
 
 
 def begun(incarnation: IncarnationId | None = None) -> Session:
@@ -218,6 +220,7 @@ def test_a_life_whose_lease_ran_out_is_registered_again() -> None:
         txn.Absent(keys.node(ME)),
         txn.RevisionIs(keys.incarnation(ME), INC_AT),
         txn.RevisionIs(keys.GENERATION, Revision(4)),
+        txn.RevisionIs(keys.acl_node(ME), Revision(0)),
     )
 
 

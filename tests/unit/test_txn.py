@@ -21,6 +21,8 @@ LEADER = NodeId("n2")
 T = task_id(1)
 Q = keys.queued(T)
 R = keys.running(ME, T)
+ACL = keys.acl_node(ME)
+LEADERS_ACL = keys.acl_node(LEADER)
 
 
 @dataclass
@@ -71,12 +73,13 @@ def cluster() -> Ground:
     """A registered node, a generation, an office."""
     ground = bare()
     generation = ground.put(keys.GENERATION, b"g")
-    made = ground.etcd.commit(txn.register(ME, ground.lease, b"node", b"open", generation))
+    rights, leaders = ground.put(ACL, b"approved"), ground.put(LEADERS_ACL, b"approved")
+    made = ground.etcd.commit(txn.register(ME, ground.lease, b"node", b"open", generation, rights))
     assert isinstance(made, txn.Committed)
-    ground.registration = txn.Registration(ME, made.revision, made.revision, generation)
-    taken = ground.etcd.commit(txn.take_office(ground.etcd.grant_lease(10), b"n2"))
+    ground.registration = txn.Registration(ME, made.revision, made.revision, generation, rights)
+    taken = ground.etcd.commit(txn.take_office(LEADER, ground.etcd.grant_lease(10), b"n2", leaders))
     assert isinstance(taken, txn.Committed)
-    ground.office = txn.OfficeHeld(taken.revision)
+    ground.office = txn.OfficeHeld(taken.revision, LEADER, leaders)
     return ground
 
 
@@ -135,11 +138,20 @@ def _registration_breaks() -> tuple[Break, ...]:
         lambda g: g.again(NODE),  # the lease ran out, and somebody registered under the name
         lambda g: _ignore(g.put(INC, b"condemned")),
         lambda g: _ignore(g.put(keys.GENERATION, b"restored")),
+        _revoked,
     )
 
 
 def _ignore(_: object) -> None:
     return None
+
+
+def _revoked(ground: Ground) -> None:
+    ground.put(ACL, b"revoked")
+
+
+def _leader_revoked(ground: Ground) -> None:
+    ground.put(LEADERS_ACL, b"revoked")
 
 
 def _seen(key: str) -> Callable[[Ground], Revision]:
@@ -167,6 +179,14 @@ CASES = (
         (lambda g: g.again(R),),
     ),
     Case(
+        "ends in a batch",
+        with_running,
+        lambda g: txn.batch(
+            [txn.finish(ME, T, g.created(R), b"r")], txn.finish_guards(ME, g.modified(INC), g.modified(ACL))
+        ),
+        (lambda g: _ignore(g.put(INC, b"resumed")), _revoked),
+    ),
+    Case(
         "give_back",
         with_running,
         lambda g: txn.give_back(ME, T, g.modified(R), b"r", b"h"),
@@ -192,16 +212,20 @@ CASES = (
             lambda g: _ignore(g.put(NODE)),
             lambda g: _ignore(g.put(INC)),
             lambda g: _ignore(g.put(keys.GENERATION)),
+            _revoked,
         ),
     ),
     Case(
         "reattach",
         lost,
-        lambda g: txn.reattach(ME, g.etcd.grant_lease(9), b"n", g.modified(INC), g.modified(keys.GENERATION)),
+        lambda g: txn.reattach(
+            ME, g.etcd.grant_lease(9), b"n", g.modified(INC), g.modified(keys.GENERATION), g.modified(ACL)
+        ),
         (
             lambda g: _ignore(g.put(NODE)),
             lambda g: _ignore(g.put(INC, b"condemned")),
             lambda g: _ignore(g.put(keys.GENERATION)),
+            _revoked,
         ),
     ),
     Case("resume", cluster, lambda g: txn.resume(g.registered(), b"open"), _registration_breaks()),
@@ -210,8 +234,8 @@ CASES = (
     Case(
         "concede",
         condemned,
-        lambda g: txn.concede(ME, g.modified(INC), b"dead"),
-        (lambda g: g.again(INC),),
+        lambda g: txn.concede(ME, g.modified(INC), b"dead", g.modified(ACL)),
+        (lambda g: g.again(INC), _revoked),
     ),
     Case(
         "deregister",
@@ -222,8 +246,8 @@ CASES = (
     Case(
         "take_office",
         bare,
-        lambda g: txn.take_office(g.lease, b"n1"),
-        (lambda g: _ignore(g.put(keys.OFFICE)),),
+        lambda g: txn.take_office(ME, g.lease, b"n1"),
+        (lambda g: _ignore(g.put(keys.OFFICE)), _revoked),
     ),
     Case("resign", cluster, lambda g: txn.resign(g.office_held()), (lambda g: g.again(keys.OFFICE),)),
     Case(
@@ -232,6 +256,7 @@ CASES = (
         lambda g: txn.condemn(g.office_held(), ME, g.modified(INC), b"condemned"),
         (
             lambda g: g.again(keys.OFFICE),
+            _leader_revoked,
             lambda g: _ignore(g.put(NODE)),
             lambda g: g.again(INC),
         ),
@@ -243,13 +268,13 @@ CASES = (
             [txn.give_back(ME, T, g.modified(R), b"r", b"h")],
             txn.requeue_guards(g.office_held(), ME, g.modified(INC)),
         ),
-        (lambda g: g.again(keys.OFFICE), lambda g: g.again(INC)),
+        (lambda g: g.again(keys.OFFICE), _leader_revoked, lambda g: g.again(INC)),
     ),
     Case(
         "close",
         condemned,
         lambda g: txn.close(g.office_held(), ME, g.modified(INC)),
-        (lambda g: g.again(keys.OFFICE), lambda g: g.again(INC), lambda g: _ignore(g.put(R))),
+        (lambda g: g.again(keys.OFFICE), _leader_revoked, lambda g: g.again(INC), lambda g: _ignore(g.put(R))),
     ),
 )
 GUARDS = [(case, i) for case in CASES for i in range(len(case.breaks))]
