@@ -95,10 +95,17 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """What a client needs: addresses of nodes, tried in this order, and the time one call may take."""
+    """What a client needs: addresses of nodes, tried in this order, and the time one call may take.
+
+    Attributes:
+        credentials: file of a secured cluster's credentials; ``none``: plain text; empty: the usual file, if there.
+        bearer_file: file with a bearer token, which then says who is calling.
+    """
 
     nodes: tuple[str, ...] = (DEFAULT_ADDRESS,)
     timeout_s: float = 20.0
+    credentials: str = ""
+    bearer_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,9 @@ class FileTable:
 
 NODE_TABLE, CLIENT_TABLE = "node", "client"
 # Variables that are not settings, some of them given to tasks. Only used to warn of mistyped names.
-OTHER_VARIABLES = frozenset({"SPINETTA_CONFIG", "SPINETTA_NODE", "SPINETTA_TIMEOUT"})
+OTHER_VARIABLES = frozenset(
+    {"SPINETTA_CONFIG", "SPINETTA_NODE", "SPINETTA_TIMEOUT", "SPINETTA_CREDENTIALS", "SPINETTA_BEARER_FILE"}
+)
 
 
 def resolve(

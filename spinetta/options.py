@@ -14,6 +14,7 @@ NODE_TAGS_MAX = 64  # they travel with every heartbeat of the node's record
 COUNTABLES_MAX = 32  # the same
 COUNT_MAX = 1_000_000
 PATH_MAX = 4096  # the kernel's own limit
+NO_CREDENTIALS = "none"  # plain text, although the usual credentials file is there
 
 Parse = Callable[[Any, str], Any]
 
@@ -56,6 +57,10 @@ def _path(value: Any, where: str) -> str:
     if not path.startswith("/") or len(path) > PATH_MAX:
         raise UserError(f"not an absolute path: {names.quoted(path)}", field=where, hint="begin it with /")
     return path.rstrip("/") or "/"
+
+
+def _credentials(value: Any, where: str) -> str:
+    return NO_CREDENTIALS if value == NO_CREDENTIALS else str(_path(value, where))
 
 
 def _program(value: Any, where: str) -> str:
@@ -260,6 +265,8 @@ NODE_OPTIONS: tuple[Option, ...] = (
 CLIENT_OPTIONS: tuple[Option, ...] = (
     Option("node", "nodes", _client_addresses, "Nodes to talk to, tried in order.", "HOST:PORT,…"),
     Option("timeout", "timeout_s", _duration(0.1, 3600), "How long one call may take.", "TIME"),
+    Option("credentials", "credentials", _credentials, "What proves who you are to a secured cluster.", "FILE|none"),
+    Option("bearer_file", "bearer_file", _path, "File with an OIDC bearer token, used instead.", "FILE"),
 )
 VARIABLE_PREFIX = "SPINETTA_"
 

@@ -10,11 +10,14 @@ from typing import Any, Self, TypeVar, Unpack
 
 from spinetta import codec, names, validate
 from spinetta.client import streams, views
+from spinetta.client.admin import AsyncAdmin
 from spinetta.client.channels import Nodes
+from spinetta.client.credentials import Bearer, Source, check_reachable, make_dialer
 from spinetta.client.specs import TaskOptions, make_spec
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.errors import UserError
 from spinetta.model import State, TaskId, TaskSpec
+from spinetta.options import NO_CREDENTIALS
 from spinetta.v1 import api_pb2 as api
 
 T = TypeVar("T")
@@ -28,7 +31,7 @@ def parse_nodes(nodes: str | Sequence[str]) -> tuple[str, ...]:
     """Addresses from ``"HOST:PORT,HOST:PORT"`` or a sequence.
 
     Raises:
-        UserError: none, or one that is no address on loopback.
+        UserError: none, or one that is no address.
     """
     parts = nodes.split(",") if isinstance(nodes, str) else list(nodes)
     found = tuple(dict.fromkeys(names.check_address(p, "nodes") for p in parts if p.strip()))
@@ -44,10 +47,17 @@ class AsyncClient:
     `AlreadyExists`) for what the cluster refuses, `StoreUnavailable` when no node could answer and nothing was
     changed, `OutcomeUnknown` when something may have been.
 
+    Attributes:
+        admin: who may be here, and with which rights.
+
     Args:
         nodes: addresses, in order of preference.
         timeout_s: for one call with all its retries; waiting and following have limits of their own.
         first_contact_s: the same, for as long as no node has ever answered; None: no shorter.
+        credentials: of a secured cluster: the file that `spinetta login` wrote, or what is in it. None: plain text,
+            on loopback only.
+        bearer: an OIDC bearer token's file, read at each call, or what gives the token. It says who is calling, and
+            `credentials` then only which authorities to believe.
     """
 
     def __init__(
@@ -56,14 +66,26 @@ class AsyncClient:
         *,
         timeout_s: float = 20.0,
         first_contact_s: float | None = None,
+        credentials: Source | None = None,
+        bearer: Bearer | None = None,
     ) -> None:
         patience_s = timeout_s if first_contact_s is None else first_contact_s
-        self._nodes = Nodes(parse_nodes(nodes), timeout_s, patience_s)
+        dialer = make_dialer(credentials, bearer)
+        addresses = parse_nodes(nodes)
+        check_reachable(addresses, dialer)
+        self._nodes = Nodes(addresses, timeout_s, patience_s, dialer)
+        self.admin = AsyncAdmin(self._nodes)
 
     @classmethod
     def from_settings(cls, settings: ClientSettings, *, first_contact_s: float | None = None) -> Self:
         """A client as the settings say."""
-        return cls(settings.nodes, timeout_s=settings.timeout_s, first_contact_s=first_contact_s)
+        return cls(
+            settings.nodes,
+            timeout_s=settings.timeout_s,
+            first_contact_s=first_contact_s,
+            credentials=settings.credentials if settings.credentials not in ("", NO_CREDENTIALS) else None,
+            bearer=settings.bearer_file or None,
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,10 +1,15 @@
-"""Connections to the cluster's nodes: any of them will do, and another one takes over when one is gone."""
+"""Connections to the cluster's nodes: any of them will do, and another one takes over when one is gone.
+
+In a secured cluster only voters are shown what a user asks for. An address where no voter answers may be a worker's:
+then it is asked, as a guest would be, which voters there are, and they are asked instead.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,13 +17,19 @@ import grpc
 import grpc.aio
 import tenacity
 
-from spinetta.client.errors import from_rpc
-from spinetta.errors import OutcomeUnknown, StoreUnavailable
+from spinetta import names
+from spinetta.client import diagnose
+from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, Redirected, from_rpc
+from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer
+from spinetta.v1 import trust_pb2 as trust
 from spinetta.v1.api_pb2_grpc import SpinettaStub
+from spinetta.v1.trust_pb2_grpc import EnrollStub, TrustStub
 from spinetta.validate import MESSAGE_BYTES_MAX
 
 if TYPE_CHECKING:
     from spinetta.v1.api_pb2_grpc import SpinettaAsyncStub
+    from spinetta.v1.trust_pb2_grpc import EnrollAsyncStub, TrustAsyncStub
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -26,6 +37,9 @@ A = TypeVar("A")
 CONNECT_TIMEOUT_S = 3.0  # on one machine or network a connection stands in milliseconds, or not at all
 ATTEMPT_TIMEOUT_S = 10.0  # of one call at one node, so that a frozen one leaves time to ask another
 RETRY_WAIT_MAX_S = 1.0
+HOPS_MAX = 8  # addresses followed within one call: there are five voters at most
+LEARNED_MAX = 16  # voters remembered beside the addresses that were given
+RETIRED_MAX = 8  # connections with an older certificate, kept for the streams on them
 
 _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -49,10 +63,15 @@ class _NotReached(StoreUnavailable):
         super().__init__(f"no node answers at {' or '.join(addresses)}")
 
 
-@dataclass(slots=True)
-class _Link:
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A connection to one node, and the services that are called through it."""
+
     channel: grpc.aio.Channel
-    stub: SpinettaAsyncStub
+    serial: int
+    api: SpinettaAsyncStub
+    trust: TrustAsyncStub
+    enroll: EnrollAsyncStub
 
 
 @dataclass(slots=True)
@@ -64,35 +83,50 @@ class Nodes:
         timeout_s: for a whole call, with all retries.
         first_contact_s: for as long as no node has ever answered a call gives up after this time already: the
             addresses may be wrong, and nobody likes to wait for that.
+        dialer: makes the connections.
     """
 
     addresses: tuple[str, ...]
     timeout_s: float
     first_contact_s: float
-    _links: dict[str, _Link] = field(default_factory=dict)
-    _current: int = 0
+    dialer: Dialer = field(default_factory=Dialer.open)
+    _links: dict[tuple[str, str], Link] = field(default_factory=dict)
+    _retired: deque[Link] = field(default_factory=deque)
+    _learned: list[str] = field(default_factory=list)  # voters that others have told of
+    _workers: set[str] = field(default_factory=set)  # addresses where workers answered: asked last
+    _preferred: str = ""
     _met: bool = False  # a connection stood once
 
     async def close(self) -> None:
         """Close all connections. May be called twice."""
-        links, self._links = list(self._links.values()), {}
+        links = [*self._links.values(), *self._retired]
+        self._links.clear()
+        self._retired.clear()
         for link in links:
             await link.channel.close()
 
-    def _link(self, address: str) -> _Link:
-        link = self._links.get(address)
+    async def _link(self, address: str, expect: str) -> Link:
+        key, serial = (address, expect), self.dialer.serial
+        link = self._links.get(key)
+        if link is not None and link.serial != serial:
+            # Made with a certificate that has been renewed meanwhile. Streams on it may go on.
+            self._retired.append(self._links.pop(key))
+            if len(self._retired) > RETIRED_MAX:
+                await self._retired.popleft().channel.close()
+            link = None
         if link is None:
-            channel = grpc.aio.insecure_channel(address, options=list(_OPTIONS))
-            link = self._links[address] = _Link(channel, SpinettaStub(channel))
+            channel = self.dialer.channel(address, expect, _OPTIONS)
+            link = Link(channel, serial, SpinettaStub(channel), TrustStub(channel), EnrollStub(channel))
+            self._links[key] = link
         return link
 
-    async def _connected(self, address: str, timeout_s: float) -> SpinettaAsyncStub:
-        """The node's stub once its connection stands.
+    async def _connected(self, address: str, timeout_s: float, expect: str = VOTER) -> Link:
+        """The node's link once its connection stands.
 
         Raises:
             StoreUnavailable: it does not, so certainly nothing has been sent.
         """
-        link = self._link(address)
+        link = await self._link(address, expect)
         channel = link.channel
         try:
             async with asyncio.timeout(min(timeout_s, CONNECT_TIMEOUT_S)):
@@ -105,11 +139,50 @@ class Nodes:
         except TimeoutError as e:
             raise _NotReached(address) from e
         self._met = True
-        return link.stub
+        return link
 
-    def _order(self) -> list[tuple[int, str]]:
-        n = len(self.addresses)
-        return [((self._current + i) % n, self.addresses[(self._current + i) % n]) for i in range(n)]
+    async def _voter(self, address: str, timeout_s: float) -> Link:
+        """The link to a voter at this address.
+
+        Raises:
+            Redirected: a worker is there; it names voters.
+            StoreUnavailable: nobody is there whom we believe.
+        """
+        end_s = time.monotonic() + timeout_s
+        try:
+            return await self._connected(address, timeout_s)
+        except _NotReached:
+            if not self.dialer.is_secured:
+                raise
+            link = await self._connected(address, max(end_s - time.monotonic(), 0.05), WORKER)
+        request = trust.GetAuthoritiesRequest()
+        try:
+            answer = await link.enroll.GetAuthorities(request, timeout=max(end_s - time.monotonic(), 0.05))
+        except grpc.aio.AioRpcError as e:
+            raise from_rpc(e, address, writes=False) from e
+        self._workers.add(address)
+        raise Redirected(ASK_A_VOTER, "this node is a worker", tuple(answer.voters))
+
+    def _order(self) -> list[str]:
+        """Known addresses: the one that answered last, those after it, voters that we were told of, workers."""
+        first = self.addresses.index(self._preferred) if self._preferred in self.addresses else 0
+        given = [*self.addresses[first:], *self.addresses[:first]]
+        known = list(dict.fromkeys([*([self._preferred] if self._preferred else []), *given, *self._learned]))
+        return sorted(known, key=lambda a: a in self._workers)
+
+    def _follow(self, told: Sequence[str]) -> Iterator[str]:
+        """Addresses that a node has told of, as far as they can be used; remembered if of voters."""
+        for text in told[:HOPS_MAX]:
+            try:
+                address = names.check_address(text)
+                if not self.dialer.is_secured:
+                    names.require_loopback(address)
+            except UserError:  # a node's mistake is no reason to stop
+                continue
+            if address not in self.addresses and address not in self._learned:
+                self._learned.append(address)
+                del self._learned[:-LEARNED_MAX]
+            yield address
 
     async def call(
         self,
@@ -137,6 +210,45 @@ class Nodes:
             OutcomeUnknown: no node answered, and one may have carried it out.
             UserError, and others: what the node answered.
         """
+        return await self._call(
+            lambda link: method(link.api), request, writes=writes, timeout_s=timeout_s, attempt_s=attempt_s
+        )
+
+    async def trust(
+        self,
+        method: Callable[[TrustAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Q, A]],
+        request: Q,
+        *,
+        writes: bool = False,
+        timeout_s: float | None = None,
+    ) -> A:
+        """As `call`, of the service Trust."""
+        return await self._call(
+            lambda link: method(link.trust), request, writes=writes, timeout_s=timeout_s, attempt_s=ATTEMPT_TIMEOUT_S
+        )
+
+    async def enroll(
+        self,
+        method: Callable[[EnrollAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Q, A]],
+        request: Q,
+        *,
+        writes: bool = False,
+        timeout_s: float | None = None,
+    ) -> A:
+        """As `call`, of the service Enroll."""
+        return await self._call(
+            lambda link: method(link.enroll), request, writes=writes, timeout_s=timeout_s, attempt_s=ATTEMPT_TIMEOUT_S
+        )
+
+    async def _call(
+        self,
+        method: Callable[[Link], grpc.aio.UnaryUnaryMultiCallable[Q, A]],
+        request: Q,
+        *,
+        writes: bool,
+        timeout_s: float | None,
+        attempt_s: float,
+    ) -> A:
         start_s = time.monotonic()
         end_s = start_s + (self.timeout_s if timeout_s is None else timeout_s)
         unknown: OutcomeUnknown | None = None
@@ -144,23 +256,34 @@ class Nodes:
 
         async def one_round() -> A:
             nonlocal unknown, failure
-            silent = 0
-            for index, address in self._order():
+            known = self._order()
+            waiting, tried, silent = deque(known), set[str](), list[str]()
+            while waiting and len(tried) < len(known) + HOPS_MAX:
+                address = waiting.popleft()
+                if address in tried:
+                    continue
                 left_s = end_s - time.monotonic()
                 if left_s <= 0:
                     break
+                tried.add(address)
                 try:
                     answer = await self._attempt(method, request, address, min(left_s, attempt_s), writes=writes)
+                except Redirected as e:
+                    failure = e
+                    waiting.extendleft(reversed([a for a in self._follow(e.addresses) if a not in tried]))
                 except OutcomeUnknown as e:
                     unknown = failure = e
+                except _NotReached as e:
+                    failure = e
+                    silent.append(address)
                 except StoreUnavailable as e:
                     failure = e
-                    silent += isinstance(e, _NotReached)
                 else:
-                    self._current = index
+                    self._preferred = address
                     return answer
-            if silent == len(self.addresses):
-                raise _NotReached(*self.addresses)
+            if silent and len(silent) == len(tried):
+                await self._explain(silent)
+                raise _NotReached(*silent)
             raise failure or StoreUnavailable("the time was over before any node answered")
 
         def is_worth_another(error: BaseException) -> bool:
@@ -176,14 +299,20 @@ class Nodes:
         )
         try:
             return await retrying(one_round)
-        except StoreUnavailable as e:
-            if unknown is not None:  # an earlier attempt may have gone through
+        except (StoreUnavailable, UserError) as e:
+            if unknown is not None and not isinstance(e, UserError):  # an earlier attempt may have gone through
                 raise unknown from e
             raise
 
+    async def _explain(self, silent: Sequence[str]) -> None:
+        """When no node can be reached at all: raise what is wrong with the certificates, if that is it."""
+        error = await diagnose.why(silent, self.dialer, CONNECT_TIMEOUT_S)
+        if error is not None:
+            raise error
+
     async def _attempt(
         self,
-        method: Callable[[SpinettaAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Q, A]],
+        method: Callable[[Link], grpc.aio.UnaryUnaryMultiCallable[Q, A]],
         request: Q,
         address: str,
         timeout_s: float,
@@ -191,9 +320,9 @@ class Nodes:
         writes: bool,
     ) -> A:
         end_s = time.monotonic() + timeout_s
-        stub = await self._connected(address, timeout_s)
+        link = await self._voter(address, timeout_s)
         try:
-            return await method(stub)(request, timeout=max(end_s - time.monotonic(), 0.001))
+            return await method(link)(request, timeout=max(end_s - time.monotonic(), 0.001))
         except grpc.aio.AioRpcError as e:
             raise from_rpc(e, address, writes=writes) from e
 
@@ -206,30 +335,81 @@ class Nodes:
     ) -> AsyncGenerator[A, None]:
         """One stream from the first node that can be reached, until it ends or breaks.
 
+        A node that is not the one to ask names others, before the first item: they are asked then.
+
         Raises:
             StoreUnavailable: no node could be reached, or the stream broke. The next call asks another node first.
             UserError, and others: what the node answered.
         """
-        for index, address in self._order():
-            try:
-                stub = await self._connected(address, CONNECT_TIMEOUT_S)
-            except StoreUnavailable:
+        known = self._order()
+        waiting = deque((address, VOTER) for address in known)
+        tried, silent = set[tuple[str, str]](), list[str]()
+        failure: StoreUnavailable | None = None
+        while waiting and len(tried) < len(known) + HOPS_MAX:
+            address, expect = waiting.popleft()
+            if (address, expect) in tried:
                 continue
-            self._current = index
-            call = method(stub)(request)
+            tried.add((address, expect))
+            try:
+                if expect == VOTER:
+                    link = await self._voter(address, CONNECT_TIMEOUT_S)
+                else:
+                    link = await self._connected(address, CONNECT_TIMEOUT_S, expect)
+            except Redirected as e:
+                failure = e
+                waiting.extendleft((a, VOTER) for a in reversed(list(self._follow(e.addresses))))
+                continue
+            except StoreUnavailable as e:
+                failure = e
+                silent.append(address)
+                continue
+            call = method(link.api)(request)
+            begun = False
             try:
                 async for item in call:
+                    begun = True
+                    if expect == VOTER:
+                        self._preferred = address
                     yield item
             except grpc.aio.AioRpcError as e:
                 error = from_rpc(e, address, writes=writes)
+                if isinstance(error, Redirected) and not begun:
+                    failure = error
+                    to = VOTER if error.reason == ASK_A_VOTER else ANY
+                    waiting.extendleft((a, to) for a in reversed(self._holders(error)))
+                    continue
                 if isinstance(error, (StoreUnavailable, OutcomeUnknown)):
-                    self._current = (index + 1) % len(self.addresses)
+                    self._turn_away(address)
                 raise error from e
             finally:
                 call.cancel()  # no effect on one that has ended; leaving early must end it
             return
-        raise _NotReached(*self.addresses)
+        if len(silent) == len(tried):
+            await self._explain(silent)
+            raise _NotReached(*silent)
+        raise failure or _NotReached(*silent)
+
+    def _holders(self, error: Redirected) -> list[str]:
+        """Where to ask instead. A holder is one node among many: it is not remembered."""
+        if error.reason == ASK_A_VOTER:
+            return list(self._follow(error.addresses))
+        if self.dialer.has_token:
+            raise UserError(
+                "this log is on a node which does not take bearer tokens: it could use one in its turn",
+                hint="log in for a certificate: spinetta login --bearer-file FILE",
+                reason=ASK_NODE,
+            )
+        found = []
+        for text in error.addresses[:HOPS_MAX]:
+            address = names.check_address(text)
+            found.append(address if self.dialer.is_secured else names.require_loopback(address))
+        return found
+
+    def _turn_away(self, address: str) -> None:
+        """Ask another node first the next time."""
+        order = self._order()
+        self._preferred = order[(order.index(address) + 1) % len(order)] if address in order else order[0]
 
     def answered_by(self) -> str:
         """The address of the node that answered last."""
-        return self.addresses[self._current]
+        return self._preferred or self.addresses[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
@@ -9,6 +11,7 @@ from google.protobuf.message import DecodeError
 from spinetta.errors import (
     AlreadyExists,
     Compacted,
+    Denied,
     InvariantViolation,
     NotFound,
     OutcomeUnknown,
@@ -21,8 +24,12 @@ from spinetta.v1 import api_pb2 as api
 DETAIL_KEY = "spinetta-error-bin"
 # What is asked for is on a node that does not answer: asking other nodes again at once would not help.
 NODE_UNREACHABLE = "node-unreachable"
+ASK_A_VOTER = "ask-a-voter"  # a worker serves no users
+ASK_NODE = "ask-node"  # only the node that has it can show it
 _Code = grpc.StatusCode
+_LOGIN = "log in with: spinetta login; see also: spinetta whoami"
 
+_REFUSED = re.compile(r"ALERT_(UNKNOWN_CA|BAD_CERTIFICATE|CERTIFICATE|DECRYPT_ERROR)", re.ASCII)
 _USERS = frozenset(
     {
         _Code.INVALID_ARGUMENT,
@@ -30,10 +37,22 @@ _USERS = frozenset(
         _Code.OUT_OF_RANGE,
         _Code.RESOURCE_EXHAUSTED,
         _Code.DATA_LOSS,
-        _Code.PERMISSION_DENIED,
-        _Code.UNAUTHENTICATED,
     }
 )
+
+
+class Redirected(StoreUnavailable):
+    """This node is not the one to ask; nothing was changed.
+
+    Attributes:
+        reason: `ASK_A_VOTER` or `ASK_NODE`.
+        addresses: of nodes to ask instead.
+    """
+
+    def __init__(self, reason: str, message: str, addresses: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.addresses = addresses
 
 
 def detail_of(error: grpc.aio.AioRpcError) -> api.ErrorDetail | None:
@@ -64,14 +83,25 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> Spin
         return AlreadyExists(text, field=detail.field, hint=detail.hint, reason=detail.reason)
     if detail and detail.reason == "compacted":
         return Compacted(0)
+    if detail and detail.reason in (ASK_A_VOTER, ASK_NODE):
+        return Redirected(detail.reason, f"{where}: {text}", tuple(detail.addresses))
     if detail and detail.reason == "busy":
         return StoreUnavailable(f"{where}: {text}")
+    if code in (_Code.PERMISSION_DENIED, _Code.UNAUTHENTICATED):
+        unknown = code is _Code.UNAUTHENTICATED
+        reason = "unauthenticated" if unknown else "denied"
+        if detail is None:
+            return Denied(f"{where} refuses: {text}", hint=_LOGIN if unknown else "", reason=reason)
+        return Denied(text, field=detail.field, hint=detail.hint, reason=detail.reason or reason)
     if (code in _USERS or (detail and detail.reason == NODE_UNREACHABLE)) and detail:
         return UserError(text, field=detail.field, hint=detail.hint, reason=detail.reason)
     if code is _Code.ABORTED:
         return OutcomeUnknown(f"{where}: {text}")
     if code is _Code.UNAVAILABLE and detail:
         return StoreUnavailable(f"{where}: {text}")
+    if code is _Code.UNAVAILABLE and _REFUSED.search(text):
+        # With TLS 1.3 a server looks at our certificate only after our side of the handshake is over.
+        return Denied(f"{where} does not believe our certificate", hint=_LOGIN, reason="unauthenticated")
     if code in (_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.CANCELLED):
         # No word from the node itself: the connection broke or the time is over after the request had gone out.
         what = "did not answer in time" if code is _Code.DEADLINE_EXCEEDED else "went away during the call"

@@ -12,10 +12,13 @@ from typing import Any, Self, TypeVar, Unpack
 
 from spinetta import validate
 from spinetta.client import views
+from spinetta.client.admin import Admin
 from spinetta.client.aio import AsyncClient
+from spinetta.client.credentials import Bearer, Source
 from spinetta.client.specs import TaskOptions
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.model import TaskId, TaskSpec
+from spinetta.options import NO_CREDENTIALS
 
 T = TypeVar("T")
 
@@ -80,15 +83,28 @@ class Client:
     May be used from several threads. Close it, or use it in a ``with`` statement. After a fork make a new one.
     """
 
-    def __init__(self, nodes: str | Sequence[str] = DEFAULT_ADDRESS, *, timeout_s: float = 20.0) -> None:
-        self._client = AsyncClient(nodes, timeout_s=timeout_s)
+    def __init__(
+        self,
+        nodes: str | Sequence[str] = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 20.0,
+        credentials: Source | None = None,
+        bearer: Bearer | None = None,
+    ) -> None:
+        self._client = AsyncClient(nodes, timeout_s=timeout_s, credentials=credentials, bearer=bearer)
         self._thread = _LoopThread()
+        self.admin = Admin(self._client.admin, self._run)
         self._end = weakref.finalize(self, self._thread.close, self._client)
 
     @classmethod
     def from_settings(cls, settings: ClientSettings) -> Self:
         """A client as the settings say."""
-        return cls(settings.nodes, timeout_s=settings.timeout_s)
+        return cls(
+            settings.nodes,
+            timeout_s=settings.timeout_s,
+            credentials=settings.credentials if settings.credentials not in ("", NO_CREDENTIALS) else None,
+            bearer=settings.bearer_file or None,
+        )
 
     def __enter__(self) -> Self:
         return self
