@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import math
 import os
@@ -19,6 +20,7 @@ from spinetta.runtime.client import REQUEST_LIMIT_S, Hello, ShimClient, open_cli
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import IDLE_END_S, launch
 from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
+from spinetta.runtime.shim.secretfiles import CAPABILITY as SECRET_FILES
 from spinetta.runtime.shim.wire import KEY, Message
 
 START_LIMIT_S = 30.0  # includes writing the intent, on a slow disk
@@ -119,6 +121,17 @@ class ProcessRuntime:
         if problem := _unusable(launch):
             # Not for the shim to refuse: to be told again and again that a request is malformed would help nobody.
             return Exit(Reason.SPAWN_FAILED, message=problem, ended_ms=time.time_ns() // 1_000_000)
+        if launch.secrets and self._hello is not None and SECRET_FILES not in self._hello.capabilities:
+            return Exit(
+                Reason.NODE_UNFIT,
+                message="this node cannot give secrets to tasks: see its warnings",
+                ended_ms=time.time_ns() // 1_000_000,
+            )
+        more: dict[str, object] = {}
+        if launch.private:
+            more["private"] = True
+        if launch.secrets:
+            more["secrets"] = {name: base64.b64encode(data).decode() for name, data in launch.secrets}
         answer = await self._ask(
             "start",
             START_LIMIT_S,
@@ -134,6 +147,7 @@ class ProcessRuntime:
             stop_wait_s=_finite(launch.stop_wait_s),
             token=launch.token,
             incarnation=launch.incarnation,
+            **more,
         )
         return parse_exit(answer["exit"])
 
@@ -371,7 +385,7 @@ def _unusable(launch: Launch) -> str:
             return f"{name} must not be negative"
     cwd = launch.working_directory
     if cwd and (not cwd.startswith("/") or "\0" in cwd):
-        return f"the working directory must be an absolute path, not {cwd!r}"
+        return f"the working directory must be an absolute path, not {'(sealed)' if launch.private else repr(cwd)}"
     characters = sum(map(len, launch.argv)) + sum(len(name) + len(value) for name, value in launch.env.items())
     if characters > ARGUMENTS_CHARACTERS_MAX:
         return "the arguments and environment together are too long for any machine"

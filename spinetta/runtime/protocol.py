@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +28,9 @@ class Launch:
         token: the create revision of the running key, kept in the record so that a later daemon knows it.
         incarnation: of the node that claimed it, kept for the same reason.
         stop_wait_s: between TERM and KILL.
+        private: what it runs must not be named in messages, which go into the task's record.
+        secrets: file names and contents, given to the process in the directory that SPINETTA_SECRETS names: in memory,
+            for it alone, gone with it. Never written to disk, nor part of any record, argument or message.
     """
 
     key: AttemptKey
@@ -42,6 +45,8 @@ class Launch:
     token: int
     incarnation: str
     stop_wait_s: float = 10.0
+    private: bool = False
+    secrets: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

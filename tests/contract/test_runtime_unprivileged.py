@@ -61,7 +61,7 @@ async def until(condition):
 async def main():
     async with asyncio.timeout(60), ProcessRuntime.connect(home / "state", node="n1", kill_margin_s=1.0) as rt:
         await rt.renew(time.clock_gettime(time.CLOCK_BOOTTIME))
-        assert rt.capabilities() == ("process",), rt.capabilities()
+        assert rt.capabilities() == ("process", "secret-files"), rt.capabilities()
         said = "\\n".join(rt.warnings())
         for word in ("pid-namespace", "memory-limit", "cpu-limit", "pids-limit", "cgroup-kill", "outlive", "kill late"):
             assert word in said, (word, said)
@@ -73,6 +73,20 @@ async def main():
         # Counted by the kernel for a process and those that it waited for.
         assert 0 < ended.usage.cpu_user_s + ended.usage.cpu_system_s < 5
         assert ended.usage.memory_peak_bytes > 0
+
+        # No mount of its own: a folder in shared memory, for us alone, and gone with the attempt.
+        script = 'cd "$SPINETTA_SECRETS" && pwd && stat -f -c %T . && stat -c %a:%u . token && cat token; echo >x'
+        await rt.start(shell("secret.1", script, secrets=(("token", b"battery-staple"),)))
+        await end_of(rt, "secret.1")
+        said = rt.log_path("secret.1", "stdout").read_text().splitlines()
+        assert said[1:] == ["tmpfs", "500:65534", "400:65534", "battery-staple"], said
+        where = Path(said[0])
+        assert where.parent.stat().st_mode & 0o777 == 0o700
+        assert not where.exists() and list(where.parent.iterdir()) == []
+        # What a task does there of its own is moved by nobody, but what we gave it goes.
+        await rt.start(shell("secret.2", script.replace("echo", "chmod 700 .; echo"), secrets=(("token", b"again"),)))
+        await end_of(rt, "secret.2")
+        assert [p.name for p in (where.parent / "secret.2").iterdir()] == ["x"]
 
         # Detached twice over, and still found: it can be of no other.
         marker = "alpha-" + str(os.getpid())
@@ -121,7 +135,7 @@ def home() -> Iterator[Path]:
         path = Path(folder)
         source = Path(spinetta.__file__).parent
         (path / "lib" / "spinetta").mkdir(parents=True)
-        for name in ("__init__.py", "errors.py", "model.py"):
+        for name in ("__init__.py", "access.py", "errors.py", "model.py"):
             shutil.copy(source / name, path / "lib" / "spinetta" / name)
         shutil.copytree(source / "runtime", path / "lib" / "spinetta" / "runtime")
         subprocess.run(["chown", "-R", "65534:65534", folder], check=True)

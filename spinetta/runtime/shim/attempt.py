@@ -38,6 +38,10 @@ class Held:
         end_waiters: called once it has ended.
         forgetters: called with the outcome once its record is removed.
         recorded: its exit record is durable.
+        private: what it runs is nobody's business: messages do not name it.
+        secrets: content of files by name, until it has been started; never in a record.
+        secret_names: of those files.
+        spawn_unfit: it was this node's fault that it could not be started.
     """
 
     key: str
@@ -69,6 +73,10 @@ class Held:
     status: tuple[bool, int] | None = None
     leftover_since_s: float = 0.0
     spawn_error: str = ""
+    spawn_unfit: bool = False
+    private: bool = False
+    secrets: dict[str, bytes] = field(default_factory=dict, repr=False)
+    secret_names: tuple[str, ...] = ()
     group: Group | None = None
     exit: ExitDict | None = None
     recorded: bool = False

@@ -13,10 +13,10 @@ import os
 import resource
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
-from . import sysapi
+from . import secretfiles, sysapi
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -32,6 +32,8 @@ class Spawn:
         oom_score_adj: how readily the kernel picks it when memory runs out.
         die_with_parent: have the kernel kill it when the shim dies; only without a pid namespace of our own.
         parent: the shim's pid.
+        nofile, core: limits to give back.
+        secrets: files to provide at `place`.
     """
 
     argv: Sequence[str]
@@ -45,6 +47,10 @@ class Spawn:
     die_with_parent: bool
     parent: int
     nofile: tuple[int, int]
+    core: tuple[int, int]
+    key: str
+    secrets: dict[str, bytes] = field(repr=False)
+    place: secretfiles.Place
 
 
 def unusable(argv: Sequence[str], env: dict[str, str]) -> str:
@@ -88,6 +94,8 @@ def explain(stage: str, number: int, program: str, cwd: str) -> str:
             return f"cannot make the scratch directory: {why}"
         case "logs":
             return f"cannot open the log files: {why}"
+        case "secrets":
+            return f"cannot provide the secrets' files: {why}"
         case "cgroup":
             return f"cannot enter the cgroup: {why}"
         case _:
@@ -123,10 +131,13 @@ def _become(spawn: Spawn, stage: list[str]) -> NoReturn:
     _reset_signals()
     _reset_priority(spawn.oom_score_adj)
     with contextlib.suppress(OSError, ValueError):
-        restore_limits(spawn.nofile)
+        restore_limits(spawn.nofile, spawn.core)
     os.umask(0o022)
     stage[0] = "logs"
     _open_streams(spawn)
+    if spawn.secrets:
+        stage[0] = "secrets"
+        secretfiles.provide(spawn.place, spawn.key, spawn.secrets)
     stage[0] = "scratch"
     if not spawn.cwd:
         with contextlib.suppress(FileExistsError):
@@ -158,8 +169,9 @@ def _reset_priority(oom_score_adj: int) -> None:
         os.close(fd)
 
 
-def restore_limits(nofile: tuple[int, int]) -> None:
-    """Give back the limit on open files that the shim raised for itself."""
+def restore_limits(nofile: tuple[int, int], core: tuple[int, int]) -> None:
+    """Give back the limits on open files and core dumps that the shim changed for itself."""
+    resource.setrlimit(resource.RLIMIT_CORE, core)
     resource.setrlimit(resource.RLIMIT_NOFILE, nofile)
 
 

@@ -131,7 +131,7 @@ class Ending:
         exited, number = held.status or (True, 0)
         message = "some of its processes are stuck in the kernel and could not be killed" if stuck else ""
         if held.spawn_error:
-            reason, message = "spawn-failed", held.spawn_error
+            reason, message = "node-unfit" if held.spawn_unfit else "spawn-failed", held.spawn_error
         elif held.stop_why and held.signalled:
             reason, message = held.stop_why, message or _why_stopped(held)
         elif counters.oom_kills:

@@ -8,7 +8,7 @@ import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from . import child, proctable
+from . import child, proctable, secretfiles
 from .attempt import ExitDict, Held, Phase, make_exit, now_ms
 from .cgroup import Cgroups
 from .disk import TO_TRASH, Layout, Writer
@@ -196,6 +196,8 @@ class Keeper:
     def _prepare(self, held: Held) -> None:
         if problem := child.unusable(held.argv, held.env):
             self._not_started(held, "spawn-failed", problem)
+        elif held.secrets and not self._around.place:
+            self._not_started(held, UNFIT, f"this node cannot give secrets to tasks: {self._around.place.why}")
         elif self._overdue(held):
             self._not_started(held, "fenced", self._overdue_message(held))
         else:
@@ -232,6 +234,7 @@ class Keeper:
             held.group.remove()
             self._not_started(held, UNFIT, f"cannot fork: {error.strerror}")
             return
+        held.secrets = {}  # the new process has them; we have no more use for them
         held.phase = Phase.SPAWNING
         held.started_ms = now_ms()
         self.ending.unreaped.add(held.pid)
@@ -280,6 +283,9 @@ class Keeper:
         held.set_timer("kill", self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(held, again=True)))
 
     def _ended(self, held: Held) -> None:
+        held.secrets = {}
+        if held.secret_names and not secretfiles.remove(self._around.place, held.key, held.secret_names):
+            self._log(f"{held.key}: it left more than its secrets in {self._around.place.of(held.key)}")
         _call_all(held.waiters)
         _call_all(held.end_waiters)
         self.on_end(held)

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import detach, proctable, sysapi
+from . import detach, proctable, secretfiles, sysapi
 from .attempt import Held, Phase, make_exit
 from .cgroup import Cgroups, Limits, sweep
 from .connection import listen
@@ -71,9 +71,12 @@ class Shim:
         nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (nofile[1], nofile[1]))
+        core = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, core[1]))  # secrets pass through our memory
         previous = _read_identity(layout)
         self._sweep(previous)
         self._cgroups = self._make_cgroups(node, previous)
+        self._place = secretfiles.find_place(layout.root, self._cgroup_name)
         self._claim_priority()
         self.identity = Identity(
             shim=os.urandom(8).hex(),
@@ -92,7 +95,7 @@ class Shim:
             layout,
             self._writer,
             self._cgroups,
-            Surroundings(around.outer_proc, around.isolated, nofile),
+            Surroundings(around.outer_proc, around.isolated, nofile, core, self._place),
             kill_margin_s,
             self._log,
         )
@@ -110,6 +113,8 @@ class Shim:
         self._watch_writer()
         self._loop.on_turn = self._after_turn
         self._empty_trash()
+        if left := secretfiles.left_over(self._place):
+            self._remove_all_in(left)
         self._end_when_idle()
         gc.collect()
         gc.freeze()  # children share these pages
@@ -171,6 +176,10 @@ class Shim:
         names = ["process", *self._cgroups.capabilities]
         if around.isolated:
             names.append("pid-namespace")
+        if self._place:
+            names.append(secretfiles.CAPABILITY)
+        else:
+            self._warnings.append(f"{secretfiles.CAPABILITY} is missing: {self._place.why}")
         return tuple(names)
 
     def _write_identity(self, around: detach.Detached) -> None:
@@ -288,6 +297,11 @@ class Shim:
             self._janitor = os.fork()
             if self._janitor == 0:
                 detach.become_remover(self._layout.trash)
+
+    def _remove_all_in(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            if os.fork() == 0:
+                detach.become_remover(folder)
 
 
 def _read_identity(layout: Layout) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from . import secretfiles
 from .attempt import Held, Phase
 from .cgroup import Limits
 from .connection import Connection
@@ -19,6 +21,7 @@ from .keeper import Keeper, Refused
 from .loop import READ, Loop, now_s
 from .wire import (
     CONNECTIONS_MAX,
+    FILE_NAME,
     PAGE_ATTEMPTS,
     PROTOCOL_VERSION,
     BadMessage,
@@ -183,6 +186,7 @@ class Server:
     def _start(self, connection: Connection, message: Message) -> None:
         name = key(message)
         walltime_s = number(message, "walltime_s", 0)
+        secrets = _secrets(message)
         held = Held(
             key=name,
             service=False,
@@ -199,6 +203,9 @@ class Server:
             stop_wait_s=number(message, "stop_wait_s", 10.0),
             token=integer(message, "token", 0),
             incarnation=text(message, "incarnation", ""),
+            private=message.get("private") is True,
+            secrets=secrets,
+            secret_names=tuple(secrets),
         )
         self._keeper.start(held, lambda end: connection.send({"id": message["id"], "ok": True, "exit": end}))
 
@@ -345,6 +352,26 @@ def _folder(message: Message) -> str:
     if cwd and (not cwd.startswith("/") or "\0" in cwd):
         raise Refused("bad-request", "cwd must be an absolute path")
     return cwd
+
+
+def _secrets(message: Message) -> dict[str, bytes]:
+    """Files by name; their content is never part of an error."""
+    if "secrets" not in message:
+        return {}
+    given = text_map(message, "secrets")
+    if len(given) > secretfiles.FILES_MAX:
+        raise Refused("bad-request", f"at most {secretfiles.FILES_MAX} secrets")
+    files = {}
+    for name, data in given.items():
+        if not FILE_NAME.match(name):
+            raise Refused("bad-request", "a secret's file has a name that no file may have")
+        try:
+            files[name] = base64.b64decode(data.encode("ascii"), validate=True)
+        except ValueError:
+            raise Refused("bad-request", f"the secret {name} is not in base64") from None
+        if len(files[name]) > secretfiles.FILE_BYTES_MAX:
+            raise Refused("bad-request", f"the secret {name} has more than {secretfiles.FILE_BYTES_MAX} bytes")
+    return files
 
 
 def _describe(held: Held) -> dict[str, Any]:

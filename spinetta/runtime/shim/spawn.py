@@ -7,7 +7,7 @@ import os
 import signal
 from dataclasses import dataclass
 
-from . import child
+from . import child, secretfiles
 from .attempt import Held
 
 TASK_OOM_SCORE_ADJ = 300  # when the machine runs out of memory a task goes before the node's own processes
@@ -21,19 +21,22 @@ class Surroundings:
     Attributes:
         outer_proc: descriptor of the /proc that the host sees, opened before we left its pid namespace.
         isolated: whether we are PID 1 of a pid namespace.
-        nofile: the limit on open files that children get.
+        nofile, core: the limits on open files and core dumps that children get.
+        place: where they get their secrets.
     """
 
     outer_proc: int
     isolated: bool
     nofile: tuple[int, int]
+    core: tuple[int, int]
+    place: secretfiles.Place
 
 
 def spawn(held: Held, around: Surroundings) -> None:
     """Fork the process of `held`; fills its pid, pidfd and report_fd. OSError: nothing was started."""
     plan = child.Spawn(
         argv=held.argv,
-        env=held.env,
+        env={**held.env, secretfiles.VARIABLE: around.place.of(held.key)} if held.secrets else held.env,
         cwd=held.cwd,
         scratch=str(held.scratch or ""),
         stdout=held.stdout,
@@ -43,6 +46,10 @@ def spawn(held: Held, around: Surroundings) -> None:
         die_with_parent=not around.isolated,
         parent=os.getpid(),
         nofile=around.nofile,
+        core=around.core,
+        key=held.key,
+        secrets=held.secrets,
+        place=around.place,
     )
     receive, send = os.pipe2(os.O_CLOEXEC)
     try:
@@ -84,5 +91,7 @@ def read_report(held: Held) -> bool:
         rest = pid_line
     if rest:
         failure = json.loads(rest)
-        held.spawn_error = child.explain(failure["stage"], failure["errno"], held.argv[0], held.cwd)
+        program, cwd = ("(sealed)", "(sealed)") if held.private else (held.argv[0], held.cwd)
+        held.spawn_error = child.explain(failure["stage"], failure["errno"], program, cwd)
+        held.spawn_unfit = failure["stage"] == "secrets"
     return True

@@ -11,7 +11,7 @@ CLONE_NEWNS = 0x0002_0000
 CLONE_NEWPID = 0x2000_0000
 CLOCK_BOOTTIME = 7
 
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
 _MS_REC, _MS_SLAVE = 16384, 1 << 19
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -43,6 +43,20 @@ def mount_proc() -> None:
     """Mount a fresh /proc, which shows the pid namespace that we are in."""
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     _check(_libc.mount(b"proc", b"/proc", b"proc", flags, None), "mount /proc")
+
+
+def mount_tmpfs(path: str, options: str) -> None:
+    """Mount a tmpfs from which nothing can be run; never swapped out where the kernel can promise that (6.4)."""
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    where = os.fsencode(path)
+    if _libc.mount(b"tmpfs", where, b"tmpfs", flags, f"{options},noswap".encode()) < 0:
+        _check(_libc.mount(b"tmpfs", where, b"tmpfs", flags, options.encode()), f"mount {path}")
+
+
+def remount_read_only(path: str) -> None:
+    """Nothing can be written there any more."""
+    flags = ctypes.c_ulong(_MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    _check(_libc.mount(None, os.fsencode(path), None, flags, None), f"remount {path}")
 
 
 def set_child_subreaper() -> None:

@@ -20,6 +20,7 @@ ATTEMPTS_MAX = 4096  # running or not yet forgotten; beyond it nothing more is s
 SERVICES_MAX = 16
 PAGE_ATTEMPTS = 256  # attempts in one answer to `held`
 MESSAGE_CHARS_MAX = 2000  # of an exit's message
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 Message = dict[str, Any]
