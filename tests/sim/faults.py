@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from spinetta.model import NodeId, Resources, TaskId, TaskSpec
 from tests.builders import GIB, cpus, node_id, task_id
@@ -24,8 +24,11 @@ KINDS = (
     "disk",  # what should be remembered cannot be written
     "admin",  # nodes are drained, undrained, leave and come back
     "join",  # a node joins late
+    "rights",  # nodes are thrown out, let in again, and cleared for more or less
 )
-OFTEN = {"partition": 4, "net": 3, "daemon": 3, "machine": 2, "pause": 2}  # what safety hangs on most
+LABELS = ("blue", "red")
+OFTEN = {"partition": 4, "net": 3, "daemon": 3, "machine": 2, "pause": 2, "rights": 3}  # what safety hangs on most
+CANDIDATES = 3  # how many, from the first on, may lead
 HORIZON_S = 14.0  # faults happen within; a seed must be cheap, and more seeds find more than longer ones
 PIECES_MAX = 12
 
@@ -51,6 +54,7 @@ class Machine:
     joins_s: float
     clock_rate: float
     clock_s: float
+    clearances: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class Plan:
 
     `no_hint`: tasks submitted with an empty queue key. `tight`: limits are so low that they are reached.
     `long`: tasks come early and last long, so that what happens to their nodes happens under them.
+    `secured`: nodes have records of their rights, and may do nothing without.
     """
 
     seed: int
@@ -93,6 +98,7 @@ class Plan:
     horizon_s: float = HORIZON_S
     kill_margin_s: float = 0.5
     reconcile_s: float = 6.0
+    secured: bool = True
 
 
 @dataclass(slots=True)
@@ -125,6 +131,7 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
             rng.uniform(0.0, 0.3),
             1.0 + rng.uniform(-rho / 2, rho / 2.1),
             rng.uniform(0.0, 5000.0),
+            tuple(label for label in LABELS if rng.random() < 0.6),
         )
         for i in range(1, count + 1)
     ]
@@ -164,6 +171,7 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
         lease_ttl_s=rng.choice((2, 3)),
         grace_s=rng.choice((2.0, 3.0, 5.0, 6.0)),
         rho=rho,
+        secured="rights" in kinds or rng.random() < 0.7,
     )
 
 
@@ -183,6 +191,7 @@ def _submit(rng: random.Random, n: int, *, long: bool) -> tuple[float, TaskSpec]
         walltime_s=1.0 if rng.random() < 0.1 else 0.0,
         restart_on_node_failure=rng.random() < 0.9,
         grace_s=rng.choice((0.0, 0.0, 0.0, 1.5, 4.0)),
+        clearance=tuple(label for label in LABELS if rng.random() < 0.15),
     )
     return rng.uniform(0.0, HORIZON_S * (0.1 if long else rng.choice((0.2, 0.8)))), spec
 
@@ -209,7 +218,16 @@ def _machine(d: _Draft) -> None:
 
 def _join(d: _Draft) -> None:
     last = d.machines[-1]
-    d.machines[-1] = Machine(last.name, last.capacity, last.tags, d.when(), last.clock_rate, last.clock_s)
+    d.machines[-1] = replace(last, joins_s=d.when())
+
+
+def _rights(d: _Draft) -> None:
+    """Rights come and go; one node at most is thrown out for ever, and not the last that may lead."""
+    _spread("rights", 5, 6.0, ("revoke", "claim", "finish", "renew", "withdraw", "withdraw", "grant", "rewrite"))(d)
+    stays = [m.name for m in d.machines[:CANDIDATES] if m.name not in d.gone]
+    able = [m.name for m in d.machines if m.name not in d.gone and (m.name not in stays or len(stays) > 1)]
+    if able and len(d.machines) > 1 and d.rng.random() < 0.3:
+        d.faults.append(Fault(d.when(), "rights", d.rng.choice(able), float("inf"), "revoke"))
 
 
 def _nothing(_d: _Draft) -> None:
@@ -231,4 +249,5 @@ _ADD = {
     "disk": _nothing,
     "admin": _spread("admin", 3, 4.0, ("drain", "leave", "release", "stay")),
     "join": _join,
+    "rights": _rights,
 }

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from spinetta import codec, keys
+from spinetta import codec, keys, trustcodec
+from spinetta.access import NodeAcl
 from spinetta.model import (
     Exit,
     Holding,
@@ -89,6 +90,9 @@ class Checker:
     released: set[NodeId] = field(default_factory=set)
     office: NodeId | None = None
     author: NodeId | None = None
+    rights: dict[NodeId, NodeAcl] = field(default_factory=dict)
+    lost_rights: set[NodeId] = field(default_factory=set)  # ever thrown out
+    lost_labels: set[tuple[NodeId, str]] = field(default_factory=set)  # ever withdrawn
 
     # --- the store ---------------------------------------------------------------------------------------------
 
@@ -100,6 +104,7 @@ class Checker:
         old: dict[TaskId, Held] = {}
         for event in changes.events:
             key, kv = event.key, event.value
+            self._may_write(key, kv)
             if key.startswith(keys.RUNNING):
                 node, task = keys.parse_running(key)
                 touched.add(task)
@@ -126,10 +131,27 @@ class Checker:
                 if kv is not None and self.office is not None:
                     raise Violated(0, f"{author} took the office of {self.office} at {self.revision}")
                 self.office = codec.decode_office(kv.value) if kv is not None else None
+            elif key.startswith(keys.ACL_NODE) and kv is not None:
+                self._rights_changed(trustcodec.decode(NodeAcl, kv.value))
         for task in touched:
             self._agrees(task)
             if task in old:
                 self._after_holding(task, old[task])
+
+    def _may_write(self, key: str, kv: KeyValue | None) -> None:
+        acl = self.rights.get(self.author) if self.author is not None else None
+        gives_up = kv is None and key.startswith((keys.NODE, keys.OFFICE))  # a lease given up: no harm in that
+        if acl is not None and acl.revoked and not gives_up:
+            raise Violated(0, f"{self.author}, which was thrown out, wrote {key} at {self.revision}")
+
+    def _rights_changed(self, acl: NodeAcl) -> None:
+        node = NodeId(acl.name)
+        before = self.rights.get(node)
+        self.rights[node] = acl
+        if acl.revoked:
+            self.lost_rights.add(node)
+        if before is not None:
+            self.lost_labels |= {(node, label) for label in set(before.effective) - set(acl.effective)}
 
     def _set_status(self, task: TaskId, key: str, kv: KeyValue | None) -> None:
         found = self.status.setdefault(task, {})
@@ -178,6 +200,9 @@ class Checker:
         able = self.abilities[node]
         if not set(spec.tags_required) <= able.tags or set(spec.tags_forbidden) & able.tags:
             raise Violated(6, f"{node} with {set(able.tags)} claimed {spec}")
+        acl = self.rights.get(node)
+        if not set(spec.clearance) <= set(acl.effective if acl is not None else ()):
+            raise Violated(6, f"{node}, cleared for {acl and acl.effective}, claimed {spec} at {token}")
         total = spec.resources
         for other in self.holds[node]:
             total = total + self.tasks[other][0].spec.resources
@@ -314,7 +339,15 @@ class Checker:
             return
         if why == Reason.RELEASED and node in self.released:
             return
+        if why == Reason.RELEASED and any((node, label) in self.lost_labels for label in self.labels(process.task)):
+            return
+        if why == Reason.FENCED and node in self.lost_rights:
+            return
         raise Violated(8, f"{process.key} on {node} was told to end as {why} without cause")
+
+    def labels(self, task: TaskId) -> tuple[str, ...]:
+        """The labels of a task."""
+        return self.tasks[task][0].spec.clearance
 
     def overdue(self, node: NodeId, process: Process, late_s: float) -> None:
         """A process that executes is looked at: `late_s` past its deadline and the margin."""

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from unittest import mock
 
-from spinetta import claims, codec, holdings, keys, lifecycle, queue, recover, steal, txn
+from spinetta import accesstxn, claims, codec, holdings, keys, lifecycle, queue, recover, steal, trustcodec, txn
+from spinetta.access import NodeAcl, NodeRole
 from spinetta.events import LeaveWanted, SetDraining
-from spinetta.model import IncarnationId, NodeId, QueueHint, State, TaskId, TaskSpec
+from spinetta.model import IncarnationId, NodeId, QueueHint, Revision, State, TaskId, TaskSpec
 from spinetta.session import Phase
 from spinetta.settings import AgentSettings
 from tests.builders import node_record
 from tests.sim.etcd_model import EtcdModel
-from tests.sim.faults import Fault, Plan, Rates
+from tests.sim.faults import CANDIDATES, LABELS, Fault, Plan, Rates
 from tests.sim.invariants import Ability, Checker
 from tests.sim.machine import Machine
 from tests.sim.shim_model import Script
@@ -75,6 +76,9 @@ class World:
         self.submitted: dict[TaskId, Wish] = {}
         self.cancelled: dict[TaskId, Wish] = {}
         self.machines: dict[NodeId, Machine] = {m.name: Machine(self, m, self._settings(m.name)) for m in plan.machines}
+        if plan.secured:
+            for m in plan.machines:
+                self.rights_become(NodeAcl(m.name, NodeRole.VOTER, m.clearances, effective=m.clearances))
         for m in plan.machines:
             self.at(m.joins_s, self.machines[m.name].boot)
         for at_s, spec in plan.submits:
@@ -98,7 +102,8 @@ class World:
             kill_margin_s=self.plan.kill_margin_s,
             clock_rate_error=self.plan.rho,
             reconcile_s=self.plan.reconcile_s,
-            candidate=self.plan.machines.index(m) < 3,
+            candidate=self.plan.machines.index(m) < CANDIDATES,
+            secured=self.plan.secured,
         )
 
     # --- time --------------------------------------------------------------------------------------------------
@@ -215,6 +220,8 @@ class World:
                 machine.disconnect(fault.for_s)
             case "admin":
                 self._administer(machine, fault)
+            case "rights":
+                self._change_rights(machine, fault)
 
     def _administer(self, machine: Machine, fault: Fault) -> None:
         if fault.mode == "drain":
@@ -231,6 +238,59 @@ class World:
         machine.returning = True
         machine.tell(LeaveWanted(release=fault.mode == "release"))
         self.after(fault.for_s + 2.0, self._rejoin, machine)
+
+    # --- rights ---
+
+    def rights_of(self, node: NodeId) -> NodeAcl | None:
+        """What the store says of a node's rights; None in an open cluster."""
+        kv = self.model.get(keys.acl_node(node))
+        return None if kv is None else trustcodec.decode(NodeAcl, kv.value)
+
+    def rights_become(self, acl: NodeAcl) -> None:
+        """An administrator writes a node's rights."""
+        kv = self.model.get(keys.acl_node(NodeId(acl.name)))
+        seen = accesstxn.Seen(keys.acl_node(NodeId(acl.name)), kv.modified if kv is not None else Revision(0))
+        change = accesstxn.Change(seen, trustcodec.encode(acl))
+        if acl.revoked:
+            body = accesstxn.revoke_node(NodeId(acl.name), change, (), None, ())
+        else:
+            body = accesstxn.change((change,))
+        assert isinstance(self.on_store(lambda: self.model.commit(body)), txn.Committed)
+
+    def _change_rights(self, machine: Machine, fault: Fault) -> None:
+        if fault.mode in ("claim", "finish", "renew"):  # thrown out while just that is under way
+            machine.revoke_on = fault.mode, fault.for_s
+            return
+        acl = self.rights_of(machine.name)
+        if acl is None or acl.revoked:
+            return
+        if fault.mode == "revoke":
+            self.throw_out(machine, fault.for_s)
+            return
+        cleared = {"withdraw": (), "grant": LABELS, "rewrite": acl.effective}[fault.mode]
+        self.rights_become(replace(acl, clearances=cleared, effective=cleared))
+        back = next(m.clearances for m in self.plan.machines if m.name == machine.name)
+        self.at(min(self.now + fault.for_s, self.plan.horizon_s), self._rights_again, machine, back)
+
+    def _rights_again(self, machine: Machine, cleared: tuple[str, ...]) -> None:
+        acl = self.rights_of(machine.name)
+        if acl is not None and not acl.revoked:
+            self.rights_become(replace(acl, clearances=cleared, effective=cleared))
+
+    def throw_out(self, machine: Machine, for_s: float) -> None:
+        """An administrator revokes a node's rights, and perhaps lets it in again."""
+        acl = self.rights_of(machine.name)
+        if acl is None or acl.revoked:
+            return
+        self.rights_become(replace(acl, revoked=True))
+        if for_s < float("inf"):
+            self.at(min(self.now + for_s, self.plan.horizon_s), self._let_in, machine)
+
+    def _let_in(self, machine: Machine) -> None:
+        acl = self.rights_of(machine.name)
+        assert acl is not None
+        if acl.revoked:
+            self.rights_become(replace(acl, revoked=False))
 
     def _rejoin(self, machine: Machine) -> None:
         """One that has left comes back; one that has not yet is told to stay."""
@@ -254,7 +314,7 @@ class World:
         self.stalled_until_s = min(self.stalled_until_s, self.now)
         self._etcd_back()
         for machine in self.machines.values():
-            machine.crash_on = None
+            machine.crash_on = machine.revoke_on = None
             machine.boot()
             machine.start_daemon()
             machine.tell(SetDraining(False))
@@ -349,6 +409,10 @@ class World:
             if machine.up:
                 machine.shim_moves()
                 machine.check_deadlines()
+            revoked = machine.daemon is not None and machine.daemon.agent.session.revoked
+            if revoked and not self._thrown_out(machine):  # what was said to a daemon is final: it joins anew
+                machine.crash_daemon()
+                machine.start_daemon()
         self.after(0.25, self._look_round)
 
     def _rest(self) -> None:
@@ -365,7 +429,7 @@ class World:
 
     def unsettled(self) -> str | None:
         """What has not come to its end yet; None when all has."""
-        alive = [m for m in self.machines.values() if not m.gone and not m.left]
+        alive = [m for m in self.machines.values() if not m.gone and not m.left and not self._thrown_out(m)]
         for spec_id in self.submitted:
             known = self.checker.tasks.get(spec_id)
             if known is None:
@@ -373,7 +437,7 @@ class World:
             task = known[0]
             if task.state is State.COMPLETE:
                 continue
-            if task.state is State.QUEUED and not any(_may_run(task.spec, m) for m in alive):
+            if task.state is State.QUEUED and not any(self._may_run(task.spec, m) for m in alive):
                 continue
             return f"{spec_id} is {task.state.name}: {task}"
         for name, machine in self.machines.items():
@@ -393,10 +457,13 @@ class World:
         if machine.daemon is None:
             return "has no daemon"
         agent = machine.daemon.agent
-        if agent.leaving:
+        thrown_out = self._thrown_out(machine)
+        if agent.leaving and not thrown_out:
             return "has not left"
-        if agent.session.phase is not Phase.ACTIVE:
+        if agent.session.phase is not (Phase.REVOKED if thrown_out else Phase.ACTIVE):
             return f"is {agent.session.phase}"
+        if thrown_out and name in self.checker.lives:
+            return "was thrown out and has not been closed"
         if machine.shim.held:
             return f"its shim holds {list(machine.shim.held)}"
         if agent.claims.round is not None:
@@ -405,11 +472,15 @@ class World:
             return f"its holdings are {agent.holdings.held} {agent.holdings.processes}"
         return None
 
+    def _thrown_out(self, machine: Machine) -> bool:
+        acl = self.rights_of(machine.name)
+        return acl is not None and acl.revoked
 
-def _may_run(spec: TaskSpec, machine: Machine) -> bool:
-    record = machine.settings.record
-    return (
-        spec.resources.fits_in(record.capacity)
-        and set(spec.tags_required) <= set(record.tags)
-        and not set(spec.tags_forbidden) & set(record.tags)
-    )
+    def _may_run(self, spec: TaskSpec, machine: Machine) -> bool:
+        record, acl = machine.settings.record, self.rights_of(machine.name)
+        return (
+            spec.resources.fits_in(record.capacity)
+            and set(spec.tags_required) <= set(record.tags)
+            and not set(spec.tags_forbidden) & set(record.tags)
+            and set(spec.clearance) <= set(acl.effective if acl is not None else ())
+        )
