@@ -302,7 +302,9 @@ def _utc(time_s: float) -> datetime.datetime:
 
 
 def _common_name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])  # 64: the most that X.509 allows
+    """For people to read. X.509 allows 1 to 64 bytes."""
+    text = name.encode(errors="replace")[:64].decode(errors="ignore") or "-"
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
 def _uri(cluster: str, kind: Literal["node", "user"], name: str) -> x509.UniformResourceIdentifier:
