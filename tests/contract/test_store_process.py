@@ -11,6 +11,7 @@ import pytest
 from spinetta.errors import UserError
 from spinetta.store.process import (
     EtcdSettings,
+    EtcdTls,
     check_version,
     etcd_argv,
     etcd_version,
@@ -56,6 +57,48 @@ def test_arguments() -> None:
     ]
     assert "--initial-cluster-state=new" in etcd_argv(SETTINGS)
     assert "--feature-gates=InitialCorruptCheck=true" in etcd_argv(SETTINGS, (3, 6, 14))
+
+
+SECURED = replace(
+    SETTINGS,
+    client_url="https://10.0.0.1:7221",
+    peer_url="https://10.0.0.1:7222",
+    tls=EtcdTls(Path("/data/trust/etcd-ca.pem"), Path("/data/trust/etcd.pem"), Path("/data/trust/etcd.key")),
+)
+
+
+def test_arguments_under_tls() -> None:
+    more = etcd_argv(SECURED)[len(etcd_argv(SETTINGS)) :]
+    assert more == [
+        "--cert-file=/data/trust/etcd.pem",
+        "--key-file=/data/trust/etcd.key",
+        "--trusted-ca-file=/data/trust/etcd-ca.pem",
+        "--client-cert-auth=true",
+        "--peer-cert-file=/data/trust/etcd.pem",
+        "--peer-key-file=/data/trust/etcd.key",
+        "--peer-trusted-ca-file=/data/trust/etcd-ca.pem",
+        "--peer-client-cert-auth=true",
+        "--experimental-peer-skip-client-san-verification=true",
+        "--cipher-suites=TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,"
+        "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",
+        "--enable-grpc-gateway=false",
+    ]
+    assert "--peer-skip-client-san-verification=true" in etcd_argv(SECURED, (3, 6, 14))
+    assert "--experimental-peer-skip-client-san-verification=true" in etcd_argv(SECURED, (3, 5, 33))
+    etcd_argv(replace(SECURED, client_url="https://127.0.0.2:7221", peer_url="https://[2001:db8::1]:7222"))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://10.0.0.1:1", "https://host:1", "https://10.0.0.1", ""])
+def test_under_tls_nothing_is_plain(url: str) -> None:
+    for settings in (replace(SECURED, client_url=url), replace(SECURED, peer_url=url)):
+        with pytest.raises(UserError, match="is not https://ADDRESS:PORT"):
+            etcd_argv(settings)
+
+
+@pytest.mark.parametrize("url", ["https://0.0.0.0:1", "https://[::]:1", "https://224.0.0.1:1"])
+def test_an_address_is_of_one_machine(url: str) -> None:
+    with pytest.raises(UserError, match="is not one machine's"):
+        etcd_argv(replace(SECURED, peer_url=url))
 
 
 @pytest.mark.parametrize("url", ["http://10.0.0.1:1", "http://0.0.0.0:1", "https://127.0.0.1:1", "http://[::1]:1"])
