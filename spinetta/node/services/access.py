@@ -1,0 +1,139 @@
+"""What the services of trust have in common: reading records with what guards them, writing, asking for rights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from spinetta import keys, names, trustcodec
+from spinetta.access import GroupAcl
+from spinetta.accesstxn import Change, Seen
+from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.model import Revision
+from spinetta.node.services import limits
+from spinetta.node.services.desk import Asked
+from spinetta.store.protocol import KeyValue, Store
+from spinetta.txn import Committed, Txn
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+CLEARANCES_MAX = 64  # labels of one node, user, group or token: each is a key to wrap for every node that has it
+GROUPS_MAX = 32  # of one node: all are read to decide about it
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Records as they were read at one revision: what a decision rests on."""
+
+    entries: Mapping[str, KeyValue | None] = field(repr=False)
+
+    def value(self, kind: type[T], key: str) -> T | None:
+        """The record; None when there is none."""
+        entry = self.entries[key]
+        return trustcodec.decode(kind, entry.value) if entry is not None else None
+
+    def seen(self, key: str) -> Seen:
+        """The guard that it is still so."""
+        entry = self.entries[key]
+        return Seen(key, entry.modified if entry is not None else Revision(0))
+
+    def change(self, key: str, value: object) -> Change:
+        """A new value for it."""
+        return Change(self.seen(key), trustcodec.encode(value))
+
+
+async def read(store: Store, those: Sequence[str]) -> Entries:
+    """Read records at one revision."""
+    return Entries((await store.read(those)).entries)
+
+
+async def read_under(store: Store, prefix: str, kind: type[T], limit: int) -> dict[str, tuple[T, Seen]]:
+    """All records under a prefix, by key, each with its guard.
+
+    Raises:
+        UserError: there are more than `limit`, which cannot have come about by our calls.
+    """
+    page = await store.list(prefix, limit=limit + 1)
+    if len(page.entries) > limit:
+        raise UserError(f"there are more than {limit} records under {prefix}", reason="too-large")
+    return {e.key: (trustcodec.decode(kind, e.value), Seen(e.key, e.modified)) for e in page.entries}
+
+
+async def read_groups(store: Store, wanted: Sequence[str]) -> tuple[tuple[GroupAcl, ...], list[Seen]]:
+    """The records of groups, and what was seen. A group without a record grants nothing."""
+    if not wanted:
+        return (), []
+    of = {keys.acl_group(name): name for name in wanted}
+    found = await read(store, list(of))
+    groups = tuple(found.value(GroupAcl, key) or GroupAcl(name) for key, name in of.items())
+    return groups, [found.seen(key) for key in of]
+
+
+async def check_room(store: Store, prefix: str, limit: int, what: str, hint: str) -> None:
+    """See that one more record may be made.
+
+    Raises:
+        UserError: there are as many as there may be.
+    """
+    page = await store.list(prefix, keys_only=True, limit=limit)
+    if len(page.entries) >= limit:
+        raise UserError(f"there are {limit} {what} already, and no more may be", hint=hint, reason="too-many")
+
+
+async def settle(attempt: Callable[[], Awaitable[A | None]]) -> A:
+    """Look and try until it is settled: None from `attempt`: something changed meanwhile, look again.
+
+    An attempt whose answer was lost is made again too: it reads what has come about.
+
+    Raises:
+        StoreUnavailable: it does not come to rest.
+        OutcomeUnknown: the last attempt's answer was lost.
+    """
+    unknown: OutcomeUnknown | None = None
+    for i in range(limits.TRIES_MAX):
+        try:
+            found = await attempt()
+        except OutcomeUnknown as e:
+            unknown, found = e, None
+        else:
+            unknown = None
+        if found is not None:
+            return found
+        await asyncio.sleep(limits.TRY_WAIT_S * 2**i)
+    raise unknown or StoreUnavailable("the records of rights change too fast: nothing was changed by this call")
+
+
+async def committed(store: Store, txn: Txn, asked: Asked) -> bool:
+    """Whether a transaction went through; False: look again. The audit log is told at which revision."""
+    result = await store.commit(txn)
+    if isinstance(result, Committed):
+        asked.revision = result.revision
+        return True
+    return False
+
+
+def clearances(labels: Iterable[str], where: str) -> tuple[str, ...]:
+    """Labels, checked, sorted, each once.
+
+    Raises:
+        UserError: one is none, or there are too many.
+    """
+    found = sorted({names.check_clearance(label, where) for label in labels})
+    if len(found) > CLEARANCES_MAX:
+        raise UserError(f"at most {CLEARANCES_MAX} clearances", field=where, reason="too-many")
+    return tuple(found)
+
+
+def groups(those: Iterable[str], where: str) -> tuple[str, ...]:
+    """Names of groups, checked, sorted, each once.
+
+    Raises:
+        UserError: one is none, or there are too many.
+    """
+    found = sorted({names.check_tag(name, where) for name in those})
+    if len(found) > GROUPS_MAX:
+        raise UserError(f"at most {GROUPS_MAX} groups", field=where, reason="too-many")
+    return tuple(found)
