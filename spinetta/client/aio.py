@@ -13,6 +13,7 @@ from spinetta.client import streams, views
 from spinetta.client.admin import AsyncAdmin
 from spinetta.client.channels import Nodes
 from spinetta.client.credentials import Bearer, Source, check_reachable, make_dialer
+from spinetta.client.sealing import STALE, TRIES_MAX, Sealer
 from spinetta.client.specs import TaskOptions, make_spec
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.errors import UserError
@@ -75,6 +76,7 @@ class AsyncClient:
         check_reachable(addresses, dialer)
         self._nodes = Nodes(addresses, timeout_s, patience_s, dialer)
         self.admin = AsyncAdmin(self._nodes)
+        self._sealer = Sealer(self._nodes)
 
     @classmethod
     def from_settings(cls, settings: ClientSettings, *, first_contact_s: float | None = None) -> Self:
@@ -113,23 +115,43 @@ class AsyncClient:
         """Submit tasks, in as few requests as their sizes allow; the answers are in order.
 
         Checked as a whole before anything is sent. When a later request fails, the tasks of those before it are
-        submitted: try again with the same ids, which changes nothing for them.
+        submitted: try again with the same ids, which changes nothing for them. What tasks with clearance labels run
+        is sealed here: no node that is not cleared for it can read it, nor can `get` show it.
         """
         checked = list(specs)
         seen: dict[str, int] = {}
         for i, spec in enumerate(checked):
-            validate.check_spec(spec, f"tasks[{i}]")
+            validate.check_spec(spec, f"tasks[{i}]", to_be_sealed=True)
             if seen.setdefault(spec.id, i) != i:
                 raise UserError(
                     f"the id of tasks[{seen[spec.id]}] is given again",
                     field=f"tasks[{i}].id",
                     hint="give each task its own id",
                 )
+        try:
+            return await self._submit_sealed(checked)
+        finally:
+            self._sealer.trim()
+
+    async def _submit_sealed(self, specs: Sequence[TaskSpec]) -> list[views.Submitted]:
         done: list[views.Submitted] = []
-        for request in _requests(checked):
-            answer = await self._submit(request, first=len(done))
-            done += [views.Submitted(TaskId(t.id), t.existed) for t in answer.tasks]
+        ready = await self._sealer.seal(specs)
+        tries = 1
+        while len(done) < len(specs):
+            try:
+                for request in _requests(ready[len(done) :]):
+                    answer = await self._submit(request, first=len(done))
+                    done += [views.Submitted(TaskId(t.id), t.existed) for t in answer.tasks]
+            except UserError as e:
+                if e.reason != STALE or tries >= TRIES_MAX:
+                    raise
+                tries += 1
+                ready = await self._sealer.seal(specs, anew=True)
         return done
+
+    async def put_secret(self, name: str, content: bytes, *, owner: str = "", labels: Sequence[str] = ()) -> int:
+        """Store a secret for one's tasks, or those of a project; its version. See `Sealer.put_secret`."""
+        return await self._sealer.put_secret(name, content, owner=owner, labels=labels)
 
     async def _submit(self, request: api.SubmitRequest, first: int) -> api.SubmitResponse:
         try:

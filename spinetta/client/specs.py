@@ -36,6 +36,8 @@ class TaskOptions(TypedDict, total=False):
     restart: bool
     grace: float | str
     owner: str
+    clearance: str | Sequence[str]
+    secrets: str | Sequence[str] | Mapping[str, str]
 
 
 def new_id() -> TaskId:
@@ -65,6 +67,8 @@ def make_spec(
     restart: bool = True,
     grace: float | str = 0,
     owner: str = "",
+    clearance: str | Sequence[str] = (),
+    secrets: str | Sequence[str] | Mapping[str, str] = (),
 ) -> TaskSpec:
     """A checked task specification.
 
@@ -87,6 +91,9 @@ def make_spec(
         restart: whether it starts again when its node is lost.
         grace: how long it may run on without contact to the cluster; 0: the cluster's default.
         owner: for people and filters.
+        clearance: labels; only nodes cleared for all of them run it, and what it runs is sealed for them.
+        secrets: of its owner, given to it as files in the directory that ``$SPINETTA_SECRETS`` names; ``"token"``,
+            ``"token:file"``, several, or a mapping from name to file.
 
     Raises:
         UserError: names the argument.
@@ -120,9 +127,11 @@ def make_spec(
         restart_on_node_failure=restart,
         owner=owner,
         grace_s=units.parse_duration(grace, "grace"),
+        clearance=_tags("clearance", clearance),
+        secrets=_secrets(secrets),
     )
     try:
-        validate.check_spec(spec, "")
+        validate.check_spec(spec, "", to_be_sealed=True)
     except UserError as e:
         raise UserError(e.message, field=_our_name(e.field), hint=e.hint, reason=e.reason) from e
     return spec
@@ -162,6 +171,16 @@ def _tags(key: str, given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(set(found)))
 
 
+def _secrets(given: str | Sequence[str] | Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    if isinstance(given, Mapping):
+        return tuple(sorted(_text_table("secrets", given).items()))
+    refs = []
+    for text in _checked("secrets", given if isinstance(given, str | list) else list(given)):
+        name, _, file = text.partition(":")
+        refs.append((name, file or name))
+    return tuple(refs)
+
+
 # What records call it → what people call it.
 _NAMES = {
     "working_directory": "workdir",
@@ -187,9 +206,10 @@ def _our_name(field: str) -> str:
 
 # --- tasks from a mapping (an entry of a task file) --------------------------------------------------------------
 
-_TEXT, _LIST, _WHOLE, _AMOUNT, _BOOL, _TABLE = (
+_TEXT, _LIST, _LIST_OR_TABLE, _WHOLE, _AMOUNT, _BOOL, _TABLE = (
     "text",
     "a list of text",
+    "a list of text or a table",
     "a whole number",
     "an amount",
     "yes or no",
@@ -216,6 +236,8 @@ ENTRY_KEYS: Mapping[str, str] = {
     "restart": _BOOL,
     "grace": _AMOUNT,
     "owner": _TEXT,
+    "clearance": _LIST,
+    "secrets": _LIST_OR_TABLE,
 }
 
 
@@ -254,7 +276,9 @@ def _checked(key: str, value: Any) -> Any:
         good = isinstance(value, str) or _is_list_of_text(value)
     elif kind == _TEXT:
         good = isinstance(value, str)
-    elif kind == _LIST:
+    elif kind in (_LIST, _LIST_OR_TABLE):
+        if kind == _LIST_OR_TABLE and isinstance(value, Mapping):
+            return _text_table(key, value)
         if isinstance(value, str):
             return [word.strip() for word in value.split(",") if word.strip()]
         good = _is_list_of_text(value)

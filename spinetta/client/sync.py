@@ -140,6 +140,10 @@ class Client:
         """Submit tasks, in as few requests as their sizes allow; the answers are in order."""
         return self._run(self._client.submit_many(specs))
 
+    def put_secret(self, name: str, content: bytes, *, owner: str = "", labels: Sequence[str] = ()) -> int:
+        """Store a secret for one's tasks, or those of a project; its version."""
+        return self._run(self._client.put_secret(name, content, owner=owner, labels=labels))
+
     def task(self, task_id: str) -> TaskHandle:
         """A handle for a task by its id or a unique fragment of it; asks nobody yet."""
         return TaskHandle(self, TaskId(validate.id_fragment(task_id, "id")))
