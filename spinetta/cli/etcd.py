@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spinetta.cli import output
-from spinetta.cli.base import client_options, json_option, with_client
+from spinetta.cli.base import P, T, client_options, json_option, with_client
 from spinetta.errors import NotFound, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
@@ -22,15 +24,32 @@ if TYPE_CHECKING:
 
 INPUT_BYTES_MAX = 64 << 20  # of `decode`; a value has at most 1.5 MiB
 ETCDCTL_LIMIT_S = 15.0
+# etcdctl's variables, its flags, and the files of a voter.
+CREDENTIALS = (
+    ("ETCDCTL_CACERT", "--cacert", "etcd-ca.pem"),
+    ("ETCDCTL_CERT", "--cert", "etcd.pem"),
+    ("ETCDCTL_KEY", "--key", "etcd.key"),
+)
+
+
+def data_dir_option(command: Callable[P, T]) -> Callable[P, T]:
+    """``--data-dir``."""
+    return click.option(
+        "--data-dir", metavar="PATH", help="Of this machine's node, where etcd's certificate is [SPINETTA_DATA_DIR]."
+    )(command)
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@data_dir_option
 @client_options
-def etcdctl(arguments: tuple[str, ...], node: str | None, timeout: str | None, config_file: str | None) -> None:
+def etcdctl(
+    arguments: tuple[str, ...], data_dir: str | None, node: str | None, timeout: str | None, config_file: str | None
+) -> None:
     """Run etcdctl against the cluster's etcd, with all voters as endpoints.
 
     Options of ours (--node, …) stand before etcdctl's. Reading is safe; writing behind the cluster's back is not.
+    In a cluster with certificates it works on voters only, for their administrator: etcd knows voters and nobody else.
 
     \b
     Examples:
@@ -44,6 +63,8 @@ def etcdctl(arguments: tuple[str, ...], node: str | None, timeout: str | None, c
         environment = {**os.environ, "ETCDCTL_API": "3"}
     else:
         environment = _environment(node, timeout, config_file)
+    urls = [environment.get("ETCDCTL_ENDPOINTS", ""), *arguments]
+    environment |= _credentials(urls, data_dir, config_file, arguments)
     sys.stdout.flush()
     os.execve(program, ["etcdctl", *arguments], environment)  # noqa: S606 - becomes etcdctl: same streams, same exit code
 
@@ -66,15 +87,48 @@ def _environment(node: str | None, timeout: str | None, config_file: str | None)
     return {**os.environ, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": ",".join(urls)}
 
 
+def _credentials(
+    urls: Sequence[str], data_dir: str | None, config_file: str | None, arguments: Sequence[str] = ()
+) -> dict[str, str]:
+    """The variables that name this voter's etcd certificate, its key and its CAs; none for plain text.
+
+    Raises:
+        UserError: they are needed, and this user on this machine does not have them.
+    """
+    if not any("https://" in url for url in urls):
+        return {}
+    from spinetta.cli.node import resolved_node
+
+    trust = Path(resolved_node({"data_dir": data_dir}, config_file).settings.data_dir) / "trust"
+    found = {}
+    for variable, flag, name in CREDENTIALS:
+        if variable in os.environ or any(a == flag or a.startswith(f"{flag}=") for a in arguments):
+            continue  # told otherwise
+        path = trust / name
+        try:
+            path.open("rb").close()
+        except OSError as e:
+            raise UserError(
+                f"the cluster's etcd asks for a voter's certificate, and {path} cannot be read: {e.strerror}",
+                hint="run this on a voter, as root or the user of its node; --data-dir says where that keeps its data",
+                field="data_dir",
+                reason="no-etcd-certificate",
+            ) from None
+        found[variable] = str(path)
+    return found
+
+
 @click.command()
 @click.argument("key", required=False)
 @click.option("--type", "type_", metavar="TYPE", help="task, queued, running, node, incarnation, office or generation.")
 @json_option
+@data_dir_option
 @client_options
 def decode(
     key: str | None,
     type_: str | None,
     as_json: bool,  # noqa: ARG001 - it is JSON anyway; errors look at the command line
+    data_dir: str | None,
     node: str | None,
     timeout: str | None,
     config_file: str | None,
@@ -96,7 +150,8 @@ def decode(
     if type_ is not None and type_ not in TYPES:
         raise UserError(f"there is no type {type_!r}", field="type", hint=", ".join(TYPES))
     if key is not None:
-        value = _fetch(key, node, timeout, config_file)
+        environment = _environment(node, timeout, config_file)
+        value = _fetch(key, environment | _credentials([environment["ETCDCTL_ENDPOINTS"]], data_dir, config_file))
         output.put_json(_decoded(type_ or key, value))
         return
     data = sys.stdin.buffer.read(INPUT_BYTES_MAX + 1)
@@ -149,12 +204,12 @@ def _etcdctl_json(data: bytes) -> list[tuple[str, bytes]] | None:
         return None
 
 
-def _fetch(key: str, node: str | None, timeout: str | None, config_file: str | None) -> bytes:
+def _fetch(key: str, environment: dict[str, str]) -> bytes:
     program = _program()
     try:
         done = subprocess.run(
             [program, "get", "-w", "json", "--", key],
-            env=_environment(node, timeout, config_file),
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=ETCDCTL_LIMIT_S,
