@@ -175,7 +175,8 @@ def _secrets(given: str | Sequence[str] | Mapping[str, str]) -> tuple[tuple[str,
     if isinstance(given, Mapping):
         return tuple(sorted(_text_table("secrets", given).items()))
     refs = []
-    for text in _checked("secrets", given if isinstance(given, str | list) else list(given)):
+    as_list = given if isinstance(given, str | list) or not isinstance(given, Iterable) else list(given)
+    for text in _checked("secrets", as_list):
         name, _, file = text.partition(":")
         refs.append((name, file or name))
     return tuple(refs)
