@@ -53,6 +53,8 @@ class ErrorDetail(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    OBJECT_FIELD_NUMBER: _builtins.int
     field: _builtins.str
     """e.g. "tasks[3].resources.memory_bytes" """
     reason: _builtins.str
@@ -60,6 +62,10 @@ class ErrorDetail(_message.Message):
     message: _builtins.str
     hint: _builtins.str
     """what to do"""
+    retry_after_s: _builtins.float
+    """reason "busy": wait so long before the next try"""
+    object: _builtins.str
+    """with "ask-node": the full id of what was asked for by a fragment"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Nodes to ask instead: of voters for "ask-a-voter", of the node that has it for "ask-node"."""
@@ -72,10 +78,12 @@ class ErrorDetail(_message.Message):
         message: _builtins.str = ...,
         hint: _builtins.str = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
+        retry_after_s: _builtins.float = ...,
+        object: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "field", b"field", "hint", b"hint", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "field", b"field", "hint", b"hint", "message", b"message", "object", b"object", "reason", b"reason", "retry_after_s", b"retry_after_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
