@@ -15,7 +15,7 @@ from spinetta.errors import SpinettaError, UserError
 
 if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient
-    from spinetta.config import FileTable, ResolvedClient
+    from spinetta.config import ClientSettings, FileTable, ResolvedClient
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,8 +48,18 @@ def config_option(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def client_options(command: Callable[P, T]) -> Callable[P, T]:
-    """``--node``, ``--timeout``, ``--config``: which cluster to talk to."""
+    """``--node``, ``--timeout``, ``--config``: which cluster to talk to, and as whom.
+
+    ``--credentials`` and ``--bearer-file`` are kept in click's context until `with_client` asks for them.
+    """
     command = config_option(command)
+    for key, metavar, text in (
+        ("bearer_file", "FILE", "OIDC bearer token to use instead of a certificate (SPINETTA_BEARER_FILE)."),
+        ("credentials", "FILE|none", "From `spinetta login` (SPINETTA_CREDENTIALS); none: plain text."),
+    ):
+        command = click.option(
+            "--" + key.replace("_", "-"), key, metavar=metavar, expose_value=False, callback=_keep, help=text
+        )(command)
     command = click.option("--timeout", metavar="TIME", help="How long one call may take (SPINETTA_TIMEOUT; 20s).")(
         command
     )
@@ -58,6 +68,12 @@ def client_options(command: Callable[P, T]) -> Callable[P, T]:
         metavar="HOST:PORT,…",
         help="Nodes to talk to, tried in order (SPINETTA_NODE; 127.0.0.1:7220). Any node of the cluster will do.",
     )(command)
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value:
+        # What is typed is meant from here; files and variables are read anywhere.
+        ctx.meta[f"spinetta.{param.name}"] = value if value == "none" else os.path.abspath(value)  # noqa: PTH100
 
 
 def config_files(chosen: str | None) -> list[FileTable]:
@@ -100,9 +116,35 @@ FIRST_CONTACT_S = 2.0  # a person has typed a wrong address; who wants more pati
 
 
 def _resolved_client(node: str | None, timeout: str | None, config_file: str | None) -> ResolvedClient:
+    """The client's settings: of the credentials, when none are named the usual file, and of its nodes likewise."""
+    from dataclasses import replace
+
     from spinetta.config import resolve_client
 
-    return resolve_client({"node": node, "timeout": timeout}, os.environ, config_files(config_file))
+    flags: dict[str, str | None] = {"node": node, "timeout": timeout}
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        flags |= {key: context.meta.get(f"spinetta.{key}") for key in ("credentials", "bearer_file")}
+    resolved = resolve_client(flags, os.environ, config_files(config_file))
+    settings = resolved.settings
+    if not settings.credentials:
+        usual = usual_credentials()
+        if usual is None:
+            return resolved
+        settings = replace(settings, credentials=str(usual))
+    if settings.credentials != "none" and resolved.origins["nodes"].kind == "default":
+        from spinetta.client.credentials import load
+
+        settings = replace(settings, nodes=load(Path(settings.credentials)).nodes or settings.nodes)
+    return replace(resolved, settings=settings)
+
+
+def usual_credentials() -> Path | None:
+    """``~/.config/spinetta/credentials.pem``, if it is there."""
+    from spinetta.client.credentials import default_path
+
+    path = default_path()
+    return path if path.exists() else None
 
 
 def with_client(
@@ -123,9 +165,27 @@ def with_client(
 
     async def run() -> T:
         async with AsyncClient.from_settings(resolved.settings, first_contact_s=patience_s) as client:
-            return await work(client)
+            found = await work(client)
+            await _renewed(client, resolved.settings)
+            return found
 
     return asyncio.run(run())
+
+
+async def _renewed(client: AsyncClient, settings: ClientSettings) -> None:
+    """Renew the certificate when it is time; a command that has done its work never fails because of that."""
+    import time
+
+    if settings.credentials in ("", "none") or settings.bearer_file:
+        return
+    from spinetta.client.login import renew
+
+    try:
+        warning = await renew(client, Path(settings.credentials), time.time())
+    except SpinettaError:  # e.g. its directory is not ours to write to
+        return
+    if warning:
+        output.tell(f"warning: {warning}")
 
 
 def default_data_dir() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spinetta.errors import (
+    Denied,
     Fenced,
     InvariantViolation,
     NotFound,
@@ -20,6 +21,8 @@ NOT_FOUND = 3
 UNAVAILABLE = 4
 TIMED_OUT = 5
 UNKNOWN = 6
+DENIED = 7
+UNAUTHENTICATED = 8
 BUG = 70
 INTERRUPTED = 130
 
@@ -40,6 +43,8 @@ Exit codes:
   4    no node could answer; nothing was changed
   5    the time was over
   6    no answer came: it may have happened, look before trying again
+  7    you may not do this
+  8    the cluster does not know you: log in
   70   a bug in Spinetta
   130  Ctrl-C
 
@@ -58,6 +63,8 @@ def code_of(error: SpinettaError) -> int:
     match error:
         case NotFound():
             return NOT_FOUND
+        case Denied():
+            return UNAUTHENTICATED if error.reason == "unauthenticated" else DENIED
         case UserError():
             return UNAVAILABLE if error.reason == "node-unreachable" else USAGE
         case StoreUnavailable() | Fenced() | RuntimeUnavailable():

@@ -86,6 +86,12 @@ class AsyncAdmin:
         m = await self._nodes.trust(lambda stub: stub.WhoAmI, trust.WhoAmIRequest())
         return WhoAmI(m.kind, m.name, m.role, tuple(m.projects), tuple(m.clearances), m.expires_ms, m.cluster)
 
+    async def renew_certificate(self, csr_pem: bytes, timeout_s: float) -> trust.Certificates:
+        """A fresh certificate for the identity of the present one; see `login.renew`."""
+        request = trust.RenewRequest(csr=csr_pem)
+        answer = await self._nodes.trust(lambda stub: stub.Renew, request, writes=True, timeout_s=timeout_s)
+        return answer.certificates
+
     # --- tokens ------------------------------------------------------------------------------------------------
 
     async def create_token(

@@ -46,5 +46,5 @@ def test_exit_codes() -> None:
     listed = [int(c) for c in re.findall(r"^\| (\d+) \|", (DOCS / "tasks.md").read_text(), re.M)]
     assert listed == [
         exits.OK, exits.TASK_FAILED, exits.USAGE, exits.NOT_FOUND, exits.UNAVAILABLE, exits.TIMED_OUT, exits.UNKNOWN,
-        exits.BUG, exits.INTERRUPTED,
+        exits.DENIED, exits.UNAUTHENTICATED, exits.BUG, exits.INTERRUPTED,
     ]  # fmt: skip

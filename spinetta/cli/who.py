@@ -1,0 +1,127 @@
+"""What commands about rights share: words from options, documents and cells of tables, completion of names."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from spinetta.cli import output
+from spinetta.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from click.shell_completion import CompletionItem
+
+    from spinetta.client.admin import Access
+
+E = TypeVar("E", bound=enum.IntEnum)
+
+COMPLETION_LIMIT_S = "1s"  # somebody has pressed Tab and waits
+
+
+def words(given: Iterable[str]) -> tuple[str, ...]:
+    """Options that may be repeated or hold commas, as sorted words: ``-c a,b -c c`` → a, b, c."""
+    return tuple(sorted({w.strip() for text in given for w in text.split(",") if w.strip()}))
+
+
+def labels(given: Iterable[str], field: str = "clearance") -> tuple[str, ...]:
+    """The same for clearance labels.
+
+    Raises:
+        UserError: one is none.
+    """
+    from spinetta.names import check_clearance
+
+    return tuple(check_clearance(label, field) for label in words(given))
+
+
+def role_word(role: enum.IntEnum) -> str:
+    """As people write it."""
+    return role.name.lower()
+
+
+def role_of(kind: type[E], word: str) -> E:
+    """The role of a word from a list of choices."""
+    return kind[word.upper()]
+
+
+def document(value: Any, *, without: Sequence[str] = ()) -> Any:
+    """A record as plain data for JSON: roles as words, bytes in hexadecimal."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: document(getattr(value, f.name), without=without) for f in fields(value) if f.name not in without
+        }
+    if isinstance(value, tuple | list):
+        return [document(item, without=without) for item in value]
+    if isinstance(value, enum.IntEnum):
+        return role_word(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    return value
+
+
+def cell(given: Sequence[str]) -> str:
+    """Words in a table."""
+    return ",".join(given)
+
+
+def confirm(question: str, *, yes: bool, as_json: bool) -> None:
+    """Ask before what cannot be undone.
+
+    Raises:
+        UserError: nobody can be asked, and --yes was not given.
+        click.Abort: the answer is no.
+    """
+    if yes:
+        return
+    if as_json or not sys.stdin.isatty():
+        raise UserError(f"{question} Nobody is here to say so", field="yes", hint="add --yes")
+    click.confirm(question, abort=True, err=True)
+
+
+def done(text: str, found: object, *, as_json: bool) -> None:
+    """Say what was done: a line, or a document."""
+    if as_json:
+        output.put_json(found)
+    else:
+        output.say(text)
+
+
+def _completing(pick: Callable[[Access], Iterable[str]], incomplete: str) -> list[CompletionItem]:
+    """Names that begin so, asked of the cluster; nothing when it does not answer at once."""
+    from click.shell_completion import CompletionItem
+
+    from spinetta.cli.base import with_client
+    from spinetta.errors import SpinettaError
+
+    try:
+        found = with_client(lambda client: client.admin.members(), None, COMPLETION_LIMIT_S, None)
+    except SpinettaError:
+        return []
+    return [CompletionItem(name) for name in pick(found) if name.startswith(incomplete)]
+
+
+def complete_node(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Approved nodes."""
+    return _completing(lambda a: (n.name for n in a.nodes), incomplete)
+
+
+def complete_request(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Nodes that wait for approval."""
+    return _completing(lambda a: (r.name for r in a.requests), incomplete)
+
+
+def complete_user(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Users."""
+    return _completing(lambda a: (u.name for u in a.users), incomplete)
+
+
+def complete_group(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Groups."""
+    return _completing(lambda a: (g.name for g in a.groups), incomplete)
