@@ -34,7 +34,9 @@ class Call(enum.StrEnum):
     AUTHORITIES = "authorities"
     LABEL_KEYS = "label-keys"
     SECRETS = "secrets"
+    HEALTH = "health"
     REFLECTION = "reflection"
+    ENROLL = "enroll"  # join, log in, whom to believe
     PEER = "peer"  # TakeSeat and GiveUpSeat
     GATEWAY = "gateway"
 
@@ -152,6 +154,9 @@ _VOTER: Mapping[Call, Reach] = {
     Call.PEER: _ANY,
 }
 
+FOR_ALL = frozenset({Call.HEALTH, Call.ENROLL})
+"""What needs no identity."""
+
 RIGHTS: Mapping[UserRole, Mapping[Call, Reach]] = {
     UserRole.VIEWER: _VIEWER,
     UserRole.USER: _USER,
@@ -180,7 +185,7 @@ CHANGES = frozenset(
 )
 """Calls that change something."""
 
-AUDITED = CHANGES | {Call.LOG, Call.LABEL_KEYS}
+AUDITED = CHANGES | {Call.ENROLL, Call.LOG, Call.LABEL_KEYS}
 """Calls that the audit log tells of also when they are allowed. The gateway tells of its own."""
 
 DOING: Mapping[Call, str] = {
@@ -201,7 +206,9 @@ DOING: Mapping[Call, str] = {
     Call.AUTHORITIES: "see or rotate certificate authorities",
     Call.LABEL_KEYS: "get the keys of labels",
     Call.SECRETS: "handle secrets",
+    Call.HEALTH: "ask whether the node is well",
     Call.REFLECTION: "list the services",
+    Call.ENROLL: "ask to be let in",
     Call.PEER: "give or take voters' seats",
     Call.GATEWAY: "use the gateway to the store",
 }
@@ -209,9 +216,9 @@ DOING: Mapping[Call, str] = {
 
 def reach(caller: Caller, call: Call) -> Reach:
     """How far the caller's right to this goes."""
+    if caller.kind is CallerKind.LOCAL or call in FOR_ALL:
+        return Reach.ANY
     match caller.kind:
-        case CallerKind.LOCAL:
-            return Reach.ANY
         case CallerKind.USER if caller.role is not None:
             return RIGHTS[caller.role].get(call, Reach.NONE)
         case CallerKind.NODE if caller.node_role is not None:
@@ -229,7 +236,7 @@ def refusal(caller: Caller, call: Call, *, owner: str | None = None, clearance: 
         owner: of the task or secret it is about; None: whether the call may be made at all, about something.
         clearance: the labels of what it is about. They must be covered whatever the role, an admin's too.
     """
-    if caller.kind is CallerKind.LOCAL:
+    if caller.kind is CallerKind.LOCAL or call in FOR_ALL:
         return None
     if caller.kind is CallerKind.NOBODY:
         return caller.unknown_because or f"who asks is not known here, and so may not {DOING[call]}"

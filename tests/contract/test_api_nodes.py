@@ -338,7 +338,7 @@ def test_several_addresses_and_ones_that_cannot_be_had(etcd: Etcd, tmp_path: Pat
                 for address, text in (
                     (busy, f"cannot listen on {busy}"),
                     (a.address, f"cannot listen on {a.address}"),  # another node's: no sharing
-                    ("192.0.2.1:0", "cannot listen on 192.0.2.1:0"),
+                    ("192.0.2.1:0", "is off loopback"),
                     ("nonsense", "not an address"),
                 ):
                     with pytest.raises(UserError, match=text.replace(".", r"\.")):

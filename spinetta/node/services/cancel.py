@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from spinetta import codec, keys, lifecycle, txn, validate
-from spinetta.errors import InvariantViolation, OutcomeUnknown, StoreUnavailable
+from spinetta.errors import Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable
 from spinetta.model import Outcome, State, Task, TaskId
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
+from spinetta.node.services.desk import Asked, short_list
 from spinetta.node.services.portions import portions
 from spinetta.store.protocol import READ_KEYS_MAX, KeyValue, Snapshot
 from spinetta.v1 import api_pb2 as api
@@ -41,10 +42,11 @@ class Canceller:
     def __init__(self, port: NodePort) -> None:
         self._port = port
 
-    async def cancel(self, request: api.CancelRequest) -> api.CancelResponse:
-        """Cancel each of the tasks; nothing is done unless all of them exist.
+    async def cancel(self, request: api.CancelRequest, asked: Asked) -> api.CancelResponse:
+        """Cancel each of the tasks; nothing is done unless all of them exist and the caller may cancel each.
 
         Raises:
+            Denied: one is not the caller's to cancel.
             NotFound: one does not exist.
             StoreUnavailable: none was cancelled.
             OutcomeUnknown: some have been cancelled, or may have been: ask again.
@@ -56,18 +58,21 @@ class Canceller:
         for task_id, field in ids.items():
             if keys.task(task_id) not in present:
                 raise lookup.missing(task_id, field)
+        asked.subject = short_list(list(ids))
+        for owner in {codec.decode_task(entry.value).spec.owner: None for entry in present.values()}:
+            await asked.check(owner=owner)
         answers: dict[TaskId, api.Cancelled] = {}
         for group in _groups(list(ids)):
             try:
-                answers.update(await self._settle(group, ids, request.reason))
-            except StoreUnavailable as e:
+                answers.update(await self._settle(group, ids, request.reason, asked))
+            except (StoreUnavailable, Denied) as e:
                 if not answers:
                     raise
-                raise OutcomeUnknown(f"{len(answers)} of the tasks have been cancelled, the others not yet") from e
+                raise OutcomeUnknown(f"{len(answers)} of the tasks have been cancelled, the others not: {e}") from e
         return api.CancelResponse(tasks=[answers[i] for i in ids])
 
     async def _settle(
-        self, group: Sequence[TaskId], fields: dict[TaskId, str], reason: str
+        self, group: Sequence[TaskId], fields: dict[TaskId, str], reason: str, asked: Asked
     ) -> dict[TaskId, api.Cancelled]:
         answers: dict[TaskId, api.Cancelled] = {}
         sent: dict[TaskId, bytes] = {}  # records whose transaction got no answer
@@ -79,8 +84,14 @@ class Canceller:
             try:
                 moves = await self._look(group, fields, reason, answers, sent)
                 for portion in portions(moves, lambda m: len(m.record or _REQUEST) + _KEYS_BYTES):
-                    result = await self._port.store.commit(txn.batch([m.txn for m in portion]))
-                    self._note(portion, result, answers)
+                    batch = txn.batch([m.txn for m in portion], asked.caller.guards)
+                    if not self._note(portion, await self._port.store.commit(batch), answers, asked):
+                        await asked.again()  # its rights have changed; nothing was written
+                        break
+            except Denied as e:
+                if unknown is None and not answers:
+                    raise
+                raise OutcomeUnknown(f"some of the tasks may have been cancelled before this: {e}") from e
             except OutcomeUnknown as e:
                 unknown = e
                 sent.update((m.task, m.record or _REQUEST) for m in portion)
@@ -95,13 +106,16 @@ class Canceller:
         raise unknown or (OutcomeUnknown(moved) if answers else StoreUnavailable(moved))
 
     @staticmethod
-    def _note(moves: Sequence[_Move], result: txn.Result, answers: dict[TaskId, api.Cancelled]) -> None:
+    def _note(moves: Sequence[_Move], result: txn.Result, answers: dict[TaskId, api.Cancelled], asked: Asked) -> bool:
+        """Note what has been done; False when the caller's guards did not hold."""
         if not isinstance(result, txn.Committed):
-            raise InvariantViolation(f"a transaction without guards conflicted at {result.revision}")
+            return False
+        asked.revision = result.revision
         for move, done in zip(moves, result.nested, strict=True):
             if done:
                 state = pb.RUNNING if move.record is None else pb.COMPLETE
                 answers[move.task] = api.Cancelled(id=move.task, state=state)
+        return True
 
     async def _look(
         self,

@@ -6,6 +6,9 @@ error                status                 the caller should
 UserError            INVALID_ARGUMENT       mend the input (or another status, by its reason: see below)
 NotFound             NOT_FOUND
 AlreadyExists        ALREADY_EXISTS
+Denied               PERMISSION_DENIED      ask an administrator; UNAUTHENTICATED: show who it is
+Busy                 RESOURCE_EXHAUSTED     wait as long as the detail says, and try again
+AskElsewhere         FAILED_PRECONDITION    ask one of the addresses in the detail
 StoreUnavailable     UNAVAILABLE            try again: nothing was changed
 RuntimeUnavailable   UNAVAILABLE            the same
 OutcomeUnknown       ABORTED                read back: it may have happened
@@ -27,7 +30,10 @@ import grpc.aio
 
 from spinetta.errors import (
     AlreadyExists,
+    AskElsewhere,
+    Busy,
     Compacted,
+    Denied,
     Fenced,
     InvariantViolation,
     NotFound,
@@ -45,6 +51,7 @@ log = logging.getLogger(__name__)
 
 DETAIL_KEY = "spinetta-error-bin"
 _TEXT_CHARS_MAX = 1000  # gRPC refuses trailers beyond 8 kB
+_ADDRESSES_MAX = 8  # more voters than there can be
 
 BY_REASON = {
     "ambiguous": grpc.StatusCode.FAILED_PRECONDITION,
@@ -56,6 +63,9 @@ BY_REASON = {
     "corrupt": grpc.StatusCode.DATA_LOSS,
     "node-unreachable": grpc.StatusCode.UNAVAILABLE,
     "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
+    "ask-a-voter": grpc.StatusCode.FAILED_PRECONDITION,
+    "ask-node": grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 
@@ -77,9 +87,15 @@ def describe(error: SpinettaError) -> tuple[grpc.StatusCode, api.ErrorDetail]:
     """The status and the detail of an error."""
     code, reason = _code(error)
     if isinstance(error, UserError):
-        return code, api.ErrorDetail(
+        detail = api.ErrorDetail(
             field=_short(error.field), reason=reason, message=_short(error.message), hint=_short(error.hint)
         )
+        if isinstance(error, Busy):
+            detail.retry_after_s = error.retry_after_s
+        elif isinstance(error, AskElsewhere):
+            detail.addresses.extend(error.addresses[:_ADDRESSES_MAX])
+            detail.object = error.object
+        return code, detail
     hint = {
         "unavailable": "nothing was changed: try again",
         "outcome-unknown": "it may have happened: read back before trying again",
@@ -96,6 +112,8 @@ def _code(error: SpinettaError) -> tuple[grpc.StatusCode, str]:
             return grpc.StatusCode.NOT_FOUND, error.reason
         case AlreadyExists():
             return grpc.StatusCode.ALREADY_EXISTS, error.reason
+        case Denied():
+            return BY_REASON.get(error.reason, grpc.StatusCode.PERMISSION_DENIED), error.reason
         case UserError():
             return BY_REASON.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), error.reason
         case StoreUnavailable() | RuntimeUnavailable():
@@ -131,15 +149,15 @@ async def refuse(context: Context, error: Exception) -> NoReturn:
     await context.abort(code, _short(text), ((DETAIL_KEY, detail_message.SerializeToString()),))
 
 
-def busy(what: str, limit: int) -> UserError:
+def busy(what: str, limit: int) -> Busy:
     """A limit on what is open at once has been reached."""
-    return UserError(
-        f"this node already serves {limit} {what}", reason="busy", hint="try again later or at another node"
+    return Busy(
+        f"this node already serves {limit} {what}", retry_after_s=1.0, hint="try again later or at another node"
     )
 
 
 async def answer(context: Any, call: Awaitable[T]) -> T:
-    """Await a call; its errors end the RPC with a status."""
+    """Await a call that needs no right; its errors end the RPC with a status. All others go through the `Desk`."""
     try:
         return await call
     except Exception as error:  # noqa: BLE001 - the boundary: whatever it is, the client gets a status, the log the rest

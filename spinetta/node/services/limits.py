@@ -37,3 +37,4 @@ STREAMS_PER_CALLER_MAX = 200  # of one identity, waits too
 BUCKETS_MAX = 4096  # callers remembered, 200 B each; the one that was quiet longest is forgotten first
 RECHECK_S = 3.0  # between looks at the rights of one who has a stream open
 UNKNOWN_MAX_S = 30.0  # for which a stream goes on while the rights cannot be read: an election takes a few
+METADATA_BYTES_MAX = 16 << 10  # of one call: a bearer token with many groups, and gRPC's own

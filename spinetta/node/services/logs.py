@@ -10,15 +10,18 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from spinetta import codec, keys
-from spinetta.errors import NotFound, UserError
+from spinetta import codec, keys, validate
+from spinetta.access import NodeRole
+from spinetta.errors import AskElsewhere, Denied, NotFound, UserError
 from spinetta.model import Attempt, Outcome, Reason, Revision, State, Task, TaskId
 from spinetta.node.hub import Hub, Listener, closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
+from spinetta.node.services.desk import Asked, ask_a_voter
 from spinetta.node.services.errors import busy
 from spinetta.node.services.peers import FORWARDED, Peers
 from spinetta.node.services.tail import NoLog, Span, tail
+from spinetta.rights import CallerKind
 from spinetta.store.protocol import KeyValue
 from spinetta.v1 import api_pb2 as api
 
@@ -99,10 +102,17 @@ class Logs:
         self._peers = peers
         self._open = 0
 
-    async def log(self, request: api.LogRequest) -> AsyncIterator[api.LogChunk]:
+    @property
+    def _is_worker(self) -> bool:
+        credentials = self._port.credentials
+        return credentials is not None and credentials.role is NodeRole.WORKER
+
+    async def log(self, request: api.LogRequest, asked: Asked) -> AsyncIterator[api.LogChunk]:
         """Bytes of a log in order.
 
         Raises:
+            Denied: the task is not one whose logs the caller may read, or it carries labels that the caller lacks.
+            AskElsewhere: its labels are not this node's to handle, or this node is a worker and does not have it.
             NotFound: no such task or attempt.
             NoLog: the attempt has none.
             UserError: it has not begun (``not-started``), cannot be read, or lies on a node that does not answer
@@ -120,17 +130,24 @@ class Logs:
             raise busy("log streams", limits.LOG_STREAMS_MAX)
         self._open += 1
         try:
-            async with closing(self._attempts(request)) as chunks:
+            async with closing(self._attempts(request, asked)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
             self._open -= 1
 
-    async def _attempts(self, request: api.LogRequest) -> AsyncIterator[api.LogChunk]:
+    async def _attempts(self, request: api.LogRequest, asked: Asked) -> AsyncIterator[api.LogChunk]:
+        if asked.caller.kind is CallerKind.NODE and not (asked.is_forwarded and request.local_only):
+            raise Denied(f"{asked.caller.title} may only pass on what a person has asked for")
+        if self._is_worker and not validate.is_task_id(request.id):
+            raise ask_a_voter(self._port)  # which can look for what a fragment means
         task_id = await lookup.resolve_one(self._port, request.id)
+        asked.subject = task_id
         async with contextlib.AsyncExitStack() as stack:
             listener = await stack.enter_async_context(self._hub.listen([task_id])) if request.follow else None
             followed = await _Followed.begin(self._port, task_id, listener)
+            spec = followed.task.spec
+            await asked.check(owner=spec.owner, clearance=spec.clearance)
             number = request.attempt or max(followed.task.attempts_started, 1)
             span = Span(request.offset, request.tail_bytes, request.limit_bytes)
             if not await self._has_begun(followed, number):
@@ -185,10 +202,27 @@ class Logs:
                 field="attempt",
             )
         else:
+            if self._is_worker:
+                raise ask_a_voter(self._port)
+            await self._check_cleared(followed, attempt)
             items = self._remote(followed, attempt, span, request)
         async with closing(items) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def _check_cleared(self, followed: _Followed, attempt: Attempt) -> None:
+        """What passes through this node it could read, so it must be cleared for it."""
+        lacking = set(followed.task.spec.clearance) - self._port.clearances
+        if not lacking or self._port.credentials is None:
+            return
+        peer = await self._peers.record(attempt.node, field="id")
+        raise AskElsewhere(
+            f"{self._port.name} is not cleared for {', '.join(sorted(lacking))}; the log lies on {attempt.node}",
+            addresses=(peer.address,),
+            field="id",
+            object_=followed.id,
+            reason="ask-node",
+        )
 
     async def _local(
         self, followed: _Followed, attempt: Attempt, span: Span, request: api.LogRequest
@@ -229,7 +263,7 @@ class Logs:
             )
             try:
                 peer = await self._peers.record(attempt.node, field="id")
-                call = (await self._peers.stub(peer.address)).Log(ask, metadata=(FORWARDED,))
+                call = (await self._peers.stub(peer)).Log(ask, metadata=(FORWARDED,))
                 try:
                     async for chunk in call:
                         heard_s = time.monotonic()

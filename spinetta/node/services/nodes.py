@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 import grpc.aio
 
 from spinetta import codec, keys, names, validate
-from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import Life, NodeId, Revision
 from spinetta.node.hub import closing
 from spinetta.node.port import Membership, NodePort
 from spinetta.node.services import limits
+from spinetta.node.services.desk import Asked
 from spinetta.node.services.peers import FORWARDED, Peers
+from spinetta.rights import CallerKind
 from spinetta.store.protocol import KeyValue
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
@@ -123,9 +125,9 @@ class Nodes:
             beat_age_ms=self._beats.age_ms(name),
         )
 
-    async def drain(self, name: str, *, draining: bool, metadata: Mapping[str, object]) -> None:
+    async def drain(self, name: str, asked: Asked, *, draining: bool) -> None:
         """Stop a node taking tasks, or let it take them again."""
-        if self._is_me(name, metadata):
+        if self._is_me(name, asked):
             await self._port.set_draining(draining)
             return
         stub = await self._other(name)
@@ -136,15 +138,13 @@ class Nodes:
             else:
                 await stub.Undrain(api.UndrainRequest(node=name), timeout=limit_s, metadata=(FORWARDED,))
 
-    async def leave(
-        self, request: api.LeaveRequest, metadata: Mapping[str, object]
-    ) -> AsyncIterator[api.LeaveProgress]:
+    async def leave(self, request: api.LeaveRequest, asked: Asked) -> AsyncIterator[api.LeaveProgress]:
         """Make a node leave; ends with `done`."""
         if not 0 <= request.timeout_s <= LEAVE_TIMEOUT_MAX_S:
             raise UserError(
                 f"{request.timeout_s:g} s is out of range", field="timeout_s", hint=f"0 to {LEAVE_TIMEOUT_MAX_S:g} s"
             )
-        if self._is_me(request.node, metadata):
+        if self._is_me(request.node, asked):
             timeout_s = request.timeout_s if request.HasField("timeout_s") else None
             async with closing(self._port.leave(timeout_s)) as steps:
                 async for step in steps:
@@ -180,10 +180,12 @@ class Nodes:
             generation=codec.decode_generation(generation.value) if generation is not None else "",
         )
 
-    def _is_me(self, name: str, metadata: Mapping[str, object]) -> bool:
+    def _is_me(self, name: str, asked: Asked) -> bool:
+        if asked.caller.kind is CallerKind.NODE and not asked.is_forwarded:
+            raise Denied(f"{asked.caller.title} may only pass on what a person has asked for")
         if name in ("", self._port.name):
             return True
-        if metadata.get(FORWARDED[0]):  # the address it was sent to was that of another node until lately
+        if asked.is_forwarded:  # the address it was sent to was that of another node until lately
             raise UserError(
                 f"this is node {self._port.name}, not {name}", field="node", reason="node-unreachable", hint="try again"
             )
@@ -203,7 +205,7 @@ class Nodes:
                 reason="node-unreachable",
                 hint=f"start it again; or, if it will not come back: spinetta etcdctl member remove {lost.member_id:x}",
             ) from None
-        return await self._peers.stub(record.address)
+        return await self._peers.stub(record)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import grpc.aio
 
@@ -11,6 +11,7 @@ from spinetta.errors import NotFound, UserError
 from spinetta.model import NodeId, NodeRecord
 from spinetta.node.services import limits
 from spinetta.store.protocol import Store
+from spinetta.trust.dial import Dialer, node_name
 from spinetta.v1 import api_pb2_grpc as rpc
 
 FORWARDED = ("spinetta-forwarded", "1")  # a node that gets such a call answers it itself or refuses: no loops
@@ -25,11 +26,14 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 class Peers:
-    """Stubs for other nodes, by name."""
+    """Stubs for other nodes, by name. What answers must prove that it is the node meant."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, dialer: Dialer) -> None:
         self._store = store
-        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+        self._dialer = dialer
+        self._serial = dialer.serial
+        self._channels: OrderedDict[tuple[str, NodeId], grpc.aio.Channel] = OrderedDict()
+        self._retired: deque[grpc.aio.Channel] = deque()  # made with an earlier certificate; streams on them go on
 
     async def record(self, name: NodeId, *, field: str = "node") -> NodeRecord:
         """What a live node says of itself.
@@ -48,19 +52,28 @@ class Peers:
             )
         raise NotFound(f"there is no node {name}", field=field, hint="see `spinetta node list`")
 
-    async def stub(self, address: str) -> rpc.SpinettaAsyncStub:
-        """A stub for the node at this address."""
-        channel = self._channels.get(address)
+    async def stub(self, node: NodeRecord) -> rpc.SpinettaAsyncStub:
+        """A stub for a node."""
+        if self._serial != self._dialer.serial:  # this node's certificate has been renewed
+            self._serial = self._dialer.serial
+            self._retired.extend(self._channels.values())
+            self._channels.clear()
+            while len(self._retired) > limits.CHANNELS_MAX:
+                await self._retired.popleft().close()
+        key = (node.address, node.name)
+        channel = self._channels.get(key)
         if channel is None:
             while len(self._channels) >= limits.CHANNELS_MAX:
                 _, old = self._channels.popitem(last=False)
                 await old.close(grace=limits.FORWARD_TIMEOUT_S)
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._channels.move_to_end(address)
+            channel = self._channels[key] = self._dialer.channel(node.address, node_name(node.name), OPTIONS)
+        self._channels.move_to_end(key)
         return rpc.SpinettaStub(channel)
 
     async def close(self) -> None:
         """Close all channels. May be called twice."""
-        while self._channels:
-            _, channel = self._channels.popitem()
+        channels = [*self._channels.values(), *self._retired]
+        self._channels.clear()
+        self._retired.clear()
+        for channel in channels:
             await channel.close()

@@ -5,39 +5,50 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from spinetta import validate
 from spinetta.errors import UserError
-from spinetta.node.hub import Hub
+from spinetta.names import require_loopback
+from spinetta.node.acl import AclView
+from spinetta.node.hub import Hub, closing
 from spinetta.node.port import NodePort
-from spinetta.node.services import limits
+from spinetta.node.services import limits, views
+from spinetta.node.services.callers import Callers, TokenVerifier
 from spinetta.node.services.cancel import Canceller
-from spinetta.node.services.errors import answer, stream
+from spinetta.node.services.desk import Asked, Desk, short_list
 from spinetta.node.services.follow import Waiter, Watcher
 from spinetta.node.services.logs import Logs
 from spinetta.node.services.nodes import Beats, Nodes
 from spinetta.node.services.peers import Peers
+from spinetta.node.services.public import Health, Reflection
 from spinetta.node.services.query import Query
 from spinetta.node.services.submit import Submitter
+from spinetta.node.services.throttle import Throttle
+from spinetta.rights import Call
+from spinetta.trust.dial import server_credentials
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 
+Shown = TypeVar("Shown", api.GetResponse, api.ListResponse, api.WaitResponse)
 log = logging.getLogger(__name__)
 
 SERVICES = ("spinetta.v1.Spinetta", "spinetta.v1.Peer")
+NODE_NAME_MAX = 64  # of what a caller calls a node, in the audit log
 STOP_GRACE_S = 2.0  # for calls in flight when the daemon stops, then they are cut
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", validate.MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", validate.MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", limits.RPCS_MAX),
+    ("grpc.max_metadata_size", limits.METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", limits.METADATA_BYTES_MAX),
     ("grpc.so_reuseport", 0),  # a port in use must be an error, not a silent sharing with another node
     ("grpc.keepalive_time_ms", 30_000),  # streams of clients that vanished are ended
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -46,10 +57,15 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-class Api(rpc.SpinettaServicer):
-    """``spinetta.v1.Spinetta``: each call to the part that knows it, its errors to a status."""
+Register = Callable[[grpc.aio.Server, Desk], None]
+"""Adds a service to a server; its calls go through the desk."""
 
-    def __init__(self, port: NodePort, hub: Hub, peers: Peers, beats: Beats) -> None:
+
+class Api(rpc.SpinettaServicer):
+    """``spinetta.v1.Spinetta``: each call to the part that knows it, by way of the desk."""
+
+    def __init__(self, port: NodePort, hub: Hub, peers: Peers, beats: Beats, desk: Desk) -> None:
+        self._desk = desk
         self._submitter = Submitter(port)
         self._canceller = Canceller(port)
         self._query = Query(port)
@@ -59,73 +75,113 @@ class Api(rpc.SpinettaServicer):
         self._nodes = Nodes(port, peers, beats)
 
     async def Submit(self, request: api.SubmitRequest, context: Any) -> api.SubmitResponse:
-        return await answer(context, self._submitter.submit(request))
+        return await self._desk.answer(context, Call.SUBMIT, lambda asked: self._submitter.submit(request, asked))
 
     async def Cancel(self, request: api.CancelRequest, context: Any) -> api.CancelResponse:
-        return await answer(context, self._canceller.cancel(request))
+        subject = short_list(request.ids)
+        return await self._desk.answer(
+            context, Call.CANCEL, lambda asked: self._canceller.cancel(request, asked), subject=subject
+        )
 
     async def Get(self, request: api.GetRequest, context: Any) -> api.GetResponse:
-        return await answer(context, self._query.get(request))
+        return await self._desk.answer(context, Call.STATUS, lambda asked: _shown(asked, self._query.get(request)))
 
     async def List(self, request: api.ListRequest, context: Any) -> api.ListResponse:
-        return await answer(context, self._query.list(request))
+        return await self._desk.answer(context, Call.STATUS, lambda asked: _shown(asked, self._query.list(request)))
 
     async def Watch(self, request: api.WatchRequest, context: Any) -> AsyncIterator[api.WatchResponse]:
-        async for response in stream(context, self._watcher.watch(request)):
-            yield response
+        async with closing(
+            self._desk.stream(context, Call.STATUS, lambda asked: _all_shown(asked, self._watcher.watch(request)))
+        ) as responses:
+            async for response in responses:
+                yield response
 
     async def Log(self, request: api.LogRequest, context: Any) -> AsyncIterator[api.LogChunk]:
-        async for chunk in stream(context, self._logs.log(request)):
-            yield chunk
+        async with closing(
+            self._desk.stream(context, Call.LOG, lambda asked: self._logs.log(request, asked), subject=request.id)
+        ) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def Wait(self, request: api.WaitRequest, context: Any) -> api.WaitResponse:
-        return await answer(context, self._waiter.wait(request, context.time_remaining()))
+        limit_s = context.time_remaining()
+        return await self._desk.answer(
+            context, Call.STATUS, lambda asked: _shown(asked, self._waiter.wait(request, limit_s)), is_long=True
+        )
 
     async def ListNodes(self, request: api.ListNodesRequest, context: Any) -> api.ListNodesResponse:  # noqa: ARG002
-        return await answer(context, self._nodes.list_nodes())
+        return await self._desk.answer(context, Call.NODES, lambda _: self._nodes.list_nodes())
 
     async def Drain(self, request: api.DrainRequest, context: Any) -> api.DrainResponse:
-        await answer(context, self._nodes.drain(request.node, draining=True, metadata=_metadata(context)))
+        await self._drain(request.node, context, draining=True)
         return api.DrainResponse()
 
     async def Undrain(self, request: api.UndrainRequest, context: Any) -> api.UndrainResponse:
-        await answer(context, self._nodes.drain(request.node, draining=False, metadata=_metadata(context)))
+        await self._drain(request.node, context, draining=False)
         return api.UndrainResponse()
 
+    async def _drain(self, node: str, context: Any, *, draining: bool) -> None:
+        await self._desk.answer(
+            context,
+            Call.DRAIN,
+            lambda asked: self._nodes.drain(node, asked, draining=draining),
+            subject=f"{'drain' if draining else 'undrain'} {node[:NODE_NAME_MAX]}",
+        )
+
     async def Leave(self, request: api.LeaveRequest, context: Any) -> AsyncIterator[api.LeaveProgress]:
-        async for progress in stream(context, self._nodes.leave(request, _metadata(context))):
-            yield progress
+        async with closing(
+            self._desk.stream(
+                context,
+                Call.LEAVE,
+                lambda asked: self._nodes.leave(request, asked),
+                subject=request.node[:NODE_NAME_MAX],
+            )
+        ) as steps:
+            async for step in steps:
+                yield step
 
     async def DescribeCluster(
         self,
         request: api.DescribeClusterRequest,  # noqa: ARG002
         context: Any,
     ) -> api.DescribeClusterResponse:
-        return await answer(context, self._nodes.describe())
+        return await self._desk.answer(context, Call.NODES, lambda _: self._nodes.describe())
 
 
 class PeerApi(rpc.PeerServicer):
     """``spinetta.v1.Peer``: what nodes ask of each other."""
 
-    def __init__(self, port: NodePort) -> None:
+    def __init__(self, port: NodePort, desk: Desk) -> None:
         self._port = port
+        self._desk = desk
 
     async def TakeSeat(self, request: api.TakeSeatRequest, context: Any) -> api.TakeSeatResponse:
-        await answer(context, self._port.take_seat(request.member_id, request.initial_cluster, request.cluster_id))
+        await self._desk.answer(
+            context,
+            Call.PEER,
+            lambda _: self._port.take_seat(request.member_id, request.initial_cluster, request.cluster_id),
+            subject=f"take seat {request.member_id:x}",
+        )
         return api.TakeSeatResponse()
 
     async def GiveUpSeat(self, request: api.GiveUpSeatRequest, context: Any) -> api.GiveUpSeatResponse:
-        await answer(context, self._port.give_up_seat(request.member_id))
+        await self._desk.answer(
+            context,
+            Call.PEER,
+            lambda _: self._port.give_up_seat(request.member_id),
+            subject=f"give up seat {request.member_id:x}",
+        )
         return api.GiveUpSeatResponse()
 
 
 class ApiServer:
     """A server that has been started. Made by `serve`."""
 
-    def __init__(self, addresses: Sequence[str], hub: Hub, health_servicer: health.aio.HealthServicer) -> None:
+    def __init__(self, addresses: Sequence[str], hub: Hub, desk: Desk, health_servicer: Health) -> None:
         self.addresses = tuple(addresses)
         """Where it listens, HOST:PORT, with the real ports."""
         self.hub = hub
+        self.desk = desk
         self._health = health_servicer
 
     async def set_serving(self, serving: bool) -> None:
@@ -136,27 +192,55 @@ class ApiServer:
 
 
 @asynccontextmanager
-async def serve(port: NodePort, addresses: Sequence[str], *, hub: Hub | None = None) -> AsyncIterator[ApiServer]:
+async def serve(
+    port: NodePort,
+    addresses: Sequence[str],
+    *,
+    hub: Hub | None = None,
+    acl: AclView | None = None,
+    tokens: TokenVerifier | None = None,
+    throttle: Throttle | None = None,
+    extra: Sequence[Register] = (),
+) -> AsyncIterator[ApiServer]:
     """Serve the API on these addresses (HOST:PORT; port 0: any free one) for as long as the context lasts.
 
+    With the port's credentials: mutual TLS only. Without: plain text, on loopback addresses only.
+
+    Args:
+        port: the node.
+        addresses: where to listen.
+        hub: tells of changes of tasks; None: a new one.
+        acl: the records of rights; None: a new view of them, kept for as long as the server runs.
+        tokens: knows bearer tokens; None: they are refused.
+        throttle: how much one caller may ask for.
+        extra: further services.
+
     Raises:
-        UserError: an address cannot be had, for example because its port is in use.
+        UserError: an address cannot be had, for example because its port is in use, or may not be served so.
     """
     hub = hub or Hub(port.store)
-    peers = Peers(port.store)
+    view = acl or AclView(port.store)
+    desk = Desk(port, Callers(port, view, tokens), throttle)
+    peers = Peers(port.store, port.dialer)
     beats = Beats(port)
     server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=limits.RPCS_MAX)
-    rpc.add_SpinettaServicer_to_server(Api(port, hub, peers, beats), server)
-    rpc.add_PeerServicer_to_server(PeerApi(port), server)
-    health_servicer = health.aio.HealthServicer()
+    rpc.add_SpinettaServicer_to_server(Api(port, hub, peers, beats, desk), server)
+    rpc.add_PeerServicer_to_server(PeerApi(port, desk), server)
+    health_servicer = Health(desk)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    bound = [_bind(server, address) for address in addresses]
-    api_server = ApiServer(bound, hub, health_servicer)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+        Reflection(desk, (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)), server
+    )
+    for register in extra:
+        register(server, desk)
+    bound = [_bind(server, address, port) for address in addresses]
+    api_server = ApiServer(bound, hub, desk, health_servicer)
     of_body: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(hub.run(), name="hub"), group.create_task(beats.run(), name="beats")]
+            if acl is None and port.credentials is not None and not desk.callers.is_worker:
+                running.append(group.create_task(view.run(), name="acl"))
             await server.start()
             await api_server.set_serving(True)
             try:
@@ -177,12 +261,18 @@ async def serve(port: NodePort, addresses: Sequence[str], *, hub: Hub | None = N
         await peers.close()
 
 
-def _bind(server: grpc.aio.Server, address: str) -> str:
+def _bind(server: grpc.aio.Server, address: str, port: NodePort) -> str:
     host, colon, _ = address.rpartition(":")
     if not colon or not host:
         raise UserError(f"not an address: {address!r}", field="address", hint="HOST:PORT")
+    credentials = port.credentials
+    if credentials is None:
+        require_loopback(address, "address")
     try:
-        number = server.add_insecure_port(address)
+        if credentials is None:
+            number = server.add_insecure_port(address)
+        else:
+            number = server.add_secure_port(address, server_credentials(credentials.pems))
     except RuntimeError as e:
         raise UserError(
             f"cannot listen on {address}",
@@ -193,5 +283,14 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
     return f"{host}:{number}"
 
 
-def _metadata(context: Any) -> dict[str, object]:
-    return dict(context.invocation_metadata() or ())
+async def _shown(asked: Asked, answer: Awaitable[Shown]) -> Shown:
+    response = await answer
+    views.withhold(response.tasks, lambda owner: asked.may(Call.PAYLOAD, owner))
+    return response
+
+
+async def _all_shown(asked: Asked, responses: AsyncIterator[api.WatchResponse]) -> AsyncIterator[api.WatchResponse]:
+    async with closing(responses):
+        async for response in responses:
+            views.withhold(response.tasks, lambda owner: asked.may(Call.PAYLOAD, owner))
+            yield response

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spinetta import codec, keys, lifecycle, txn, validate
-from spinetta.errors import AlreadyExists, InvariantViolation, OutcomeUnknown, StoreUnavailable
+from spinetta.errors import AlreadyExists, Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable
 from spinetta.model import QueueHint, Task, TaskSpec
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
+from spinetta.node.services.desk import Asked, short_list
 from spinetta.node.services.portions import portions
+from spinetta.rights import Call, CallerKind
 from spinetta.v1 import api_pb2 as api
 
 _CONVERTED_PER_TURN = 100  # specifications checked before other calls get a turn: about 5 ms
@@ -30,41 +32,51 @@ class Submitter:
     """Puts tasks into the queue.
 
     Nothing is written unless every specification is good. After that each task stands for itself: when the call fails
-    half way, the same call again finishes it.
+    half way, the same call again finishes it. What is written is guarded by the caller's rights, so one that loses them
+    meanwhile writes nothing more.
     """
 
     def __init__(self, port: NodePort) -> None:
         self._port = port
 
-    async def submit(self, request: api.SubmitRequest) -> api.SubmitResponse:
-        """Answers once every task is in the store.
+    async def submit(self, request: api.SubmitRequest, asked: Asked) -> api.SubmitResponse:
+        """Answers once every task is in the store. A task that names no owner belongs to the user who submits it.
 
         Raises:
+            Denied: the caller may not submit for an owner, or is not cleared for a label.
+            Busy: it has submitted too many lately; nothing was written.
             UserError: a specification cannot be taken; nothing was written.
             AlreadyExists: an id belongs to another task; those before it have been written.
             StoreUnavailable: nothing was written.
             OutcomeUnknown: some have been written, or may have been: submit again.
         """
-        entries = await self._entries(request)
+        await asked.count_tasks(len(request.tasks))
+        entries = await self._entries(request, asked)
+        asked.subject = short_list([e.task.id for e in entries])
         existed: dict[int, bool] = {}
         for chunk in portions(entries, lambda e: e.size_bytes):
             try:
-                existed.update(await self._settle(chunk))
-            except StoreUnavailable as e:
+                existed.update(await self._settle(chunk, asked))
+            except (StoreUnavailable, Denied) as e:
                 if not existed:
                     raise
-                raise OutcomeUnknown(f"{len(existed)} of the tasks have been submitted, the others not") from e
+                raise OutcomeUnknown(f"{len(existed)} of the tasks have been submitted, the others not: {e}") from e
         return api.SubmitResponse(
             tasks=[api.Submitted(id=e.task.id, existed=existed[e.index]) for e in entries],
         )
 
-    async def _entries(self, request: api.SubmitRequest) -> list[_Entry]:
+    async def _entries(self, request: api.SubmitRequest, asked: Asked) -> list[_Entry]:
         specs: list[TaskSpec] = []
         for i, message in enumerate(request.tasks[: validate.SUBMIT_TASKS_MAX + 1]):
-            specs.append(codec.spec_from_pb(message))
+            spec = codec.spec_from_pb(message)
+            if not spec.owner and asked.caller.kind is CallerKind.USER:
+                spec = dataclasses.replace(spec, owner=asked.caller.name)
+            specs.append(spec)
             if i % _CONVERTED_PER_TURN == _CONVERTED_PER_TURN - 1:
                 await asyncio.sleep(0)
         validate.check_submit(specs, grace_min_s=self._port.grace_min_s)
+        for owner, clearance in {(spec.owner, spec.clearance): None for spec in specs}:
+            await asked.check(owner=owner, clearance=clearance)
         now_ms = self._port.wall_ms()
         out = []
         for i, spec in enumerate(specs):
@@ -76,13 +88,13 @@ class Submitter:
                 await asyncio.sleep(0)
         return out
 
-    async def _settle(self, chunk: Sequence[_Entry]) -> dict[int, bool]:
+    async def _settle(self, chunk: Sequence[_Entry], asked: Asked) -> dict[int, bool]:
         """Write the entries of one transaction; which of them existed before."""
         existed: dict[int, bool] = {}
         unknown: OutcomeUnknown | None = None
         for n in range(limits.TRIES_MAX):
             try:
-                result = await self._port.store.commit(txn.batch([e.txn for e in chunk]))
+                result = await self._port.store.commit(txn.batch([e.txn for e in chunk], asked.caller.guards))
             except OutcomeUnknown as e:
                 unknown, lost = e, list(chunk)
                 await asyncio.sleep(limits.TRY_WAIT_S * 2**n)
@@ -91,17 +103,31 @@ class Submitter:
                     raise
                 raise OutcomeUnknown("some of the tasks may have been submitted") from e
             else:
-                if not isinstance(result, txn.Committed):
-                    raise InvariantViolation(f"a transaction without guards conflicted at {result.revision}")
-                existed.update((e.index, False) for e, done in zip(chunk, result.nested, strict=True) if done)
-                lost = [e for e, done in zip(chunk, result.nested, strict=True) if not done]
-            chunk = await self._read_back(lost, existed, unsure=unknown)
+                if isinstance(result, txn.Committed):
+                    asked.revision = result.revision
+                    existed.update((e.index, False) for e, done in zip(chunk, result.nested, strict=True) if done)
+                    lost = [e for e, done in zip(chunk, result.nested, strict=True) if not done]
+                else:  # the caller's rights have changed; nothing was written
+                    lost = list(chunk) if unknown else []
+                    await self._look_again(asked, unknown)
+                    if not lost:
+                        continue
+            chunk = await self._read_back(lost, existed, asked, unsure=unknown)
             if not chunk:
                 return existed
         raise unknown or StoreUnavailable(f"task {chunk[0].task.id} comes and goes")
 
+    @staticmethod
+    async def _look_again(asked: Asked, unknown: OutcomeUnknown | None) -> None:
+        try:
+            await asked.again()
+        except Denied as e:
+            if unknown is None:
+                raise
+            raise OutcomeUnknown(f"some of the tasks may have been submitted before this: {e}") from e
+
     async def _read_back(
-        self, lost: Sequence[_Entry], existed: dict[int, bool], *, unsure: OutcomeUnknown | None
+        self, lost: Sequence[_Entry], existed: dict[int, bool], asked: Asked, *, unsure: OutcomeUnknown | None
     ) -> list[_Entry]:
         """Which of these are still to be written; what is there already goes into `existed`."""
         if not lost:
@@ -119,7 +145,7 @@ class Submitter:
                 todo.append(entry)
                 continue
             stored = codec.decode_task(there.value)
-            _check_same(entry, stored)
+            _check_same(entry, stored, may_see=asked.may(Call.PAYLOAD, stored.spec.owner))
             # After a lost answer the record may be our own: the same clock and node say so.
             ours = unsure is not None and (stored.submitted_ms, stored.submitted_at_node) == (
                 entry.task.submitted_ms,
@@ -129,10 +155,14 @@ class Submitter:
         return todo
 
 
-def _check_same(entry: _Entry, stored: Task) -> None:
+def _check_same(entry: _Entry, stored: Task, *, may_see: bool) -> None:
     asked, there = entry.task.spec, stored.spec
     if asked == there:
         return
+    if not may_see:  # in what they differ would tell what it runs
+        raise AlreadyExists(
+            f"task {asked.id} belongs to somebody else", field=f"tasks[{entry.index}].id", hint="use a new id"
+        )
     part = _difference(asked, there)
     raise AlreadyExists(
         f"task {asked.id} exists with another {part.split('.')[-1]}",

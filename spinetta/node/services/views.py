@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 from google.protobuf.message import DecodeError
 
@@ -16,6 +17,14 @@ from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+_PAYLOAD: tuple[Literal["command", "env", "working_directory", "sealed", "secrets"], ...] = (
+    "command",
+    "env",
+    "working_directory",
+    "sealed",
+    "secrets",
+)
 
 
 def view(entry: KeyValue) -> api.TaskView:
@@ -89,10 +98,10 @@ class Wanted:
 
 
 def slim(v: api.TaskView) -> api.TaskView:
-    """The same without the bulky parts: of the specification id and name, of the attempts the last one."""
+    """The same without the bulky parts: of the specification id, name and owner, of the attempts the last one."""
     out = api.TaskView()
     out.CopyFrom(v)
-    out.task.spec.CopyFrom(pb.TaskSpec(id=v.task.spec.id, name=v.task.spec.name))
+    out.task.spec.CopyFrom(pb.TaskSpec(id=v.task.spec.id, name=v.task.spec.name, owner=v.task.spec.owner))
     del out.task.attempts[:-1]
     out.spec_omitted = True
     return out
@@ -122,3 +131,21 @@ def packed(views: Iterable[api.TaskView]) -> Iterator[list[api.TaskView]]:
         room -= size
     if out:
         yield out
+
+
+def withhold(views: Iterable[api.TaskView], may_see: Callable[[str], bool]) -> None:
+    """Take out of each view what only some may see of others' tasks: what they run, and what went wrong in words.
+
+    Args:
+        views: changed in place.
+        may_see: told the owner.
+    """
+    for v in views:
+        if may_see(v.task.spec.owner):
+            continue
+        for field in _PAYLOAD:
+            v.task.spec.ClearField(field)
+        v.task.ClearField("message")
+        for attempt in v.task.attempts:
+            attempt.ClearField("message")
+        v.withheld = True
