@@ -43,17 +43,19 @@ class Sitter:
         name, peer_url: of the node; the URL its etcd member has or would have.
         candidate: it may hold a seat.
         leaving: it is about to go.
+        revoked: it is not trusted any more: its seat goes first, whether it answers or not.
     """
 
     name: str
     peer_url: str
     candidate: bool = True
     leaving: bool = False
+    revoked: bool = False
 
     @property
     def stays(self) -> bool:
         """It may take, or keep, a seat."""
-        return self.candidate and not self.leaving
+        return self.candidate and not self.leaving and not self.revoked
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,12 @@ def next_step(
         if node is None or not node.stays or learner.stale:
             why = "did not come up in time" if learner.stale else "its node is gone" if node is None else "unwanted"
             return Remove(learner.member_id, f"learner: {why}")
+
+    revoked = [seat for seat in voters if seat.peer_url in alive and alive[seat.peer_url].revoked]
+    for voter in revoked:
+        others = [seat for seat in voters if seat is not voter]
+        if sum(seat.healthy for seat in others) > len(others) // 2:
+            return Remove(voter.member_id, "its node has been revoked")
 
     # Whatever else there is to do takes a healthy majority before *and* after. Replacing the dead belongs to
     # quorum repair, which waits for proof; until then a seat whose node is silent is neither removed nor replaced.

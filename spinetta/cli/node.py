@@ -87,9 +87,9 @@ def join(config_file: str | None, **flags: str | None) -> None:
       spinetta node join --cpus 8 --memory 32GiB --countables gpu=2 --tags ssd,site-a
     """
     resolved = resolved_node(flags, config_file)
-    from spinetta.node import daemon
+    from spinetta.node import start
 
-    raise Finished(daemon.run(resolved))
+    raise Finished(start.run(resolved))
 
 
 @node.command("list")

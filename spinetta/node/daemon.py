@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
-import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spinetta import __version__
+from spinetta.access import NodeRole
 from spinetta.agent import Agent
-from spinetta.config import Resolved, Settings
+from spinetta.config import Settings
 from spinetta.errors import OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.events import LeaveWanted, SelfChanged, SetCandidate, SetDraining, attempt_key
 from spinetta.model import IncarnationId, NodeId, NodeRecord, TaskId, Usage
 from spinetta.node import detect
+from spinetta.node.acl import AclView
 from spinetta.node.driver import Driver, LaunchSettings, wall_ms
-from spinetta.node.entry import Entrance, enter
+from spinetta.node.entry import Entrance
 from spinetta.node.keeper import SeatKeeper
-from spinetta.node.lock import DirectoryLock
+from spinetta.node.leaving import Leaving
 from spinetta.node.logsweep import sweep_logs
-from spinetta.node.port import LeaveStep, Membership
+from spinetta.node.port import LeaveStep, Member, Membership
 from spinetta.node.seats import OwnSeat
 from spinetta.node.services.server import serve
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.settings import AgentSettings
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
-from spinetta.store.supervisor import SERVICE as ETCD_SERVICE
+from spinetta.trust.audit import AuditLog
+from spinetta.trust.credentials import NodeCredentials
+from spinetta.trust.dial import Dialer
+
+if TYPE_CHECKING:
+    from spinetta.store.gateway import GatewayStore
 
 log = logging.getLogger("spinetta.node")
 
@@ -39,7 +45,6 @@ STOP_S = 20.0  # for tasks to end when the node is stopped: TERM, ten seconds, K
 DEREGISTER_S = 5.0  # for giving them back and deregistering then; past it, without a quorum, the others find out
 ENDPOINTS_EVERY_S = 5.0  # how often the voters to talk to are looked up
 SWEEP_EVERY_S = 300.0
-LEAVE_STEP_S = 0.5
 EXIT_OK = 0
 
 
@@ -51,8 +56,21 @@ def boot_id() -> str:
 class Daemon:
     """One node, as its services see it (`NodePort`), and its life from start to end."""
 
-    def __init__(self, settings: Settings, entrance: Entrance, runtime: ProcessRuntime, store: EtcdStore) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        entrance: Entrance,
+        runtime: ProcessRuntime,
+        store: EtcdStore | GatewayStore,
+        credentials: NodeCredentials | None,
+        dialer: Dialer,
+        audit: AuditLog,
+    ) -> None:
         self.settings = settings
+        self.credentials = credentials
+        self.dialer = dialer
+        self._audit = audit
+        self.acl = AclView(store) if credentials is not None else None
         self._entrance = entrance
         self._runtime = runtime
         self._store = store
@@ -60,10 +78,6 @@ class Daemon:
         self._stop = asyncio.Event()
         self._release = settings.on_terminate == "release"
         self._stop_everything = False
-        self._leave: asyncio.Task[None] | None = None
-        self._leave_steps: LeaveStep | None = None
-        self._leave_wanted = asyncio.Event()
-        self._leave_deadline_s = 0.0
         self.agent = Agent(self._agent_settings(), entrance.incarnation)
         self.driver = Driver(
             self.agent,
@@ -72,7 +86,8 @@ class Daemon:
             LaunchSettings(settings.name, settings.pids_max, settings.address),
             remember=self._remember,
         )
-        self.keeper = SeatKeeper(self.agent, self.seat, settings.voters_wanted)
+        self.keeper = SeatKeeper(self.agent, self.seat, settings.voters_wanted, self.dialer, self._revoked)
+        self._leaving = Leaving(self.driver, self.seat, left=self._stop.set)
 
     # --- NodePort ---
 
@@ -90,6 +105,21 @@ class Daemon:
     def version(self) -> str:
         """Of the software."""
         return __version__
+
+    @property
+    def clearances(self) -> frozenset[str]:
+        """The labels that count for this node now."""
+        acl = self.agent.session.acl
+        return frozenset(acl.effective) if acl is not None else frozenset()
+
+    def voter_addresses(self) -> tuple[str, ...]:
+        """API addresses of the nodes with a seat."""
+        records = (self.agent.session.record, *self.agent.peers)
+        return tuple(sorted(r.address for r in records if r.etcd_member_id))
+
+    def audit(self, call: str, caller: str, object_: str, outcome: str, revision: int) -> None:
+        """Write down who did what, or was refused."""
+        self._audit.record(call, caller, object_, outcome, revision)
 
     def wall_ms(self) -> int:
         """The wall clock."""
@@ -111,7 +141,11 @@ class Daemon:
 
     async def membership(self) -> Membership:
         """etcd's members, leader and alarms."""
-        return await self.seat.membership()
+        if isinstance(self._store, EtcdStore):
+            return await self.seat.membership()
+        told = await self._store.members()
+        members = tuple(Member(m.name, m.member_id, m.client_url, m.peer_url, m.learner) for m in told.members)
+        return Membership(told.cluster_id, told.leader_member_id, members, told.alarms)
 
     async def set_draining(self, draining: bool) -> None:
         """Stop, or start again, taking tasks."""
@@ -124,21 +158,9 @@ class Daemon:
         """As for the default grace: longer than the lease lasts and killing takes."""
         return self.settings.lease_ttl_s + self.settings.kill_margin_s
 
-    async def leave(self, timeout_s: float | None) -> AsyncIterator[LeaveStep]:
+    def leave(self, timeout_s: float | None) -> AsyncIterator[LeaveStep]:
         """Drain, give up the seat, deregister, end. Goes on when nobody listens."""
-        await self.seat.check_may_leave(successor=any(p.candidate and not p.leaving for p in self.agent.peers))
-        if not self._leave_wanted.is_set():
-            limit_s = self.settings.drain_timeout_s if timeout_s is None else timeout_s
-            self._leave_deadline_s = time.monotonic() + limit_s
-            self._leave_wanted.set()
-        last: LeaveStep | None = None
-        while last is None or not last.done:
-            step = self._leave_steps
-            if step is not None and step != last:
-                last = step
-                yield step
-            else:
-                await asyncio.sleep(LEAVE_STEP_S / 5)
+        return self._leaving.leave(self.settings.drain_timeout_s if timeout_s is None else timeout_s)
 
     async def take_seat(self, member_id: int, initial_cluster: str, cluster_id: str) -> None:
         """Start an etcd member."""
@@ -165,7 +187,7 @@ class Daemon:
                     group.create_task(self.keeper.run(), name="voters"),
                     group.create_task(self._keep_endpoints(), name="endpoints"),
                     group.create_task(self._sweep(), name="logs"),
-                    group.create_task(self._leave_when_wanted(), name="leave"),
+                    group.create_task(self._leaving.run(), name="leave"),
                 ]
                 await self._report_ready()
                 await self._stop.wait()
@@ -208,51 +230,31 @@ class Daemon:
         await self.seat.stop()
         await self._runtime.shutdown_shim()
 
-    # --- leaving ---
-
-    async def _leave_when_wanted(self) -> None:
-        await self._leave_wanted.wait()
-        holdings = self.agent.holdings
-        await self.driver.tell(SetDraining(draining=True, leaving=True))
-        while holdings.held and time.monotonic() < self._leave_deadline_s:
-            self._leave_steps = LeaveStep("waiting for running tasks", len(holdings.held))
-            await self.driver.until(lambda a: not a.holdings.held, 1.0)
-        if holdings.held:
-            self._leave_steps = LeaveStep("giving running tasks back to the queue", len(holdings.held))
-            await self.driver.tell(SetDraining(draining=True, leaving=True, release=True))
-            await self.driver.until(lambda a: not a.holdings.held, STOP_S)
-        # From here on it waits as long as it takes, and says for what: without a quorum there is no leaving in order.
-        looked = False
-        while self.seat.member_id:
-            self._leave_steps = LeaveStep("giving up the voter's seat")
-            with contextlib.suppress(StoreUnavailable):
-                if not looked and await self.seat.others_vote():
-                    # While this node is the leader it would have to remove itself; another voter does it better.
-                    await self.driver.tell(SetCandidate(False))
-                looked = True
-            await asyncio.sleep(LEAVE_STEP_S)
-        self._leave_steps = LeaveStep("deregistering")
-        await self.driver.tell(LeaveWanted(release=True))
-        while not await self.driver.until(lambda a: a.left, STOP_S):
-            log.warning("not deregistered yet: the store does not answer, or something is still held")
-        self._leave_steps = LeaveStep("left", done=True)
-        await asyncio.sleep(LEAVE_STEP_S)  # those who listen read the last step before the server ends
-        self._stop.set()
-
     # --- background work ---
 
     async def _keep_endpoints(self) -> None:
         """Talk to the own member first, then to the other voters; workers spread over them by name."""
         while True:
             try:
-                urls = await self.seat.endpoints()
-                if urls and tuple(urls) != self._store.endpoints:
-                    await self._store.set_endpoints(urls)
-                    self._entrance.memory.update(endpoints=tuple(urls))
+                await self._look_for_voters()
             except (StoreUnavailable, UserError) as e:  # the latter: the disk is full
                 log.info("the voters cannot be looked up now: %s", e)
             await self._seat_changed()
             await asyncio.sleep(ENDPOINTS_EVERY_S)
+
+    async def _look_for_voters(self) -> None:
+        memory = self._entrance.memory
+        gateways = self.voter_addresses() if self.credentials is not None else ()
+        if gateways and gateways != memory.identity.gateways:
+            memory.update(gateways=gateways)
+        if not isinstance(self._store, EtcdStore):
+            if gateways:
+                await self._store.set_endpoints(gateways)
+            return
+        urls = tuple(await self.seat.endpoints())
+        if urls and urls != self._store.endpoints:
+            await self._store.set_endpoints(urls)
+            memory.update(endpoints=urls)
 
     async def _seat_changed(self) -> None:
         record = replace(
@@ -264,7 +266,7 @@ class Daemon:
         )
         if record != self.agent.session.record:
             await self.driver.tell(SelfChanged(record))
-        may_lead = bool(self.seat.member_id) and not self._leave_wanted.is_set()
+        may_lead = bool(self.seat.member_id) and not self._leaving.wanted
         if may_lead and not self.agent.leadership.candidate:
             await self.driver.tell(SetCandidate(True))
 
@@ -289,6 +291,17 @@ class Daemon:
 
     # --- inside ---
 
+    async def _revoked(self, nodes: Iterable[str]) -> frozenset[str]:
+        """Those of these nodes that are trusted no more."""
+        if self.acl is None:
+            return frozenset()
+        found = [(name, await self.acl.node(NodeId(name))) for name in nodes]
+        return frozenset(name for name, entry in found if entry is not None and entry[0].revoked)
+
+    @property
+    def _is_worker(self) -> bool:
+        return self.credentials is not None and self.credentials.role is NodeRole.WORKER
+
     def _agent_settings(self) -> AgentSettings:
         s = self.settings
         capacity, warnings = detect.capacity(s)
@@ -304,7 +317,7 @@ class Daemon:
             etcd_client_url=self.seat.client_url,
             etcd_peer_url=self.seat.peer_url,
             etcd_member_id=self.seat.member_id,
-            candidate=s.candidate,
+            candidate=s.candidate and not self._is_worker,
             version=__version__,
             started_ms=wall_ms(),
             boot_id=boot_id(),
@@ -320,82 +333,12 @@ class Daemon:
             clock_rate_error=s.clock_rate_error,
             reconcile_s=s.reconcile_s,
             candidate=bool(self.seat.member_id),
+            secured=self.credentials is not None,
         )
 
     def _remember(self, incarnation: IncarnationId) -> None:
         self._entrance.memory.update(incarnation_id=incarnation)
 
     def _warnings(self) -> tuple[str, ...]:
-        return (*self._runtime.warnings(), *self._entrance.warnings)
-
-
-def check_port_free(address: str, what: str) -> None:
-    """Find out early and say it clearly.
-
-    Raises:
-        UserError: the address cannot be bound.
-    """
-    host, _, port = address.rpartition(":")
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((host, int(port)))
-        except OSError as e:
-            raise UserError(
-                f"{what} cannot listen on {address}: {e.strerror}",
-                field="node.address",
-                hint="another program uses the port, or the address is not of this machine; choose another --address",
-                reason="address-in-use",
-            ) from e
-
-
-def configure_logging(level: str) -> None:
-    """Plain lines on standard error, for a terminal, a file or the journal."""
-    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
-    logging.getLogger("spinetta").setLevel(level.upper())  # not the root: libraries have other ideas of what matters
-
-
-def run(resolved: Resolved) -> int:
-    """`spinetta node join`: run a node until it is stopped or has left; the exit code.
-
-    Raises:
-        UserError: it cannot start, and says why and what to do.
-    """
-    configure_logging(resolved.settings.log_level)
-    for warning in resolved.warnings:
-        log.warning("%s", warning)
-    data_dir = Path(resolved.settings.data_dir)
-    try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(
-            f"the data directory {data_dir} cannot be made: {e.strerror}",
-            field="node.data_dir",
-            hint="choose another with --data-dir",
-        ) from e
-    return asyncio.run(_main(resolved.settings, data_dir))
-
-
-async def _main(settings: Settings, data_dir: Path) -> int:
-    with DirectoryLock(data_dir):
-        check_port_free(settings.address, "the API")
-        async with contextlib.AsyncExitStack() as stack:
-            runtime = await stack.enter_async_context(
-                ProcessRuntime.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
-            )
-            try:
-                entrance = await enter(settings, data_dir, runtime)
-            except UserError:
-                await _leave_no_idle_shim(runtime)
-                raise
-            store = EtcdStore(entrance.endpoints)
-            stack.push_async_callback(store.close)
-            entrance.seat.attach(store)
-            return await Daemon(settings, entrance, runtime, store).run()
-
-
-async def _leave_no_idle_shim(runtime: ProcessRuntime) -> None:
-    """A node that could not come up must not leave a shim behind, unless it holds something."""
-    etcd = await runtime.service(ETCD_SERVICE)
-    if not await runtime.held() and (etcd is None or etcd.exit is not None):
-        await runtime.shutdown_shim()
+        trouble = (self._audit.trouble,) if self._audit.trouble else ()
+        return (*self._runtime.warnings(), *self._entrance.warnings, *trouble)

@@ -11,18 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from spinetta.access import NodeRole
 from spinetta.config import Settings
 from spinetta.errors import Fenced, UserError
 from spinetta.model import IncarnationId
 from spinetta.node.driver import wall_ms
-from spinetta.node.join import introduce
+from spinetta.node.join import UNREACHABLE, introduce
 from spinetta.node.seats import OwnSeat
 from spinetta.store import identity as identities
 from spinetta.store.identity import Identity
-from spinetta.store.process import check_version, etcd_version, find_etcd, parse_version
+from spinetta.store.process import EtcdTls, check_version, etcd_version, find_etcd, parse_version
 from spinetta.store.supervisor import Services
+from spinetta.trust.credentials import EtcdFiles, NodeCredentials
+from spinetta.trust.dial import Dialer
 
 log = logging.getLogger("spinetta.node")
+
+IDENTITY_FILE = "identity.json"
 
 
 class Memory:
@@ -79,14 +84,13 @@ class Entrance:
         return IncarnationId(self.memory.identity.incarnation_id) if self.memory.identity.incarnation_id else None
 
 
-async def enter(settings: Settings, data_dir: Path, services: Services) -> Entrance:
-    """Find the cluster, and start this node's etcd member if it has or founds one.
+def remembered(settings: Settings, data_dir: Path) -> Identity | None:
+    """What this node remembers of itself.
 
     Raises:
-        UserError: it cannot be done like this.
+        UserError: the data directory is another node's, or the file is damaged.
     """
-    path = data_dir / "identity.json"
-    known = identities.load(path)
+    known = identities.load(data_dir / IDENTITY_FILE)
     if known is not None and known.node != settings.name:
         raise UserError(
             f"the data directory {data_dir} belongs to node {known.node}, not {settings.name}",
@@ -94,32 +98,84 @@ async def enter(settings: Settings, data_dir: Path, services: Services) -> Entra
             hint=f"use --name {known.node}, or another --data-dir",
             reason="foreign-data",
         )
-    memory = Memory(path, known or Identity(node=settings.name))
-    program, version, warnings = await _etcd(settings, needed=settings.candidate or not settings.peers)
+    return known
+
+
+async def enter(
+    settings: Settings,
+    data_dir: Path,
+    services: Services,
+    known: Identity | None,
+    credentials: NodeCredentials | None,
+    dialer: Dialer,
+) -> Entrance:
+    """Find the cluster, and start this node's etcd member if it has or founds one.
+
+    Args:
+        known: what the node remembers.
+        credentials: in a secured cluster.
+        dialer: to its nodes.
+
+    Raises:
+        UserError: it cannot be done like this.
+    """
+    memory = Memory(data_dir / IDENTITY_FILE, known or Identity(node=settings.name))
+    worker = credentials is not None and credentials.role is NodeRole.WORKER
+    needed = not worker and (settings.candidate or not settings.peers)
+    program, version, warnings = await _etcd(settings, needed=needed)
     warnings += _runc(settings)
     _choose_ports(settings, memory)
     identity = memory.identity
+    tls = credentials and credentials.etcd and etcd_tls(credentials.etcd)
+    scheme = "http" if credentials is None else "https"
     seat = OwnSeat(
         services,
         name=settings.name,
         data_dir=data_dir,
         program=program,
         version=version,
-        client_url=f"http://{settings.host}:{identity.etcd_client_port}",
-        peer_url=f"http://{settings.host}:{identity.etcd_peer_port}",
+        client_url=f"{scheme}://{settings.host}:{identity.etcd_client_port}",
+        peer_url=f"{scheme}://{settings.host}:{identity.etcd_peer_port}",
         identity=lambda: memory.identity,
         update=memory.update,
+        tls=None if tls is None else lambda: tls,
     )
-    endpoints = await _find_cluster(settings, memory, seat)
+    if worker:
+        await _find_gateways(settings, memory, dialer)
+        memory.update(address=settings.address)
+        return Entrance(memory, seat, (), warnings)
+    endpoints = await _find_cluster(settings, memory, seat, dialer)
     memory.update(address=settings.address, endpoints=tuple(endpoints))
     return Entrance(memory, seat, endpoints, warnings)
 
 
-async def _find_cluster(settings: Settings, memory: Memory, seat: OwnSeat) -> list[str]:
+def etcd_tls(files: EtcdFiles) -> EtcdTls:
+    """Where etcd and those who talk to it find their certificates."""
+    return EtcdTls(files.ca, files.certificate, files.key)
+
+
+async def _find_gateways(settings: Settings, memory: Memory, dialer: Dialer) -> None:
+    """Voters for a worker to go through: those it knows, or those that its peers tell of."""
+    identity = memory.identity
+    returning = bool(identity.cluster_id)
+    peers = (*settings.peers, *(g for g in identity.gateways if g not in settings.peers))
+    if not peers:
+        raise UserError("this node does not know where its cluster is", field="node.peers", hint="give --peers")
+    try:
+        met = await introduce(peers, name=settings.name, returning=returning, wall_ms=wall_ms(), dialer=dialer)
+    except UserError as e:
+        if not identity.gateways or e.reason != UNREACHABLE:
+            raise
+        log.warning("no voter answers yet; this worker goes on trying: %s", e)
+        return
+    memory.update(cluster_id=met.cluster_id, gateways=met.gateways)
+
+
+async def _find_cluster(settings: Settings, memory: Memory, seat: OwnSeat, dialer: Dialer) -> list[str]:
     identity = memory.identity
     returning = bool(identity.cluster_id)
     if settings.peers and not identity.has_joined:
-        met = await introduce(settings.peers, name=settings.name, returning=returning, wall_ms=wall_ms())
+        met = await introduce(settings.peers, name=settings.name, returning=returning, wall_ms=wall_ms(), dialer=dialer)
         if returning and met.cluster_id != identity.cluster_id:
             raise UserError(
                 f"this node's data directory belongs to cluster {identity.cluster_id}, and {met.peer} is of cluster "
@@ -186,6 +242,7 @@ def _choose_ports(settings: Settings, memory: Memory) -> None:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as sock:
-        sock.bind((host, 0))
+    bare = host.strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET) as sock:
+        sock.bind((bare, 0))
         return int(sock.getsockname()[1])

@@ -9,10 +9,15 @@ import grpc
 
 from spinetta import units
 from spinetta.errors import UserError
+from spinetta.options import PEERS_MAX
+from spinetta.trust.dial import ANY, VOTER, Dialer
 from spinetta.v1 import api_pb2 as pb
+from spinetta.v1 import trust_pb2 as trust
 from spinetta.v1.api_pb2_grpc import SpinettaStub
+from spinetta.v1.trust_pb2_grpc import EnrollStub
 
 ASK_S = 5.0  # a node that needs longer than this to describe its cluster is as good as absent
+UNREACHABLE = "unreachable"
 CLOCK_SKEW_MAX_S = 30.0  # ids are ordered by the submitting node's clock, and people compare times across nodes
 
 
@@ -23,10 +28,11 @@ class Introduction:
     peer: str
     cluster_id: str
     client_urls: tuple[str, ...]
+    gateways: tuple[str, ...]  # API addresses of the voters
 
 
-async def introduce(peers: Sequence[str], *, name: str, returning: bool, wall_ms: int) -> Introduction:
-    """Ask the peers in turn; the first answer counts.
+async def introduce(peers: Sequence[str], *, name: str, returning: bool, wall_ms: int, dialer: Dialer) -> Introduction:
+    """Ask the peers in turn; the first answer counts. In a secured cluster only voters tell; workers know of them.
 
     Args:
         peers: API addresses.
@@ -37,16 +43,20 @@ async def introduce(peers: Sequence[str], *, name: str, returning: bool, wall_ms
     Raises:
         UserError: no peer answers, the clocks are apart, the name is taken, or the cluster has no voter to talk to.
     """
-    failures = []
-    for peer in peers:
+    failures: dict[str, str] = {}
+    asked = list(peers)
+    for peer in asked:  # grows meanwhile
         try:
-            return await _ask(peer, name, returning, wall_ms)
+            return await _ask(peer, name, returning, wall_ms, dialer)
         except grpc.aio.AioRpcError as e:
-            failures.append(f"{peer}: {_why(e)}")
+            failures[peer] = _why(e)
+        if dialer.is_secured and len(asked) < PEERS_MAX:
+            asked += [v for v in await _voters_known_to(peer, dialer) if v not in asked]
     raise UserError(
-        f"no peer can be reached: {'; '.join(failures)}",
+        f"no peer can be reached: {'; '.join(f'{peer}: {why}' for peer, why in failures.items())}",
         field="node.peers",
         hint="check the address and that a node runs there; without --peers a new cluster is started",
+        reason=UNREACHABLE,
     )
 
 
@@ -58,8 +68,18 @@ def _why(error: grpc.aio.AioRpcError) -> str:
     return (error.details() or error.code().name.lower()).splitlines()[0]
 
 
-async def _ask(peer: str, name: str, returning: bool, wall_ms: int) -> Introduction:
-    async with grpc.aio.insecure_channel(peer) as channel:
+async def _voters_known_to(peer: str, dialer: Dialer) -> tuple[str, ...]:
+    """Where a node that may be a worker says that voters are. They prove it themselves."""
+    async with dialer.channel(peer, ANY) as channel:
+        try:
+            told = await EnrollStub(channel).GetAuthorities(trust.GetAuthoritiesRequest(), timeout=ASK_S)
+        except grpc.aio.AioRpcError:
+            return ()
+    return tuple(told.voters)
+
+
+async def _ask(peer: str, name: str, returning: bool, wall_ms: int, dialer: Dialer) -> Introduction:
+    async with dialer.channel(peer, VOTER) as channel:
         stub = SpinettaStub(channel)
         described = await stub.DescribeCluster(pb.DescribeClusterRequest(), timeout=ASK_S)
         listed = await stub.ListNodes(pb.ListNodesRequest(), timeout=ASK_S)
@@ -82,4 +102,5 @@ async def _ask(peer: str, name: str, returning: bool, wall_ms: int) -> Introduct
     urls = tuple(v.client_url for v in described.voters if v.client_url and not v.learner)
     if not urls:
         raise UserError(f"{described.node} ({peer}) knows of no voter", field="node.peers", hint="try another peer")
-    return Introduction(peer, described.cluster_id, urls)
+    gateways = tuple(n.node.address for n in listed.nodes if n.voter and n.node.address)
+    return Introduction(peer, described.cluster_id, urls, gateways)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable, Iterable
 
 import grpc
 
@@ -13,8 +14,9 @@ from spinetta.agent import Agent
 from spinetta.errors import AlreadyExists, OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.model import NodeRecord
 from spinetta.node.seats import OwnSeat
-from spinetta.store.members import Member, MemberList, statuses
+from spinetta.store.members import Member, MemberList
 from spinetta.store.process import initial_cluster
+from spinetta.trust.dial import Dialer, node_name
 from spinetta.v1 import api_pb2 as pb
 from spinetta.v1.api_pb2_grpc import PeerStub
 
@@ -29,8 +31,17 @@ LEARNER_STALE_S = 90.0  # a learner that has not come up by then is rolled back,
 class SeatKeeper:
     """Adds, promotes and removes voters while this node is the leader."""
 
-    def __init__(self, agent: Agent, seat: OwnSeat, wanted: int) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        seat: OwnSeat,
+        wanted: int,
+        dialer: Dialer,
+        revoked: Callable[[Iterable[str]], Awaitable[frozenset[str]]],
+    ) -> None:
         self._agent = agent
+        self._dialer = dialer
+        self._revoked = revoked
         self._seat = seat
         self._wanted = wanted
         self._learner_since_s: dict[int, float] = {}
@@ -67,12 +78,13 @@ class SeatKeeper:
     async def _step(self) -> bool:
         """Take the next step; True when there is none to take."""
         listed = await self._seat.members.members()
-        seen = await statuses(listed.members)
+        seen = await self._seat.statuses(listed.members)
+        records = self.records()  # once: they may be others after the next await
+        nodes = {r.etcd_peer_url: r for r in records}
+        revoked = await self._revoked({*(m.name for m in listed.members if m.name), *(r.name for r in records)})
         now_s = time.monotonic()
         learners = {m.member_id for m in listed.members if m.learner}
         self._learner_since_s = {i: self._learner_since_s.get(i, now_s) for i in learners}
-        records = self.records()  # once: they may be others after the next await
-        nodes = {r.etcd_peer_url: r for r in records}
         seats = []
         for m in listed.members:
             status = seen[m.member_id]
@@ -81,15 +93,21 @@ class SeatKeeper:
             seats.append(voters.Seat(m.member_id, m.name, m.peer_url, m.learner, healthy, stale))
             if m.learner and not healthy and not stale and m.peer_url in nodes:
                 await self._take(nodes[m.peer_url], m, listed)
-        sitters = [self._sitter(r, now_s) for r in records]
+        sitters = [self._sitter(r, now_s, r.name in revoked) for r in records]
+        sitters += [
+            voters.Sitter(m.name, m.peer_url, revoked=True)
+            for m in listed.members
+            if m.peer_url not in nodes and m.name in revoked
+        ]
         me = self._agent.settings.name
         leader = next((s.leader_id for s in seen.values() if s is not None and s.leader_id), 0)
         step = voters.next_step(seats, sitters, wanted=self._wanted, me=me, leader_member_id=leader)
         return await self._carry_out(step, listed, nodes)
 
-    def _sitter(self, r: NodeRecord, now_s: float) -> voters.Sitter:
+    def _sitter(self, r: NodeRecord, now_s: float, revoked: bool) -> voters.Sitter:
         shunned = self._shunned_until_s.get(r.etcd_peer_url, 0.0) > now_s
-        return voters.Sitter(r.name, r.etcd_peer_url, candidate=r.candidate and not shunned, leaving=r.leaving)
+        candidate = r.candidate and not shunned
+        return voters.Sitter(r.name, r.etcd_peer_url, candidate, r.leaving, revoked)
 
     async def _carry_out(self, step: voters.Step, listed: MemberList, nodes: dict[str, NodeRecord]) -> bool:
         match step:
@@ -118,7 +136,7 @@ class SeatKeeper:
         names = {m.peer_url: m.name for m in listed.members if m.name} | {member.peer_url: node.name}
         cluster = initial_cluster((names[m.peer_url], m.peer_url) for m in listed.members if m.peer_url in names)
         request = pb.TakeSeatRequest(member_id=member.member_id, initial_cluster=cluster, cluster_id=listed.cluster_id)
-        async with grpc.aio.insecure_channel(node.address) as channel:
+        async with self._dialer.channel(node.address, node_name(node.name)) as channel:
             await PeerStub(channel).TakeSeat(request, timeout=SEAT_CALL_S)
 
     async def _remove(self, member_id: int, listed: MemberList, nodes: dict[str, NodeRecord]) -> None:
@@ -129,7 +147,8 @@ class SeatKeeper:
         if member_id == self._seat.member_id:
             await self._seat.give_up(member_id)
         elif url in nodes:
-            async with grpc.aio.insecure_channel(nodes[url].address) as channel:
+            node = nodes[url]
+            async with self._dialer.channel(node.address, node_name(node.name)) as channel:
                 await PeerStub(channel).GiveUpSeat(pb.GiveUpSeatRequest(member_id=member_id), timeout=SEAT_CALL_S)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,8 +14,9 @@ from spinetta.errors import Fenced, InvariantViolation, RuntimeUnavailable, Stor
 from spinetta.node.port import Member, Membership
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.identity import Identity, check_data_dir
+from spinetta.store.members import Member as EtcdMember
 from spinetta.store.members import Members, MemberStatus, hex_id, statuses
-from spinetta.store.process import EtcdSettings, Version, initial_cluster
+from spinetta.store.process import EtcdSettings, EtcdTls, Version, initial_cluster
 from spinetta.store.supervisor import EtcdSupervisor, Services
 from spinetta.store.wal import wal_owner
 
@@ -40,6 +41,7 @@ class OwnSeat:
         peer_url: str,
         identity: Callable[[], Identity],
         update: Callable[..., None],
+        tls: Callable[[], EtcdTls] | None = None,
     ) -> None:
         self._services = services
         self._name = name
@@ -51,6 +53,7 @@ class OwnSeat:
         self.peer_url = peer_url
         self._identity = identity
         self._update = update
+        self._tls = tls
         self._members: Members | None = None
         self._supervisor: EtcdSupervisor | None = None
         self._changing = asyncio.Lock()
@@ -133,6 +136,12 @@ class OwnSeat:
         """Stop etcd in order; the seat is kept."""
         await self._stop_etcd()
 
+    async def restart(self) -> None:
+        """Stop etcd and start it again, because it reads the authorities it believes only then. No seat: nothing."""
+        async with self._changing:
+            if self._supervisor is not None:
+                await self._supervisor.restart(timeout_s=START_S)
+
     async def _start(self, cluster: str, *, existing: bool, member_id: str = "", token: str = JOINING) -> None:
         check_data_dir(self._identity(), self._etcd_dir)
         settings = EtcdSettings(
@@ -144,6 +153,7 @@ class OwnSeat:
             initial_cluster=cluster,
             existing=existing,
             token=token,
+            tls=None if self._tls is None else self._tls(),
         )
         supervisor = EtcdSupervisor(self._services, settings, log_path=self._log_path, version=self._version)
         if self._identity().has_joined:
@@ -231,6 +241,10 @@ class OwnSeat:
 
     # --- looking ---
 
+    async def statuses(self, members: Iterable[EtcdMember]) -> dict[int, MemberStatus | None]:
+        """How each member is; None for those that do not answer."""
+        return await statuses(members, self._tls)
+
     async def others_vote(self) -> bool:
         """True when some other node is a voter."""
         listed = await self.members.members()
@@ -249,7 +263,7 @@ class OwnSeat:
     async def membership(self) -> Membership:
         """etcd's members, leader and alarms, for people."""
         listed = await self.members.members()
-        seen = await statuses(listed.members)
+        seen = await self.statuses(listed.members)
         names = {m.member_id: m.name for m in listed.members}
         alarms = await self.members.alarms()
         return Membership(

@@ -18,6 +18,7 @@ from spinetta.errors import UserError
 from spinetta.store.wal import wal_owner
 
 FORMAT = 1  # of the file; a reader refuses what is newer than itself
+_LISTS = ("endpoints", "gateways")
 IDENTITY_BYTES_MAX = 64 << 10  # ours has less than 2 KB; anything larger is not ours
 
 
@@ -34,7 +35,8 @@ class Identity:
         initial_cluster: what its member was first started with.
         address: HOST:PORT of the API.
         etcd_client_port, etcd_peer_port: as chosen at the first start.
-        endpoints: client URLs of voters, as last seen: where a restarted worker finds the cluster.
+        endpoints: client URLs of voters, as last seen: where a restarted node without a seat finds the cluster.
+        gateways: API addresses of voters, as last seen: where a restarted worker of a secured cluster finds it.
         incarnation_id: of its latest life, which the next daemon goes on with.
     """
 
@@ -47,6 +49,7 @@ class Identity:
     etcd_client_port: int = 0
     etcd_peer_port: int = 0
     endpoints: tuple[str, ...] = ()
+    gateways: tuple[str, ...] = ()
     incarnation_id: str = ""
 
 
@@ -83,13 +86,15 @@ def _parse(data: bytes) -> Identity:
     version = document.pop("format")
     if version != FORMAT:
         raise ValueError(f"format {version} is not known to this version of Spinetta")
-    known = {each.name: type(each.default) for each in fields(Identity)} | {"node": str, "endpoints": list}
+    known = {each.name: type(each.default) for each in fields(Identity)} | {"node": str}
+    known |= dict.fromkeys(_LISTS, list)
     if unknown := sorted(set(document) - set(known)):
         raise ValueError(f"unknown fields: {', '.join(unknown)}")
     for name, value in document.items():
         if type(value) is not known[name]:
             raise TypeError(f"{name} is {value!r}")
-    document["endpoints"] = tuple(str(each) for each in document.get("endpoints", ()))
+    for name in _LISTS:
+        document[name] = tuple(str(each) for each in document.get(name, ()))
     return Identity(**document)
 
 

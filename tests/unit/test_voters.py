@@ -29,6 +29,7 @@ def step(seats: Sequence[Seat], live: Sequence[Sitter], wanted: int = 3) -> Step
 
 
 ADD_2 = AddLearner("n2", "http://n2")
+REVOKED_3 = replace(node(3), revoked=True)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,15 @@ ADD_2 = AddLearner("n2", "http://n2")
         ([seat(1), seat(2)], nodes(1, 2), Remove(2, "")),
         ([seat(1), seat(2), seat(3, learner=True)], nodes(1, 2), Remove(3, "")),
         ([seat(1), seat(2), seat(3, learner=True, stale=True)], nodes(1, 2, 3, 4), Remove(3, "")),
+        # a revoked one goes first, whether it answers or not, as long as the others can go on without it
+        ([seat(1), seat(2), seat(3)], [*nodes(1, 2), REVOKED_3], Remove(3, "its node has been revoked")),
+        (
+            [seat(1), seat(2), seat(3, healthy=False)],
+            [*nodes(1, 2, 4), REVOKED_3],
+            Remove(3, "its node has been revoked"),
+        ),
+        ([seat(1), seat(2, healthy=False), seat(3)], [*nodes(1, 2), REVOKED_3], Nothing),
+        ([seat(3)], [REVOKED_3], Nothing),
         # a learner takes its time
         ([seat(1), seat(2, learner=True, healthy=False)], nodes(1, 2, 3), Nothing),
         # at rest

@@ -1,0 +1,117 @@
+"""A node's start: logging, the lock on its directory, its credentials, its shim, its cluster, then its daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from pathlib import Path
+
+from spinetta import names
+from spinetta.config import Resolved, Settings
+from spinetta.errors import UserError
+from spinetta.node import founding
+from spinetta.node.admission import admit
+from spinetta.node.daemon import Daemon
+from spinetta.node.entry import Entrance, enter, etcd_tls, remembered
+from spinetta.node.lock import DirectoryLock
+from spinetta.runtime.process import ProcessRuntime
+from spinetta.store.etcd import EtcdStore
+from spinetta.store.gateway import GatewayStore
+from spinetta.store.supervisor import SERVICE as ETCD_SERVICE
+from spinetta.trust.audit import open_log
+from spinetta.trust.credentials import NodeCredentials
+from spinetta.trust.dial import Dialer
+
+log = logging.getLogger("spinetta.node")
+
+
+def check_port_free(address: str, what: str) -> None:
+    """Find out early and say it clearly.
+
+    Raises:
+        UserError: the address cannot be bound.
+    """
+    host, port = names.bare_host(address), address.rpartition(":")[2]
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, int(port)))
+        except OSError as e:
+            raise UserError(
+                f"{what} cannot listen on {address}: {e.strerror}",
+                field="node.address",
+                hint="another program uses the port, or the address is not of this machine; choose another --address",
+                reason="address-in-use",
+            ) from e
+
+
+def configure_logging(level: str) -> None:
+    """Plain lines on standard error, for a terminal, a file or the journal."""
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logging.getLogger("spinetta").setLevel(level.upper())  # not the root: libraries have other ideas of what matters
+
+
+def run(resolved: Resolved) -> int:
+    """`spinetta node join`: run a node until it is stopped or has left; the exit code.
+
+    Raises:
+        UserError: it cannot start, and says why and what to do.
+    """
+    configure_logging(resolved.settings.log_level)
+    for warning in resolved.warnings:
+        log.warning("%s", warning)
+    data_dir = Path(resolved.settings.data_dir)
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"the data directory {data_dir} cannot be made: {e.strerror}",
+            field="node.data_dir",
+            hint="choose another with --data-dir",
+        ) from e
+    return asyncio.run(_main(resolved.settings, data_dir))
+
+
+async def _main(settings: Settings, data_dir: Path) -> int:
+    with DirectoryLock(data_dir):
+        check_port_free(settings.address, "the API")
+        known = remembered(settings, data_dir)
+        credentials = await admit(settings, data_dir, known)
+        dialer = Dialer.open() if credentials is None else Dialer.secured(credentials.pems)
+        async with contextlib.AsyncExitStack() as stack:
+            runtime = await stack.enter_async_context(
+                ProcessRuntime.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
+            )
+            try:
+                entrance = await enter(settings, data_dir, runtime, known, credentials, dialer)
+            except UserError:
+                await _leave_no_idle_shim(runtime)
+                raise
+            store = _store(entrance, credentials, dialer)
+            stack.push_async_callback(store.close)
+            if isinstance(store, EtcdStore):
+                entrance.seat.attach(store)
+            if credentials is not None and founding.is_pending(credentials.directory):
+                await founding.commit(store, credentials)
+            log_of_calls = await asyncio.to_thread(open_log, data_dir / "audit", settings.name)
+            stack.push_async_callback(asyncio.to_thread, log_of_calls.close)
+            return await Daemon(settings, entrance, runtime, store, credentials, dialer, log_of_calls).run()
+
+
+def _store(entrance: Entrance, credentials: NodeCredentials | None, dialer: Dialer) -> EtcdStore | GatewayStore:
+    """Etcd itself for a node that may hold a seat; for a worker the gateway of the voters' daemons."""
+    if credentials is None:
+        return EtcdStore(entrance.endpoints)
+    if credentials.etcd is None:
+        return GatewayStore(dialer, entrance.memory.identity.gateways, name=credentials.name)
+    tls = etcd_tls(credentials.etcd)
+    return EtcdStore(entrance.endpoints, lambda: tls)
+
+
+async def _leave_no_idle_shim(runtime: ProcessRuntime) -> None:
+    """A node that could not come up must not leave a shim behind, unless it holds something."""
+    etcd = await runtime.service(ETCD_SERVICE)
+    if not await runtime.held() and (etcd is None or etcd.exit is not None):
+        await runtime.shutdown_shim()
