@@ -194,7 +194,7 @@ class Leadership:
 
     def lease_granted(self, granted: LeaseGranted, now: float) -> list[Effect]:
         """A lease for the office: try to take it."""
-        if granted.lease is None or not self.candidate:
+        if granted.lease is None or not self.candidate or not self._rights.may_lead:
             self._campaigning = False
             self._campaign_at_s = now + RETRY_S
             return [RevokeLease(granted.lease)] if granted.lease is not None else []

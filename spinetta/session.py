@@ -309,9 +309,9 @@ class Session:
             self.registration = None
             self._look(now + POLL_S)
             return self._say(f"the record of the rights of node {self.name} cannot be read; it takes nothing now")
-        self.acl, self.acl_seen = acl, entry.modified
-        if acl.revoked:
+        if acl.revoked:  # nothing is ever to be guarded by that revision
             return self._revoked_by(acl.reason or "no reason was given")
+        self.acl, self.acl_seen = acl, entry.modified
         return None
 
     def _revoked_by(self, why: str) -> list[Effect]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from spinetta import codec, keys, lifecycle, txn
+from spinetta import accesstxn, codec, keys, lifecycle, trustcodec, txn
+from spinetta.access import NodeAcl, NodeRole
 from spinetta.agent import Agent
 from spinetta.events import (
     AttemptEnded,
@@ -267,6 +268,20 @@ class Direct:
             over = lifecycle.cancelled_waiting(task, "by a test", now_ms=0)
             self.model.commit(txn.cancel_waiting(task_id, kv.key, kv.modified, codec.encode_task(over)))
         self.deliver()
+
+    # --- administrators ---
+
+    def rights(self, name: str, *labels: str, revoked: bool = False) -> None:
+        """What a node may do from now on. Nobody has heard of it when this returns: `deliver` tells those who watch."""
+        key = keys.acl_node(NodeId(name))
+        kv = self.model.get(key)
+        acl = NodeAcl(name, NodeRole.VOTER, labels, effective=labels, revoked=revoked)
+        seen = accesstxn.Seen(key, kv.modified if kv is not None else Revision(0))
+        change = accesstxn.Change(seen, trustcodec.encode(acl))
+        body = accesstxn.change((change,))
+        if revoked:
+            body = accesstxn.revoke_node(NodeId(name), change, (), None, ())
+        assert isinstance(self.model.commit(body), txn.Committed)
 
     def task(self, task_id: TaskId) -> Task:
         kv = self.model.get(keys.task(task_id))

@@ -6,12 +6,12 @@ A mutant is a way to patch the code under test for the length of one run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from spinetta import claims, holdings, lifecycle, mirror, recover, session, txn
+from spinetta import agent, claims, holdings, lifecycle, match, mirror, recover, session, txn
 from spinetta.agent import Agent
 from spinetta.events import List
 from spinetta.model import Reason, Revision, State
@@ -32,7 +32,7 @@ def drop_guards(function: str, *indexes: int) -> Mutant:
 
 
 def drop_outer(size: int, *indexes: int) -> Mutant:
-    """A batch without these of its common guards, told by how many there are: three stand before claims."""
+    """A batch without these of its common guards, told by how many there are: two before ends, four before claims."""
     real = txn.batch
 
     def weakened(nested: Any, when: Any = ()) -> txn.Txn:
@@ -50,6 +50,16 @@ def drop_from_registration(*indexes: int) -> Mutant:
         return tuple(g for i, g in enumerate(real(self)) if i not in indexes)
 
     return lambda: mock.patch.object(txn.Registration, "guards", weakened)
+
+
+def drop_from_office(*indexes: int) -> Mutant:
+    """Every write of the leader, without these of the guards of its office."""
+    real = txn.OfficeHeld.guards
+
+    def weakened(self: txn.OfficeHeld) -> tuple[txn.Guard, ...]:
+        return tuple(g for i, g in enumerate(real(self)) if i not in indexes)
+
+    return lambda: mock.patch.object(txn.OfficeHeld, "guards", weakened)
 
 
 def put(where: Any, name: str, what: Any) -> Mutant:
@@ -152,6 +162,15 @@ def _no_resume() -> Iterator[None]:
 
 
 @contextmanager
+def _blind_to_labels() -> Iterator[None]:
+    """Nobody looks at what a node is cleared for."""
+    with ExitStack() as patches:
+        for module in (match, claims, holdings):
+            patches.enter_context(mock.patch.object(module, "uncleared", return_value=[]))
+        yield
+
+
+@contextmanager
 def _no_row(state: State, event: lifecycle.Event) -> Iterator[None]:
     rows = {k: v for k, v in lifecycle.TRANSITIONS.items() if k != (state, event)}
     with mock.patch.object(lifecycle, "TRANSITIONS", rows):
@@ -163,6 +182,20 @@ def no_row(state: State, event: lifecycle.Event) -> Mutant:
     return lambda: _no_row(state, event)
 
 
+_GIVEN_UP = (session.Phase.FENCED, session.Phase.WAITING)
+_real_rights = Agent._rights
+
+
+def _leads_on(self: Agent) -> recover.Rights:
+    """A leader that does not mind having been thrown out."""
+    return replace(_real_rights(self), may_lead=True)
+
+
+def _revoked_unknown(self: Agent) -> recover.Rights:
+    """A leader that takes those who were thrown out for dead like others."""
+    return replace(_real_rights(self), revoked=frozenset())
+
+
 def _reasons(*losses: Reason) -> frozenset[Reason]:
     return frozenset(losses)
 
@@ -171,19 +204,27 @@ MUTANTS: dict[str, Mutant] = {
     # guards
     "submit[0]": drop_guards("submit", 0),
     "claim[0]": drop_guards("claim", 0),
-    "claims-outer[0]": drop_outer(3, 0),
-    "claims-outer[0,1]": drop_outer(3, 0, 1),
+    "claims-outer[0]": drop_outer(4, 0),
+    "claims-outer[0,1]": drop_outer(4, 0, 1),
+    "claims-outer[3]": drop_outer(4, 3),
+    "claims-outer[0,3]": drop_outer(4, 0, 3),
+    "ends-outer[1]": drop_outer(2, 1),
     "finish[0]": drop_guards("finish", 0),
     "give_back[0]": drop_guards("give_back", 0),
     "cancel_waiting[0]": drop_guards("cancel_waiting", 0),
     "cancel_running[0]": drop_guards("cancel_running", 0),
     "register[0,1]": drop_guards("register", 0, 1),
+    "register[3]": drop_guards("register", 3),
+    "reattach[3]": drop_guards("reattach", 3),
     "renew[0,1]": drop_guards("renew", 0, 1),
     "registration[0]": drop_from_registration(0),
     "registration[0,1]": drop_from_registration(0, 1),
+    "registration[0,3]": drop_from_registration(0, 3),
     "take_office[0]": drop_guards("take_office", 0),
+    "take_office[1]": drop_guards("take_office", 1),
+    "office[1]": drop_from_office(1),
     "condemn[0]": drop_guards("condemn", 0),
-    "condemn[1]": drop_guards("condemn", 1),
+    "condemn[2]": drop_guards("condemn", 2),
     # the dead-man's switch and the wait
     "deaf-shim": _deaf_shim,
     "no-wait": put(recover, "wait_out_s", lambda *_: 0.0),
@@ -203,7 +244,14 @@ MUTANTS: dict[str, Mutant] = {
     # pieces of reasoning
     "no-resume": _no_resume,
     "start-on-old-listing": put(Agent, "_may_start", property(lambda self: self.session.may_start)),
-    "ends-of-any-life": drop_outer(1, 0),
+    "ends-of-any-life": drop_outer(2, 0),
+    "blind-to-labels": _blind_to_labels,
+    "claims-as-planned": put(claims.Claims, "_claimable", lambda _self, task: task.state is State.QUEUED),
+    "doubts-as-planned": put(claims.Claims, "_covers", lambda *_: True),
+    "labels-stay": put(holdings, "_barred", lambda *_: None),
+    "revoked-goes-on": put(session.Session, "must_stop", property(lambda self: self.phase in _GIVEN_UP)),
+    "leads-on": put(agent.Agent, "_rights", lambda self: _leads_on(self)),
+    "braked-by-the-revoked": put(agent.Agent, "_rights", lambda self: _revoked_unknown(self)),
     "no-fresh-listing": put(txn.Registration, "since", Revision(0)),
     "forgetful-daemon": _forgetful,
     "no-must-stop": put(session.Session, "must_stop", False),

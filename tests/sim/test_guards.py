@@ -14,6 +14,7 @@ from spinetta.errors import InvariantViolation
 from tests.sim.__main__ import attempt
 from tests.sim.mutants import MUTANTS
 from tests.unit import test_agent
+from tests.unit import test_agent_rights as rights
 from tests.unit import test_agent_stories as stories
 
 SEARCH = 100  # a change of the code changes what a seed tells: then the next one that notices will do
@@ -34,7 +35,17 @@ NOTICED: dict[str, tuple[str, int]] = {
     "renew[0,1]": ("partition", 48),
     "take_office[0]": ("", 3),
     "condemn[0]": ("net", 24),
-    "condemn[1]": ("", 1),
+    "condemn[2]": ("", 1),
+    "claims-outer[3]": ("rights", 63),
+    "claims-outer[0,3]": ("rights", 6),
+    "ends-outer[1]": ("rights", 8),
+    "registration[0,3]": ("rights", 0),
+    "register[3]": ("rights,net", 17),
+    "reattach[3]": ("rights", 2),
+    "take_office[1]": ("rights,partition", 10),
+    "office[1]": ("rights", 45),
+    "leads-on": ("rights", 2),
+    "blind-to-labels": ("rights", 1),
     "deaf-shim": ("", 0),
     "no-wait": ("partition", 1),
     "short-wait": ("partition", 3),
@@ -66,6 +77,13 @@ TOLD: dict[str, Callable[[], None]] = {
     "no-must-stop": stories.test_a_condemned_node_stops_all_says_so_and_begins_again,
     "claim-unknown-is-no": stories.test_a_claim_made_again_may_lose_to_its_own_first_proposal,
     "give_back[0]": stories.test_a_cancel_between_the_end_and_its_record_is_not_lost,
+    "labels-stay": rights.test_what_is_no_longer_covered_is_given_back_and_all_else_goes_on,
+    "revoked-goes-on": rights.test_a_node_that_is_thrown_out_stops_all_and_its_task_runs_elsewhere,
+    "claims-as-planned": rights.test_a_round_planned_under_old_rights_is_not_claimed_under_new_ones,
+    "doubts-as-planned": rights.test_a_claim_in_doubt_is_not_made_again_without_the_label,
+    "braked-by-the-revoked": rights.test_those_who_were_thrown_out_are_no_mass_death,
+    "ends-outer[1]": rights.test_of_an_end_under_way_nothing_comes,
+    "claims-outer[3]": rights.test_a_claim_under_way_does_not_outlive_the_label,
     "forgetful-daemon": test_agent.test_a_restarted_daemon_goes_on,
 }
 
