@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Protocol
 
 import pytest
@@ -14,6 +15,7 @@ from spinetta.model import Revision
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
 from tests.contract.etcds import Etcd, etcd_authority, shared_etcd
+from tests.contract.gateways import gateway_store
 from tests.sim.model_store import ModelStore
 
 LIMIT_S = 60.0
@@ -40,7 +42,15 @@ def etcd_tls_server() -> Iterator[Etcd]:
         yield found
 
 
-SERVERS = {"etcd": "etcd_server", "etcd-tls": "etcd_tls_server"}
+SERVERS = {"etcd": "etcd_server", "etcd-tls": "etcd_tls_server", "gateway": "etcd_server"}
+
+
+@contextlib.asynccontextmanager
+async def _closing(store: CompactingStore) -> AsyncIterator[CompactingStore]:
+    try:
+        yield store
+    finally:
+        await store.close()
 
 
 @pytest.fixture(params=["model", *SERVERS])
@@ -51,12 +61,15 @@ def on_store(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
 
     def run(scenario: Scenario) -> None:
         async def main() -> None:
-            store: CompactingStore = EtcdStore([server.client], server.tls) if server is not None else ModelStore()
-            try:
+            async with contextlib.AsyncExitStack() as stack:
+                if server is None:
+                    store: CompactingStore = await stack.enter_async_context(_closing(ModelStore()))
+                elif kind == "gateway":
+                    store = await stack.enter_async_context(gateway_store(server.client))
+                else:
+                    store = await stack.enter_async_context(_closing(EtcdStore([server.client], server.tls)))
                 async with asyncio.timeout(LIMIT_S):
                     await scenario(store, f"/test/{os.getpid()}-{next(_numbers)}/")
-            finally:
-                await store.close()
 
         asyncio.run(main())
 

@@ -1,0 +1,1 @@
+"""The gateway: the store for nodes without an etcd member, served by a voter's daemon."""
