@@ -52,7 +52,7 @@ def submit(*argv: str) -> tuple[str, ...]:
 CLI = [
     # usage
     Cli(("submt",), "there is no command 'submt'; did you mean 'submit'?"),
-    Cli(("frobnicate",), "there is no command 'frobnicate'; known: cancel, completion"),
+    Cli(("frobnicate",), "there is no command 'frobnicate'; known: cancel, cluster, completion"),
     Cli(("submit", "--cpu", "2", "--", "true"), "No such option '--cpu'"),
     Cli(("submit",), "there is no command"),
     Cli(("submit", "--"), "there is no command"),
@@ -192,7 +192,7 @@ FILES = [
         "entry 2 (line 2): unknown key 'memroy' (did you mean 'memory'?)",
         "tasks[1].memroy",
     ),
-    File("- command: a\n  7: b", "unknown key '7' (known: backoff, command", "tasks[0].7"),
+    File("- command: a\n  7: b", "unknown key '7' (known: backoff, clearance, command", "tasks[0].7"),
     File("- command: 7", "entry 1 (line 1): command must be text or a list of text, not a number", "tasks[0].command"),
     File(
         "- command: [a, 7]",

@@ -139,6 +139,12 @@ def _resolved_client(node: str | None, timeout: str | None, config_file: str | N
     return replace(resolved, settings=settings)
 
 
+def is_somebody(node: str | None, timeout: str | None, config_file: str | None) -> bool:
+    """Whether we have an identity of the cluster's, so that the cluster knows better than we who is asking."""
+    settings = _resolved_client(node, timeout, config_file).settings
+    return settings.credentials not in ("", "none")
+
+
 def usual_credentials() -> Path | None:
     """``~/.config/spinetta/credentials.pem``, if it is there."""
     from spinetta.client.credentials import default_path

@@ -242,6 +242,10 @@ def logout(chosen: str | None, as_json: bool) -> None:
 
     The certificate itself stays good until it expires: if somebody may have a copy, have an administrator say
     `spinetta user revoke-certificates NAME`.
+
+    \b
+    Example:
+      spinetta logout
     """
     from spinetta.client.credentials import default_path
 
@@ -262,7 +266,13 @@ def logout(chosen: str | None, as_json: bool) -> None:
 @json_option
 @client_options
 def whoami(as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
-    """Show who the cluster takes you for, and what you may do."""
+    """Show who the cluster takes you for, and what you may do.
+
+    \b
+    Examples:
+      spinetta whoami
+      spinetta whoami --credentials /var/lib/spinetta/admin.pem
+    """
 
     async def work(client: AsyncClient) -> WhoAmI:
         return await client.admin.whoami()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from spinetta.cli import exits, output
+from spinetta.cli import exits, nodeaccess, output
 from spinetta.cli.base import (
     Finished,
     client_options,
@@ -367,3 +367,7 @@ def _end_shim(directory: Path) -> bool:
         return True
 
     return asyncio.run(end())
+
+
+for _command in nodeaccess.COMMANDS:
+    node.add_command(_command)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spinetta.cli import exits, output
-from spinetta.cli.base import Finished, client_options, json_option, with_client
+from spinetta.cli.base import Finished, client_options, is_somebody, json_option, with_client
 from spinetta.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,11 @@ EPILOG = exits.HELP
 @click.option("--backoff", metavar="TIME", help="Before the first retry; doubles with each.")
 @click.option("--no-restart", is_flag=True, help="Do not start it again when its node is lost.")
 @click.option("--grace", metavar="TIME", help="How long it may run on without contact to the cluster.")
-@click.option("--owner", metavar="NAME", help="Default: your login name.")
+@click.option("--owner", metavar="NAME", help="Default: your login name; in a secured cluster the user you are.")
+@click.option(
+    "--clearance", "-c", multiple=True, metavar="LABEL,…", help="Only nodes cleared for it may see and run it."
+)
+@click.option("--secret", "secrets", multiple=True, metavar="NAME[=FILE]", help="Given as a file in $SPINETTA_SECRETS.")
 @click.option("--id", "task_id", metavar="UUID", help="A UUID of version 7; the same again changes nothing.")
 @click.option(
     "--file", "file", metavar="FILE", help="Tasks from a YAML, JSON or JSON lines file; - for standard input."
@@ -84,6 +88,8 @@ def submit(
     from spinetta.client.specs import make_spec
 
     given = _given(options)
+    if "owner" not in given and not is_somebody(node, timeout, config_file):
+        given["owner"] = login_name()
     if file is None:
         if format_:
             raise UserError("--format is for --file", field="format", hint="name a file, or leave it away")
@@ -141,6 +147,10 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         found["env"] = dict(_variable(text) for text in options["env"])
     if options["countables"]:
         found["countables"] = ",".join(options["countables"])
+    if options["clearance"]:
+        found["clearance"] = [w.strip() for text in options["clearance"] for w in text.split(",") if w.strip()]
+    if options["secrets"]:
+        found["secrets"] = dict(_secret(text) for text in options["secrets"])
     for name in ("tags", "not_tags"):
         if options[name]:
             found[name] = list(options[name])
@@ -148,7 +158,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         found["restart"] = False
     if options["task_id"] is not None:
         found["id"] = options["task_id"]
-    found["owner"] = options["owner"] if options["owner"] is not None else login_name()
+    if options["owner"] is not None:
+        found["owner"] = options["owner"]
     return found
 
 
@@ -158,6 +169,11 @@ def pair(text: str, option: str) -> tuple[str, str]:
     if not equals:
         raise UserError(f"not KEY=VALUE: {text!r}", field=option, hint=f"--{option} run=7")
     return key, value
+
+
+def _secret(text: str) -> tuple[str, str]:
+    name, _, file = text.partition("=")
+    return name, file or name
 
 
 def _variable(text: str) -> tuple[str, str]:
