@@ -51,6 +51,7 @@ from spinetta.events import (
     attempt_key,
 )
 from spinetta.model import Exit, IncarnationId, Reason, Revision, TaskSpec
+from spinetta.node.vault import CannotOpen, Opened, Vault
 from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimLost
 from spinetta.store.protocol import KeyValue, Store
 
@@ -96,9 +97,10 @@ def task_environment(spec: TaskSpec, attempt: int, settings: LaunchSettings) -> 
     }
 
 
-def launch_of(start: Start, settings: LaunchSettings) -> Launch:
-    """What the runtime needs to start an attempt."""
-    spec = start.spec
+def launch_of(start: Start, settings: LaunchSettings, opened: Opened | None = None) -> Launch:
+    """What the runtime needs to start an attempt. `opened`: what was sealed for the task."""
+    opened = opened or Opened(start.spec)
+    spec = opened.spec
     return Launch(
         key=attempt_key(spec.id, start.attempt),
         argv=spec.command,
@@ -111,6 +113,8 @@ def launch_of(start: Start, settings: LaunchSettings) -> Launch:
         grace_s=start.grace_s,
         token=start.token,
         incarnation=start.incarnation,
+        private=opened.private,
+        secrets=opened.secrets,
     )
 
 
@@ -130,12 +134,15 @@ class Driver:
         launch: LaunchSettings,
         *,
         remember: Callable[[IncarnationId], None],
+        vault: Vault | None = None,
     ) -> None:
+        """`vault` opens what is sealed for this node; None in an open cluster, where nothing is."""
         self.agent = agent
         self._store = store
         self._runtime = runtime
         self._launch = launch
         self._remember = remember
+        self._vault = vault
         self._inbox: asyncio.Queue[Happening] = asyncio.Queue(INBOX_EVENTS_MAX)
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -321,7 +328,14 @@ class Driver:
     # --- the runtime ---
 
     async def _start(self, effect: Start) -> None:
-        launch = launch_of(effect, self._launch)
+        key = attempt_key(effect.spec.id, effect.attempt)
+        try:
+            launch = launch_of(effect, self._launch, await self._open(effect.spec))
+        except CannotOpen as e:
+            log.warning("%s: %s", key, e)
+            refused = Exit(e.reason, message=str(e), ended_ms=wall_ms())
+            await self.tell(Started(key, effect.token, refused))
+            return
         try:
             ended = await self._runtime.start(launch)
         except RuntimeUnavailable as e:
@@ -332,6 +346,13 @@ class Driver:
             await self.tell(Started(launch.key, effect.token, refused))
         else:
             await self.tell(Started(launch.key, effect.token, ended))
+
+    async def _open(self, spec: TaskSpec) -> Opened:
+        if spec.sealed is None and not spec.secrets:
+            return Opened(spec)
+        if self._vault is None:
+            raise CannotOpen(Reason.NODE_UNFIT, "this node belongs to no secured cluster, and can open nothing sealed")
+        return await self._vault.open_task(spec)
 
     async def _quietly(self, request: Coroutine[Any, Any, None]) -> None:
         try:
