@@ -12,7 +12,7 @@ import grpc.aio
 from spinetta.trust.dial import Dialer, Option
 
 CHANNELS_MAX = 64  # each is a connection here and there; the one unused for longest goes first
-CLOSING_MAX = 64  # old ones with calls in flight; beyond that the oldest is cut
+RETIRED_MAX = 64  # old ones, for the calls on them; beyond that the oldest is cut
 GRACE_S = 60.0  # calls that were under way may end; streams that go on for longer are cut, and begin again
 
 
@@ -23,7 +23,7 @@ class _Kept:
 
 
 class Channels:
-    """One channel for each address and expected name. A channel stays good for `grace_s` after it has been replaced.
+    """One channel for each address and expected name. Calls on one that has been replaced may go on for `grace_s`.
 
     A connection goes on under the certificate it was made with, which expires: so whoever calls asks `get` for each
     call, and keeps no channel.
@@ -42,7 +42,7 @@ class Channels:
         self._channels_max = channels_max
         self._grace_s = grace_s
         self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
-        self._closing: OrderedDict[asyncio.Task[None], None] = OrderedDict()
+        self._retired: OrderedDict[asyncio.Task[None], asyncio.Event] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -71,21 +71,26 @@ class Channels:
         """Close all channels and end all calls. May be called twice."""
         while self._kept:
             await self._kept.popitem()[1].channel.close()
-        closing = list(self._closing)
-        for task in closing:
-            task.cancel()
-        await asyncio.gather(*closing, return_exceptions=True)
+        retired = list(self._retired)
+        for enough in self._retired.values():
+            enough.set()
+        await asyncio.gather(*retired)
 
     def _retire(self, channel: grpc.aio.Channel) -> None:
-        while len(self._closing) >= CLOSING_MAX:
-            self._closing.popitem(last=False)[0].cancel()
-        task = asyncio.get_running_loop().create_task(_close(channel, self._grace_s))
-        self._closing[task] = None
-        task.add_done_callback(lambda t: self._closing.pop(t, None))
+        if len(self._retired) >= RETIRED_MAX:
+            self._retired.popitem(last=False)[1].set()
+        enough = asyncio.Event()
+        task = asyncio.get_running_loop().create_task(_close_later(channel, enough, self._grace_s))
+        self._retired[task] = enough
+        task.add_done_callback(lambda t: self._retired.pop(t, None))
 
 
-async def _close(channel: grpc.aio.Channel, grace_s: float) -> None:
+async def _close_later(channel: grpc.aio.Channel, enough: asyncio.Event, grace_s: float) -> None:
+    # Not `close(grace_s)`: once begun, that can be neither cut short nor done again.
     try:
-        await channel.close(grace_s)
+        async with asyncio.timeout(grace_s):
+            await enough.wait()
+    except TimeoutError:
+        pass
     finally:
-        await channel.close()  # when this task is cancelled: at once
+        await channel.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 import ssl
 import time
@@ -119,11 +118,12 @@ class Dialer:
             options: gRPC's.
 
         Raises:
-            UserError: the address is off loopback, and this dialer has plain text only (reason ``off-loopback``).
+            UserError: not an address; or it is off loopback, and this dialer has plain text only (reason
+                ``off-loopback``).
         """
+        address = names.check_address(address)  # nothing else that gRPC would understand, such as unix:/path
         if self._get is None:
-            _check_loopback(address)
-            return grpc.aio.insecure_channel(address, options=list(options))
+            return grpc.aio.insecure_channel(names.require_loopback(address), options=list(options))
         credentials = self._tls()
         if self._token is not None and expect == VOTER:
             credentials = grpc.composite_channel_credentials(
@@ -188,17 +188,19 @@ async def fetch_leaf(address: str, timeout_s: float) -> bytes:
     """The certificate that a node shows, as PEM. It proves nothing: whoever is in between can show another.
 
     Raises:
-        UserError: what answers is no node of a secured cluster, or the clocks are apart (reason ``clock``).
+        UserError: not an address; what answers is no node of a secured cluster (reasons ``not-tls``, ``not-a-node``);
+            or the clocks are apart (``clock``).
         StoreUnavailable: nothing answers.
     """
-    host, _, port = address.rpartition(":")
-    context = ssl.create_default_context()
+    address = names.check_address(address)
+    host, port = names.bare_host(address), int(address.rpartition(":")[2])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies nothing, so the system's authorities are not loaded
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     try:
         async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
     except TimeoutError:
         raise StoreUnavailable(f"nothing answers at {address} within {timeout_s:g} s") from None
     except ssl.SSLError:
@@ -260,18 +262,4 @@ def _not_tls(address: str) -> UserError:
         f"what answers at {address} does not speak TLS",
         hint="an open cluster, on loopback only, needs no token; otherwise look at the address",
         reason="not-tls",
-    )
-
-
-def _check_loopback(address: str) -> None:
-    host = address.rpartition(":")[0]
-    try:
-        if host == "localhost" or ipaddress.ip_address(host.strip("[]")) in names.LOOPBACK:
-            return
-    except ValueError:
-        pass
-    raise UserError(
-        f"{names.quoted(address)} is off loopback, where plain text is not spoken",
-        hint="log in to that cluster with: spinetta login; or, as a node, join it with a token",
-        reason="off-loopback",
     )
