@@ -20,7 +20,7 @@ from itertools import product
 from typing import Protocol, TypeVar
 
 from spinetta import codec, keys, lifecycle, txn, validate
-from spinetta.access import NodeAcl, NodeRole
+from spinetta.access import MEMBERS, NodeAcl, NodeRole
 from spinetta.errors import CorruptRecord
 from spinetta.model import (
     Attempt,
@@ -335,7 +335,7 @@ class _Worker:
         entry, stored = self._task(task)
         if stored.state is not State.QUEUED:
             raise _No(f"{task}: its record does not say that it is queued")
-        missing = sorted(set(stored.spec.clearance) - set(self.acl.effective))
+        missing = sorted(set(stored.spec.clearance) - set(self.acl.effective) - {MEMBERS})
         if missing:
             raise _No(f"{task}: {self.node} is not cleared for {', '.join(missing)}")
         record = self._readable(codec.decode_task, put.value, f"{task}: the record")

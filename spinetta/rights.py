@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from spinetta import txn
-from spinetta.access import Limits, NodeRole, UserRole
+from spinetta.access import MEMBERS, Limits, NodeRole, UserRole
 
 
 class Call(enum.StrEnum):
@@ -247,7 +247,7 @@ def refusal(caller: Caller, call: Call, *, owner: str | None = None, clearance: 
     if far is Reach.OWN and owner is not None and not caller.owns(owner):
         whose = f"of {owner}" if owner else "that belong to nobody"
         return f"{who} may {DOING[call]} of its own and its projects only, not {whose}"
-    lacking = sorted(set(clearance) - set(caller.clearances))
+    lacking = sorted(set(clearance) - set(caller.clearances) - {MEMBERS})
     if lacking:
         return f"{caller.title} is not cleared for {', '.join(lacking)}"
     return None

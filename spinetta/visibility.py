@@ -62,7 +62,7 @@ def queued_clearance(value: bytes) -> tuple[str, ...] | None:
 
 def covers(acl: NodeAcl, clearance: Iterable[str] | None) -> bool:
     """Whether the node is cleared for all of these labels; None: it is not known which."""
-    return clearance is not None and set(clearance) <= set(acl.effective)
+    return clearance is not None and set(clearance) - {MEMBERS} <= set(acl.effective)
 
 
 def secrets_of(node: NodeId, tasks: Iterable[Task]) -> frozenset[str]:

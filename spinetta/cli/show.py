@@ -13,6 +13,8 @@ from spinetta.client.views import NodeInfo, NodeList, TaskInfo
 from spinetta.match import why_never, why_not_now
 from spinetta.model import Attempt, Outcome, QueueHint, Reason, Resources, State, Task, TaskSpec, Usage
 
+SEALED = "(sealed)"
+
 # --- for programs ------------------------------------------------------------------------------------------------
 
 
@@ -45,6 +47,9 @@ def spec_document(s: TaskSpec) -> dict[str, Any]:
         "restart_on_node_failure": s.restart_on_node_failure,
         "owner": s.owner,
         "grace_s": s.grace_s,
+        "clearance": list(s.clearance),
+        "sealed": s.sealed is not None,
+        "secrets": [{"name": name, "file": file} for name, file in s.secrets],
     }
 
 
@@ -205,7 +210,17 @@ def run_time(info: TaskInfo, now_ms: int | None = None) -> str:
 
 def command_line(spec: TaskSpec) -> str:
     """The command as one would type it."""
-    return shlex.join(spec.command)
+    return SEALED if is_sealed(spec) else shlex.join(spec.command)
+
+
+def task_name(spec: TaskSpec) -> str:
+    """The name given to it, if it can be read."""
+    return SEALED if is_sealed(spec) else spec.name
+
+
+def is_sealed(spec: TaskSpec) -> bool:
+    """What it runs can be read on nodes cleared for it only; of others' tasks not even the sealed bytes are sent."""
+    return spec.sealed is not None or (bool(spec.clearance) and not spec.command)
 
 
 def resources_words(r: Resources) -> str:
@@ -236,11 +251,13 @@ def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
     t, s = info.task, info.task.spec
     pairs = [
         ("Task", s.id),
-        ("Name", s.name),
+        ("Name", task_name(s)),
         ("State", state_word(info) + (f" on {info.node}" if t.state is State.RUNNING else "")),
         ("Exit", exit_word(info) + (f" on {info.node}" if info.node and t.state is State.COMPLETE else "")),
         ("Message", t.message),
-        ("Command", command_line(s) if s.command else "(not sent: the answer was too large)"),
+        ("Command", command_line(s) if s.command or is_sealed(s) else "(not sent: too large, or not yours)"),
+        ("Clearance", ", ".join(s.clearance)),
+        ("Secrets", ", ".join(name if name == file else f"{name} as {file}" for name, file in s.secrets)),
         ("Labels", ", ".join(f"{k}={v}" for k, v in s.labels)),
         ("Environment", ", ".join(f"{k}={shlex.quote(v)}" for k, v in s.env)),
         ("Directory", s.working_directory),

@@ -236,7 +236,7 @@ def task_table(found: Sequence[TaskInfo]) -> None:
         rows.append(
             (
                 info.id,
-                t.spec.name,
+                show.task_name(t.spec),
                 word,
                 show.exit_word(info),
                 info.node,

@@ -175,7 +175,7 @@ def _drawn(picture: Picture) -> Group:
         word = show.state_word(info)
         tasks.add_row(
             "…" + info.id[-12:],
-            Text(output.printable(info.task.spec.name)),
+            Text(output.printable(show.task_name(info.task.spec))),
             Text(word, show.STATE_COLOURS.get(word) or "none"),
             show.exit_word(info),
             info.node,

@@ -93,7 +93,7 @@ def make_spec(
         owner: for people and filters.
         clearance: labels; only nodes cleared for all of them run it, and what it runs is sealed for them.
         secrets: of its owner, given to it as files in the directory that ``$SPINETTA_SECRETS`` names; ``"token"``,
-            ``"token:file"``, several, or a mapping from name to file.
+            ``"token=file"``, several, or a mapping from name to file.
 
     Raises:
         UserError: names the argument.
@@ -177,7 +177,7 @@ def _secrets(given: str | Sequence[str] | Mapping[str, str]) -> tuple[tuple[str,
     refs = []
     as_list = given if isinstance(given, str | list) or not isinstance(given, Iterable) else list(given)
     for text in _checked("secrets", as_list):
-        name, _, file = text.partition(":")
+        name, _, file = text.partition("=")
         refs.append((name, file or name))
     return tuple(refs)
 

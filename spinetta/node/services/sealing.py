@@ -9,6 +9,7 @@ from spinetta.access import Envelope, LabelKey
 from spinetta.errors import UserError
 from spinetta.match import uncleared
 from spinetta.model import TaskSpec
+from spinetta.node.labeldesk import LABELS_MAX
 from spinetta.node.port import NodePort
 from spinetta.node.services import lookup
 from spinetta.store.protocol import Store
@@ -48,6 +49,13 @@ async def seal_or_refuse(specs: Sequence[TaskSpec], port: NodePort) -> list[Task
         return list(specs)
     if not labels:
         return list(specs)
+    if len(labels) > LABELS_MAX:
+        raise UserError(
+            f"{len(labels)} clearance labels in one request",
+            field="tasks",
+            hint=f"at most {LABELS_MAX}; split them",
+            reason="too-large",
+        )
     for label in labels:
         names.check_clearance(label, "clearance")
     known = await label_keys(port.store, labels)

@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spinetta import codec, keys, lifecycle, txn, validate
+from spinetta import codec, keys, lifecycle, payload, txn, validate
 from spinetta.errors import AlreadyExists, Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable
 from spinetta.model import QueueHint, Task, TaskSpec
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
 from spinetta.node.services.desk import Asked, short_list
 from spinetta.node.services.portions import portions
+from spinetta.node.services.sealing import seal_or_refuse
 from spinetta.rights import Call, CallerKind
 from spinetta.v1 import api_pb2 as api
 
@@ -74,6 +75,7 @@ class Submitter:
             specs.append(spec)
             if i % _CONVERTED_PER_TURN == _CONVERTED_PER_TURN - 1:
                 await asyncio.sleep(0)
+        specs = await seal_or_refuse(specs, self._port)
         validate.check_submit(specs, grace_min_s=self._port.grace_min_s)
         for owner, clearance in {(spec.owner, spec.clearance): None for spec in specs}:
             await asked.check(owner=owner, clearance=clearance)
@@ -156,7 +158,7 @@ class Submitter:
 
 
 def _check_same(entry: _Entry, stored: Task, *, may_see: bool) -> None:
-    asked, there = entry.task.spec, stored.spec
+    asked, there = payload.comparable(entry.task.spec), payload.comparable(stored.spec)
     if asked == there:
         return
     if not may_see:  # in what they differ would tell what it runs
@@ -164,6 +166,12 @@ def _check_same(entry: _Entry, stored: Task, *, may_see: bool) -> None:
             f"task {asked.id} belongs to somebody else", field=f"tasks[{entry.index}].id", hint="use a new id"
         )
     part = _difference(asked, there)
+    if part == "sealed" and asked.sealed is not None and there.sealed is not None:
+        raise AlreadyExists(
+            f"task {asked.id} exists, and whether with the same payload cannot be told: it is sealed",
+            field=f"tasks[{entry.index}].sealed",
+            hint="use a new id for a new task",
+        )
     raise AlreadyExists(
         f"task {asked.id} exists with another {part.split('.')[-1]}",
         field=f"tasks[{entry.index}].{part}",
