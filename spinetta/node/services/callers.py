@@ -7,10 +7,11 @@ Both are looked at in each call, however old its connection, and every `limits.R
 from __future__ import annotations
 
 import urllib.parse
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from spinetta import keys, txn
-from spinetta.access import NodeRole, UserAcl, UserRole
+from spinetta.access import Issuer, NodeRole, UserAcl, UserRole
 from spinetta.errors import Denied, UserError
 from spinetta.model import NodeId, Revision
 from spinetta.node.acl import AclView
@@ -55,13 +56,17 @@ class TokenIdentity(Protocol):
 class TokenVerifier(Protocol):
     """Knows the issuers whose bearer tokens are believed."""
 
-    async def verify(self, token: str) -> TokenIdentity:
-        """Whom it names.
+    async def verify(self, token: str, issuers: Sequence[Issuer]) -> TokenIdentity:
+        """Whom it names, if one of the issuers says so.
 
         Raises:
             Denied: it is not believed (reason ``unauthenticated``).
             StoreUnavailable: the issuer's keys cannot be had now.
         """
+        ...
+
+    def forget(self, issuers: Sequence[Issuer]) -> None:
+        """Keep only what is known of these issuers."""
         ...
 
 
@@ -87,6 +92,7 @@ class Callers:
     def __init__(self, port: NodePort, acl: AclView, tokens: TokenVerifier | None = None) -> None:
         self._port = port
         self._tokens = tokens
+        self._policy_seen = Revision(0)
         self.acl = acl
 
     async def of(self, context: Context, *, fresh: bool = False) -> Caller:
@@ -108,7 +114,7 @@ class Callers:
         identity = certificates.identity_of(pem, (credentials.ca_pem,), credentials.cluster, now_s=now_s)
         token = _bearer(context)
         if identity is None:
-            return await self._of_token(token, now_s, fresh) if token else Caller.nobody(_why_not(pem, now_s))
+            return await self._of_token(token, fresh) if token else Caller.nobody(_why_not(pem, now_s))
         if token:
             raise _unknown(
                 f"a certificate of {identity.kind} {identity.name} and a bearer token came together",
@@ -149,14 +155,15 @@ class Callers:
             raise _unknown(f"this certificate of user {acl.name} does not count any more", LOGIN)
         return _user(acl, (txn.RevisionIs(keys.acl_user(acl.name), revision),), identity.not_after_s)
 
-    async def _of_token(self, token: str, now_s: float, fresh: bool) -> Caller:
-        if self._tokens is None:
+    async def _of_token(self, token: str, fresh: bool) -> Caller:
+        policy, policy_revision = await self.acl.policy(fresh=fresh)
+        if self._tokens is None or not policy.issuers:
             raise _unknown("bearer tokens are not taken here", "use a certificate: spinetta login")
-        shown = await self._tokens.verify(token)
-        if shown.expires_s <= now_s:
-            raise _unknown("the bearer token has expired", "get a new one from its issuer")
+        if policy_revision != self._policy_seen:
+            self._policy_seen = policy_revision
+            self._tokens.forget(policy.issuers)
+        shown = await self._tokens.verify(token, policy.issuers)
         found = await self.acl.user(shown.name, fresh=fresh)
-        _, policy_revision = await self.acl.policy(fresh=fresh)
         guards: tuple[txn.Guard, ...] = (
             txn.RevisionIs(keys.acl_user(shown.name), found[1] if found else Revision(0)),
             txn.RevisionIs(keys.POLICY, policy_revision),  # holds the issuers and what their groups may do

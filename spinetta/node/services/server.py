@@ -34,6 +34,7 @@ from spinetta.node.services.submit import Submitter
 from spinetta.node.services.throttle import Throttle
 from spinetta.rights import Call
 from spinetta.trust.dial import server_credentials
+from spinetta.trust.oidc import OidcVerifier
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 
@@ -211,7 +212,7 @@ async def serve(
         addresses: where to listen.
         hub: tells of changes of tasks; None: a new one.
         acl: the records of rights; None: a new view of them, kept for as long as the server runs.
-        tokens: knows bearer tokens; None: they are refused.
+        tokens: knows bearer tokens; None: a new verifier of the policy's issuers.
         throttle: how much one caller may ask for.
         extra: further services.
 
@@ -220,7 +221,7 @@ async def serve(
     """
     hub = hub or Hub(port.store)
     view = acl or AclView(port.store)
-    desk = Desk(port, Callers(port, view, tokens), throttle)
+    desk = Desk(port, Callers(port, view, tokens or OidcVerifier()), throttle)
     peers = Peers(port.store, port.dialer)
     beats = Beats(port)
     server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=limits.RPCS_MAX)
