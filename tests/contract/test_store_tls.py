@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import itertools
+import signal
 import socket
 import ssl
 import time
@@ -261,6 +262,44 @@ def test_three_members_grow_under_tls(tmp_path: Path) -> None:
 
 def urls_of(node: Node) -> tuple[str, str]:
     return node.client_url, node.peer_url
+
+
+def test_hundreds_of_watches_over_one_connection() -> None:
+    """Under TLS etcd serves gRPC through an HTTP/2 server that stops at 250 streams where it is not told otherwise."""
+
+    async def scenario() -> None:
+        async with etcd(authority=etcd_authority()) as server, store_of(server.client, tls=server.tls) as store:
+            watches = [store.watch(f"/w/{number}/", start=Revision(0)) for number in range(400)]
+            await asyncio.gather(*(anext(watch) for watch in watches))
+            await store.commit(Txn(then=tuple(Put(f"/w/{number}/a") for number in range(100))))
+            for watch in watches[:100]:
+                assert len((await anext(watch)).events) == 1
+            assert isinstance(await store.commit(WRITE), Committed)
+            for watch in watches:
+                await watch.aclose()
+
+    run(scenario())
+
+
+def test_a_frozen_member_under_tls() -> None:
+    async def scenario() -> None:
+        async with etcd(authority=etcd_authority()) as server, store_of(server.client, tls=server.tls) as store:
+            await store.commit(WRITE)
+            server.send(signal.SIGSTOP)
+            try:
+                started_s = time.monotonic()
+                with pytest.raises(OutcomeUnknown):
+                    await store.commit(WRITE, timeout_s=1.0)
+                with pytest.raises(StoreUnavailable):
+                    await store.read(["/a"], timeout_s=1.0)
+                with pytest.raises(StoreUnavailable):  # not even a handshake
+                    await status(server.client, server.tls, timeout_s=1.0)
+                assert time.monotonic() - started_s < 6.0
+            finally:
+                server.send(signal.SIGCONT)
+            await eventually(lambda: store.commit(WRITE))
+
+    run(scenario())
 
 
 # --- renewal -----------------------------------------------------------------------------------------------------
