@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from spinetta import names
 from spinetta.errors import Denied, StoreUnavailable, UserError
 from spinetta.trust import certificates, guest
-from spinetta.trust.dial import Dialer, Pems, fetch_leaf
+from spinetta.trust.dial import ANY, Dialer, Pems, fetch_leaf
 
 ADDRESSES_MAX = 8  # looked at: one reason is enough
+_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 _LOGIN = "log in anew with: spinetta login"
 
 
@@ -68,7 +69,7 @@ async def _look(address: str, pems: Pems | None, timeout_s: float) -> UserError 
     authorities = certificates.split_pem(pems[0])
     cluster = certificates.cluster_of(authorities[0])
     if certificates.identity_of(leaf, authorities, cluster, now_s=time.time()) is not None:
-        return None  # all is well with it: something else is the matter
+        return await _whether_it_refuses(address, pems, timeout_s)
     theirs = certificates.describe(leaf).cluster
     if theirs != cluster:
         return UserError(
@@ -81,6 +82,23 @@ async def _look(address: str, pems: Pems | None, timeout_s: float) -> UserError 
         "the cluster has changed it, or somebody else answers",
         hint=f"ask an administrator whether the cluster's authority was changed; then {_LOGIN}",
         reason="unknown-authority",
+    )
+
+
+async def _whether_it_refuses(address: str, pems: Pems, timeout_s: float) -> UserError | None:
+    """All is well with the node's certificate. If a guest gets in where we do not, it is ours that it refuses."""
+    if pems[1] == guest.guest_pair()[1]:
+        return None
+    async with Dialer.guest(pems[0]).channel(address, ANY, _OPTIONS) as channel:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await channel.channel_ready()
+        except TimeoutError:
+            return None
+    return Denied(
+        f"the node at {address} does not believe your certificate: the cluster has changed its authority since",
+        hint=_LOGIN,
+        reason="unauthenticated",
     )
 
 

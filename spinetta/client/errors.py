@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
@@ -29,7 +27,7 @@ ASK_NODE = "ask-node"  # only the node that has it can show it
 _Code = grpc.StatusCode
 _LOGIN = "log in with: spinetta login; see also: spinetta whoami"
 
-_REFUSED = re.compile(r"ALERT_(UNKNOWN_CA|BAD_CERTIFICATE|CERTIFICATE|DECRYPT_ERROR)", re.ASCII)
+_NO_TOKEN = "metadata from plugin failed"  # gRPC's words
 _USERS = frozenset(
     {
         _Code.INVALID_ARGUMENT,
@@ -99,9 +97,9 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> Spin
         return OutcomeUnknown(f"{where}: {text}")
     if code is _Code.UNAVAILABLE and detail:
         return StoreUnavailable(f"{where}: {text}")
-    if code is _Code.UNAVAILABLE and _REFUSED.search(text):
-        # With TLS 1.3 a server looks at our certificate only after our side of the handshake is over.
-        return Denied(f"{where} does not believe our certificate", hint=_LOGIN, reason="unauthenticated")
+    if detail is None and _NO_TOKEN in text:
+        # Our own side could not read the bearer token's file: nothing was sent.
+        return Denied(text.rpartition("error: ")[2], field="bearer_file", reason="unauthenticated")
     if code in (_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.CANCELLED):
         # No word from the node itself: the connection broke or the time is over after the request had gone out.
         what = "did not answer in time" if code is _Code.DEADLINE_EXCEEDED else "went away during the call"
