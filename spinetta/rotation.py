@@ -37,11 +37,11 @@ def under_way(authorities: Authorities) -> bool:
     return any(e.state is not AuthorityState.ACTIVE for e in authorities.entries)
 
 
-def begin(authorities: Authorities, entry: AuthorityEntry, *, now_ms: int, overlap_s: float) -> Authorities:
-    """A new authority is announced. The old one is believed for `overlap_s` more at least.
+def check_may_begin(authorities: Authorities) -> None:
+    """See that no rotation is under way.
 
     Raises:
-        UserError: a rotation is under way.
+        UserError: one is.
     """
     if under_way(authorities):
         raise UserError(
@@ -50,6 +50,15 @@ def begin(authorities: Authorities, entry: AuthorityEntry, *, now_ms: int, overl
             reason="rotation-under-way",
             hint="see `spinetta authority list`; `spinetta authority rotate --retire-now` ends an overlap early",
         )
+
+
+def begin(authorities: Authorities, entry: AuthorityEntry, *, now_ms: int, overlap_s: float) -> Authorities:
+    """A new authority is announced. The old one is believed for `overlap_s` more at least.
+
+    Raises:
+        UserError: a rotation is under way.
+    """
+    check_may_begin(authorities)
     old = replace(authorities.active, retire_at_ms=now_ms + int(overlap_s * 1000))
     new = replace(entry, state=AuthorityState.NEXT, created_ms=now_ms, retire_at_ms=0)
     return Authorities(authorities.kind, authorities.generation + 1, (old, new))

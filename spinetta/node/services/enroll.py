@@ -241,7 +241,7 @@ class EnrollApi(rpc.EnrollServicer):
         asked.subject = f"user {record.user}"
         user_key = keys.acl_user(record.user)
         user = await read(self._port.store, [user_key])
-        self._check_user(user.value(UserAcl, user_key), record.user)
+        acl = self._check_user(user.value(UserAcl, user_key), record.user)
         if not again:
             spent = replace(record, uses_left=record.uses_left - 1, last_key_hash=key_hash)
             change = Change(found.seen(token_key), trustcodec.encode(spent))
@@ -249,7 +249,7 @@ class EnrollApi(rpc.EnrollServicer):
             if not await committed(self._port.store, txn, asked):
                 return None
         policy = found.value(Policy, keys.POLICY) or Policy()
-        return self._welcome(keyring, known, record.user, request.csr, policy)
+        return self._welcome(keyring, known, acl, request.csr, policy)
 
     async def _login_bearer(self, keyring: Keyring, request: pb.LoginRequest, caller: Caller) -> pb.LoginResponse:
         if caller.kind is not CallerKind.USER:
@@ -258,17 +258,20 @@ class EnrollApi(rpc.EnrollServicer):
         user_key = keys.acl_user(caller.name)
         found = await read(self._port.store, [user_key, keys.POLICY, *keyrings.KEYS])
         # Rights that come from the bearer token's groups end with it; a certificate needs a record of its own.
-        self._check_user(found.value(UserAcl, user_key), caller.name)
+        acl = self._check_user(found.value(UserAcl, user_key), caller.name)
         policy = found.value(Policy, keys.POLICY) or Policy()
-        return self._welcome(keyring, keyrings.known_of(found.entries), caller.name, request.csr, policy)
+        return self._welcome(keyring, keyrings.known_of(found.entries), acl, request.csr, policy)
 
-    def _check_user(self, user: UserAcl | None, name: str) -> None:
+    def _check_user(self, user: UserAcl | None, name: str) -> UserAcl:
         if user is None or user.revoked:
             what = "is not known here" if user is None else "has been revoked"
             raise Denied(f"user {name} {what}", hint=f"an administrator can change that: spinetta user add {name}")
+        return user
 
-    def _welcome(self, keyring: Keyring, known: Known, name: str, csr: bytes, policy: Policy) -> pb.LoginResponse:
-        now_s = self._port.wall_ms() / 1000
+    def _welcome(self, keyring: Keyring, known: Known, user: UserAcl, csr: bytes, policy: Policy) -> pb.LoginResponse:
+        # Certificates tell whole seconds only: one made in the very second until which all are void must count.
+        now_s = max(self._port.wall_ms(), user.issued_after_ms) / 1000
+        name = user.name
         made = user_certificates(keyring, known, name=name, csr=csr, now_s=now_s, lifetime_s=policy.user_certificate_s)
         return pb.LoginResponse(user=name, certificates=made, voters=self._port.voter_addresses())
 

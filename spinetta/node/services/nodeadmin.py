@@ -1,0 +1,236 @@
+"""Nodes' rights, as administrators change them: who has access, joining decided, clearances, revocation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from spinetta import accesstxn, keys, names, trustcodec
+from spinetta.access import (
+    Authorities,
+    GroupAcl,
+    JoinRequest,
+    NodeAcl,
+    NodeRole,
+    UserAcl,
+    effective_clearances,
+)
+from spinetta.accesstxn import Change, Seen
+from spinetta.errors import NotFound, UserError
+from spinetta.model import NodeId, Revision
+from spinetta.node import keyring as keyrings
+from spinetta.node.keyring import Keyring, Known
+from spinetta.node.port import NodePort
+from spinetta.node.services import access
+from spinetta.node.services.access import committed, read, read_under, settle
+from spinetta.node.services.certify import needs_keyring
+from spinetta.node.services.desk import Asked
+from spinetta.node.services.enroll import REQUESTS_MAX
+from spinetta.rotation import without_node
+from spinetta.txn import Txn
+from spinetta.v1 import record_pb2 as records
+from spinetta.v1 import trust_pb2 as pb
+
+NODES_MAX = 20_000  # listed at once: 300 bytes each; a cluster has thousands
+USERS_MAX = 10_000  # the same
+GROUPS_MAX = 500  # of nodes: each change of one looks at all its members
+REASON_CHARS_MAX = 500
+
+
+class NodeAdmin:
+    """The calls about nodes' rights."""
+
+    def __init__(self, port: NodePort, keyring: Keyring | None) -> None:
+        self._port = port
+        self._keyring = keyring
+
+    async def everybody(self) -> pb.ListAccessResponse:
+        """Everybody: nodes, those that wait, users, groups."""
+        needs_keyring(self._keyring, self._port)
+        store = self._port.store
+        nodes = await read_under(store, keys.ACL_NODE, NodeAcl, NODES_MAX)
+        requests = await read_under(store, keys.REQUEST, JoinRequest, REQUESTS_MAX)
+        users = await read_under(store, keys.ACL_USER, UserAcl, USERS_MAX)
+        groups = await read_under(store, keys.ACL_GROUP, GroupAcl, GROUPS_MAX)
+        return pb.ListAccessResponse(
+            nodes=[trustcodec.to_pb(v) for v, _ in nodes.values()],
+            requests=[trustcodec.to_pb(replace(v, csr=b"", etcd_csr=b"")) for v, _ in requests.values()],
+            users=[trustcodec.to_pb(v) for v, _ in users.values()],
+            groups=[trustcodec.to_pb(v) for v, _ in groups.values()],
+        )
+
+    # --- joining ---
+
+    async def decide(self, request: pb.DecideJoinRequest, asked: Asked) -> pb.DecideJoinResponse:
+        """Let a node in that waits, or reject it; one that was rejected can still be let in. May be repeated.
+
+        Raises:
+            NotFound: no node of that name waits.
+        """
+        keyring = needs_keyring(self._keyring, self._port)
+        name = NodeId(names.check_node_name(request.name, "name"))
+        asked.subject = f"node {name}"
+        instead = access.clearances(request.clearances, "clearances") if request.set_clearances else None
+
+        async def attempt() -> pb.DecideJoinResponse | None:
+            request_key, acl_key = keys.request(name), keys.acl_node(name)
+            found = await read(self._port.store, [request_key, acl_key, *keyrings.KEYS])
+            waiting, acl = found.value(JoinRequest, request_key), found.value(NodeAcl, acl_key)
+            if waiting is None and acl is not None and not acl.revoked and request.approve:
+                return pb.DecideJoinResponse()
+            if waiting is None:
+                raise NotFound(f"no node {name} waits to be approved", field="name", hint="spinetta node requests")
+            if not request.approve:
+                if waiting.rejected:
+                    return pb.DecideJoinResponse()
+                change = found.change(request_key, replace(waiting, rejected=True))
+                txn = accesstxn.change((change,), asked.caller.guards)
+            else:
+                granted = waiting.clearances if instead is None else instead
+                groups, seen = await access.read_groups(self._port.store, waiting.groups)
+                new = NodeAcl(
+                    name,
+                    waiting.role,
+                    granted,
+                    waiting.groups,
+                    effective_clearances(granted, groups),
+                    waiting.key_hash,
+                    waiting.sealing_key,
+                    created_ms=self._port.wall_ms(),
+                    created_by=asked.caller.title,
+                )
+                known, wraps = keyrings.known_of(found.entries), []
+                if waiting.role is NodeRole.VOTER:
+                    wraps = keyring.shared_with(known, name, waiting.sealing_key)
+                change = found.change(acl_key, new)
+                txn = accesstxn.approve(found.seen(request_key), change, wraps, seen, asked.caller.guards)
+            return pb.DecideJoinResponse() if await self._done(txn, asked) else None
+
+        return await settle(attempt)
+
+    # --- nodes that are in ---
+
+    async def set(self, request: pb.SetNodeRequest, asked: Asked) -> pb.SetNodeResponse:
+        """Change a node's clearances and groups, revoke it, or forget it once it is revoked. May be repeated.
+
+        Raises:
+            NotFound: there is no such node, or group.
+            UserError: what is asked for cannot be, or would leave the cluster without a voter.
+        """
+        needs_keyring(self._keyring, self._port)
+        name = NodeId(names.check_node_name(request.name, "name"))
+        asked.subject = f"node {name}"
+        reason = check_reason(request.reason)
+        acl_key = keys.acl_node(name)
+
+        async def attempt() -> pb.SetNodeResponse | None:
+            found = await read(self._port.store, [acl_key, keys.request(name), *keyrings.KEYS])
+            acl = found.value(NodeAcl, acl_key)
+            if acl is None:
+                raise NotFound(f"there is no node {name}", field="name", hint="see: spinetta node list --access")
+            if request.remove:
+                return await self._remove(acl, found.seen(acl_key), asked)
+            if acl.revoked:
+                if request.revoke:
+                    return answer_of(acl)
+                raise UserError(
+                    f"node {name} has been revoked",
+                    field="name",
+                    hint=f"spinetta node remove {name} frees the name; then it may join anew",
+                    reason="revoked",
+                )
+            if request.revoke:
+                new = replace(acl, revoked=True, reason=reason)
+                another = await self._another_voter(acl) if acl.role is NodeRole.VOTER else None
+                known = keyrings.known_of(found.entries)
+                wraps = _withdrawn(known, name) if acl.role is NodeRole.VOTER else []
+                txn = accesstxn.revoke_node(name, found.change(acl_key, new), wraps, another, asked.caller.guards)
+            else:
+                new, seen = await self._changed(acl, request)
+                if new == acl:
+                    return answer_of(acl)
+                txn = accesstxn.change((found.change(acl_key, new),), asked.caller.guards, seen)
+            return answer_of(new) if await self._done(txn, asked) else None
+
+        return await settle(attempt)
+
+    async def _changed(self, acl: NodeAcl, request: pb.SetNodeRequest) -> tuple[NodeAcl, list[Seen]]:
+        granted = set(acl.clearances) | set(access.clearances(request.grant, "grant"))
+        granted -= set(access.clearances(request.withdraw, "withdraw"))
+        groups = set(acl.groups) | set(access.groups(request.join_groups, "join_groups"))
+        groups -= set(access.groups(request.leave_groups, "leave_groups"))
+        clearances, member_of = access.clearances(granted, "grant"), access.groups(groups, "join_groups")
+        records_of, seen = await access.read_groups(self._port.store, member_of)
+        for name, one in zip(member_of, seen, strict=True):
+            if not one.revision and name not in acl.groups:
+                raise NotFound(f"there is no group {name}", field="join_groups", hint=f"spinetta group set {name}")
+        effective = effective_clearances(clearances, records_of)
+        return replace(acl, clearances=clearances, groups=member_of, effective=effective), seen
+
+    async def _another_voter(self, acl: NodeAcl) -> Seen:
+        """Some voter that stays."""
+        nodes = await read_under(self._port.store, keys.ACL_NODE, NodeAcl, NODES_MAX)
+        stay = [
+            (n.name != self._port.name, seen.key, seen)
+            for n, seen in nodes.values()
+            if n.role is NodeRole.VOTER and not n.revoked and n.name != acl.name
+        ]
+        if not stay:
+            raise UserError(
+                f"node {acl.name} is the last one of role voter",
+                field="name",
+                hint="let another voter join first: without one the cluster could never let anybody in again",
+                reason="last-voter",
+            )
+        return min(stay)[2]
+
+    async def _remove(self, acl: NodeAcl, seen: Seen, asked: Asked) -> pb.SetNodeResponse | None:
+        if not acl.revoked:
+            raise UserError(
+                f"node {acl.name} has not been revoked",
+                field="remove",
+                hint=f"first: spinetta node revoke {acl.name}",
+                reason="not-revoked",
+            )
+        # While it has tasks that count as running the leader still deals with it: its name must not be free yet.
+        life = Seen(keys.incarnation(NodeId(acl.name)), Revision(0))
+        found = await read(self._port.store, [life.key])
+        if found.seen(life.key).revision:
+            raise UserError(
+                f"node {acl.name} has been revoked, and its tasks are being put back",
+                field="remove",
+                hint="try again in a minute",
+                reason="not-closed",
+            )
+        txn = accesstxn.remove(seen, asked.caller.guards, also=(life,))
+        return answer_of(acl) if await self._done(txn, asked) else None
+
+    async def _done(self, txn: Txn, asked: Asked) -> bool:
+        if await committed(self._port.store, txn, asked):
+            return True
+        await asked.again()  # it may be the caller's rights that have changed
+        return False
+
+
+def _withdrawn(known: Known, node: str) -> Sequence[Change]:
+    """The authorities' records with nothing sealed to this node."""
+    changed: list[tuple[Authorities, Authorities]] = [(a, without_node(a, node)) for a in known.authorities.values()]
+    return [known.change(new) for old, new in changed if new != old]
+
+
+def answer_of(acl: NodeAcl) -> pb.SetNodeResponse:
+    """The answer that shows a node's rights as they are now."""
+    shown: records.NodeAcl = trustcodec.to_pb(acl)
+    return pb.SetNodeResponse(node=shown)
+
+
+def check_reason(reason: str) -> str:
+    """The reason, if it can be shown.
+
+    Raises:
+        UserError: it is too long, or holds control characters.
+    """
+    if len(reason) > REASON_CHARS_MAX:
+        raise UserError("the reason is too long", field="reason", hint=f"at most {REASON_CHARS_MAX} characters")
+    names.check_printable(reason, "the reason", "reason")
+    return reason
