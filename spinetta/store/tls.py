@@ -30,13 +30,14 @@ class Material:
     """What the files held at one moment. Certificate and key fit each other.
 
     Attributes:
-        not_after_s: end of the certificate, seconds since 1970.
+        not_before_s, not_after_s: when the certificate is good, seconds since 1970.
         origin: the certificate's file, to be named in messages.
     """
 
     ca_pem: bytes
     cert_pem: bytes
     key_pem: bytes = field(repr=False)
+    not_before_s: float
     not_after_s: float
     origin: Path
 
@@ -48,10 +49,13 @@ class Material:
 
     def trouble(self, now_s: float) -> str:
         """Why no connection can come about with these, if they are the reason; else empty."""
-        if now_s < self.not_after_s:
+        if self.not_before_s <= now_s < self.not_after_s:
             return ""
-        end = datetime.fromtimestamp(self.not_after_s, UTC).isoformat(timespec="seconds")
-        return f"the etcd certificate in {self.origin} ended at {end}"
+        early = now_s < self.not_before_s
+        at = datetime.fromtimestamp(self.not_before_s if early else self.not_after_s, UTC).isoformat(timespec="seconds")
+        if early:
+            return f"the etcd certificate in {self.origin} is good only from {at} on: see to this machine's clock"
+        return f"the etcd certificate in {self.origin} ended at {at}"
 
 
 def read(tls: EtcdTls) -> Material:
@@ -79,7 +83,8 @@ def read(tls: EtcdTls) -> Material:
         ) from error
     if not fits:
         raise StoreUnavailable(f"the certificate in {tls.cert_file} is not for the key in {tls.key_file}")
-    return Material(ca_pem, cert_pem, key_pem, certificate.not_valid_after_utc.timestamp(), tls.cert_file)
+    since_s, until_s = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+    return Material(ca_pem, cert_pem, key_pem, since_s, until_s, tls.cert_file)
 
 
 def revocation_list(serials: Iterable[int], material: Material, *, now_s: float) -> bytes:

@@ -189,7 +189,7 @@ def test_nothing_secret_is_shown(tmp_path: Path) -> None:
 # --- who is refused, as our own client sees it --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", ["plain", "foreign", "expired"])
+@pytest.mark.parametrize("who", ["plain", "foreign", "expired", "of-tomorrow"])
 def test_a_write_that_is_not_let_in_is_certainly_not_done(tmp_path: Path, who: str) -> None:
     async def scenario() -> None:
         async with etcd(authority=etcd_authority()) as server:
@@ -203,7 +203,8 @@ def test_a_write_that_is_not_let_in_is_certainly_not_done(tmp_path: Path, who: s
                     files.trust(ours)
                     tls = files.tls
                 case _:
-                    tls = voter(tmp_path, ours, now_s=time.time() - 86400.0).tls
+                    days = -1 if who == "expired" else 1
+                    tls = voter(tmp_path, ours, now_s=time.time() + days * 86400.0).tls
             source = (lambda: tls) if tls is not None else None
             async with store_of(server.client, tls=source) as store:
                 for work in (
@@ -216,8 +217,8 @@ def test_a_write_that_is_not_let_in_is_certainly_not_done(tmp_path: Path, who: s
                 ):
                     with pytest.raises(StoreUnavailable) as caught:
                         await work
-                    if who == "expired":
-                        assert "ended at" in str(caught.value)
+                    why = {"expired": "ended at", "of-tomorrow": "clock"}.get(who, "")
+                    assert why in str(caught.value)
 
     run(scenario())
 
