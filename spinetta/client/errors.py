@@ -26,8 +26,7 @@ ASK_A_VOTER = "ask-a-voter"  # a worker serves no users
 ASK_NODE = "ask-node"  # only the node that has it can show it
 _Code = grpc.StatusCode
 _LOGIN = "log in with: spinetta login; see also: spinetta whoami"
-
-_NO_TOKEN = "metadata from plugin failed"  # gRPC's words
+_PLUGIN_FAILED = "metadata from plugin failed"  # gRPC's words
 _USERS = frozenset(
     {
         _Code.INVALID_ARGUMENT,
@@ -97,7 +96,7 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> Spin
         return OutcomeUnknown(f"{where}: {text}")
     if code is _Code.UNAVAILABLE and detail:
         return StoreUnavailable(f"{where}: {text}")
-    if detail is None and _NO_TOKEN in text:
+    if detail is None and _PLUGIN_FAILED in text:
         # Our own side could not read the bearer token's file: nothing was sent.
         return Denied(text.rpartition("error: ")[2], field="bearer_file", reason="unauthenticated")
     if code in (_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.CANCELLED):
