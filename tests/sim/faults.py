@@ -131,7 +131,7 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
             rng.uniform(0.0, 0.3),
             1.0 + rng.uniform(-rho / 2, rho / 2.1),
             rng.uniform(0.0, 5000.0),
-            tuple(label for label in LABELS if rng.random() < 0.6),
+            tuple(label for label in LABELS if rng.random() < 0.7),
         )
         for i in range(1, count + 1)
     ]
@@ -143,7 +143,8 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
             _ADD[kind](draft)
     long = rng.random() < 0.4
     many = range(1, rng.randint(2, PIECES_MAX) + 1)
-    submits = tuple(sorted((_submit(rng, n, long=long) for n in many), key=lambda s: s[0]))
+    labelled = 0.25 if "rights" in kinds else 0.05  # what nobody may run is in nobody's way: not too much of it
+    submits = tuple(sorted((_submit(rng, n, long=long, labelled=labelled) for n in many), key=lambda s: s[0]))
     cancels = tuple((rng.uniform(at_s, HORIZON_S), spec.id) for at_s, spec in submits if rng.random() < 0.4)
     rates = Rates(
         lost=rng.uniform(0, 0.25) if "net" in kinds else 0.0,
@@ -175,7 +176,7 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
     )
 
 
-def _submit(rng: random.Random, n: int, *, long: bool) -> tuple[float, TaskSpec]:
+def _submit(rng: random.Random, n: int, *, long: bool, labelled: float) -> tuple[float, TaskSpec]:
     need = cpus(rng.choice((0.5, 1, 1, 1, 2, 4)), rng.choice((0, GIB, 2 * GIB)))
     if rng.random() < 0.1:
         need = cpus(1, gpu=1)
@@ -191,7 +192,7 @@ def _submit(rng: random.Random, n: int, *, long: bool) -> tuple[float, TaskSpec]
         walltime_s=1.0 if rng.random() < 0.1 else 0.0,
         restart_on_node_failure=rng.random() < 0.9,
         grace_s=rng.choice((0.0, 0.0, 0.0, 1.5, 4.0)),
-        clearance=tuple(label for label in LABELS if rng.random() < 0.15),
+        clearance=tuple(label for label in LABELS if rng.random() < labelled),
     )
     return rng.uniform(0.0, HORIZON_S * (0.1 if long else rng.choice((0.2, 0.8)))), spec
 
@@ -223,7 +224,7 @@ def _join(d: _Draft) -> None:
 
 def _rights(d: _Draft) -> None:
     """Rights come and go; one node at most is thrown out for ever, and not the last that may lead."""
-    _spread("rights", 5, 6.0, ("revoke", "claim", "finish", "renew", "withdraw", "withdraw", "grant", "rewrite"))(d)
+    _spread("rights", 5, 6.0, ("revoke", "claim", "finish", "renew", "withdraw", "uncover", "grant", "rewrite"))(d)
     stays = [m.name for m in d.machines[:CANDIDATES] if m.name not in d.gone]
     able = [m.name for m in d.machines if m.name not in d.gone and (m.name not in stays or len(stays) > 1)]
     if able and len(d.machines) > 1 and d.rng.random() < 0.3:

@@ -57,7 +57,7 @@ class Machine(StoreLink):
         self.left = self.returning = False
         self.boots = 0
         self.crash_on: tuple[str, Callable[[], None], float, Callable[[], None]] | None = None
-        self.revoke_on: tuple[str, float] | None = None
+        self.rights_change_on: tuple[str, Callable[[], None]] | None = None
         self.cut_until_s = 0.0
         self.cut_mode = ""
         self.shim = self._new_shim()
@@ -221,10 +221,9 @@ class Machine(StoreLink):
             if self.world.trace:
                 self.world.log(self.name, f"  > {effect}")
             self._carry_out(daemon, effect)
-            if self.revoke_on is not None and getattr(effect, "tag", "") == self.revoke_on[0]:
-                _, for_s = self.revoke_on
-                self.revoke_on = None
-                self.world.after(self.rng.uniform(0.0, 0.01), self.world.throw_out, self, for_s)
+            if self.rights_change_on is not None and getattr(effect, "tag", "") == self.rights_change_on[0]:
+                self.world.after(self.rng.uniform(0.0, 0.01), self.rights_change_on[1])
+                self.rights_change_on = None
             if self.crash_on is not None and getattr(effect, "tag", "") == self.crash_on[0]:
                 _, crash, back_s, back = self.crash_on
                 self.crash_on = None

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -259,7 +260,10 @@ class World:
 
     def _change_rights(self, machine: Machine, fault: Fault) -> None:
         if fault.mode in ("claim", "finish", "renew"):  # thrown out while just that is under way
-            machine.revoke_on = fault.mode, fault.for_s
+            machine.rights_change_on = fault.mode, partial(self.throw_out, machine, fault.for_s)
+            return
+        if fault.mode == "uncover":
+            machine.rights_change_on = "claim", partial(self._change_rights, machine, replace(fault, mode="withdraw"))
             return
         acl = self.rights_of(machine.name)
         if acl is None or acl.revoked:
@@ -314,7 +318,7 @@ class World:
         self.stalled_until_s = min(self.stalled_until_s, self.now)
         self._etcd_back()
         for machine in self.machines.values():
-            machine.crash_on = machine.revoke_on = None
+            machine.crash_on = machine.rights_change_on = None
             machine.boot()
             machine.start_daemon()
             machine.tell(SetDraining(False))

@@ -264,6 +264,19 @@ def test_who_waits_for_a_lease_for_the_office_when_thrown_out_does_not_take_it()
     assert office is None or b"n2" not in office.value
 
 
+def test_a_candidate_that_is_thrown_out_on_its_way_into_office_does_not_get_there() -> None:
+    d = Direct()
+    d.rights("n1")
+    n1 = d.add(secured())
+    take = until_wanted(d, n1, commits("office"))
+    d.rights("n1", revoked=True)
+    d.perform(n1, take)
+    assert d.model.get(keys.OFFICE) is None
+    d.run(d.now + 5.0)
+    assert not n1.agent.leading
+    assert d.model.get(keys.OFFICE) is None
+
+
 # --- no rights, or none that can be read ---------------------------------------------------------------------------
 
 
