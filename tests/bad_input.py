@@ -52,7 +52,7 @@ def submit(*argv: str) -> tuple[str, ...]:
 CLI = [
     # usage
     Cli(("submt",), "there is no command 'submt'; did you mean 'submit'?"),
-    Cli(("frobnicate",), "there is no command 'frobnicate'; known: cancel, cluster, completion"),
+    Cli(("frobnicate",), "there is no command 'frobnicate'; known: audit, cancel, cluster, completion"),
     Cli(("submit", "--cpu", "2", "--", "true"), "No such option '--cpu'"),
     Cli(("submit",), "there is no command"),
     Cli(("submit", "--"), "there is no command"),

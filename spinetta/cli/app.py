@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "group": ("trust", "group", "Limit what groups of nodes are cleared for."),
     "policy": ("trust", "policy", "Approval, lifetimes, limits, OIDC issuers."),
     "cluster": ("cluster", "cluster", "See and change certificate authorities."),
+    "audit": ("audit", "audit", "Read and check a node's audit log."),
     "config": ("configure", "config", "Show settings and where they come from."),
     "decode": ("etcd", "decode", "Print a stored record as JSON."),
     "etcdctl": ("etcd", "etcdctl", "Run etcdctl against the cluster's etcd."),

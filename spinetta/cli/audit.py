@@ -1,0 +1,184 @@
+"""``spinetta audit``: who did what at a node."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spinetta.cli import exits, output
+from spinetta.cli.base import Finished, config_option, json_option
+from spinetta.errors import UserError
+
+if TYPE_CHECKING:
+    from spinetta.trust.audit import Entry
+
+FOLLOW_EVERY_S = 0.5
+HEADS_MAX = 100
+
+
+@click.group(epilog=exits.HELP)
+def audit() -> None:
+    """Read and check the audit log of a node on this machine.
+
+    Each node writes down who asked it for what, whether it was allowed, and at which revision of the store it was
+    done. Lines are bound to each other by hashes, so that one that was changed or removed is found.
+
+    \b
+    Examples:
+      spinetta audit show --since 1h --identity "user ann"
+      spinetta audit show --follow
+      spinetta audit verify
+    """
+
+
+def _directory(data_dir: str | None, config_file: str | None) -> Path:
+    from spinetta.cli.node import resolved_node
+
+    return Path(resolved_node({"data_dir": data_dir}, config_file).settings.data_dir) / "audit"
+
+
+@audit.command()
+@click.option("--data-dir", metavar="PATH", help="Of the node [SPINETTA_DATA_DIR].")
+@click.option("--since", metavar="TIME", help="Only lines of the last so long, e.g. 2h.")
+@click.option("--identity", metavar="TEXT", help="Only lines of, e.g., 'user ann' or ann.")
+@click.option("--call", metavar="TEXT", help="Only lines of this call, e.g. cancel.")
+@click.option("--refused", is_flag=True, help="Only lines of what was not allowed or did not work.")
+@click.option("--follow", "-f", is_flag=True, help="Wait for more; Ctrl-C ends.")
+@json_option
+@config_option
+def show(
+    data_dir: str | None,
+    since: str | None,
+    identity: str | None,
+    call: str | None,
+    refused: bool,
+    follow: bool,
+    as_json: bool,
+    config_file: str | None,
+) -> None:
+    """Print the lines of the log, the oldest first. With --json each line is a document.
+
+    \b
+    Examples:
+      spinetta audit show --refused --since 1d
+      spinetta audit show --json | jq 'select(.call == "tokens")'
+    """
+    from spinetta.units import parse_duration
+
+    since_ms = int((time.time() - parse_duration(since, "since")) * 1000) if since else 0
+
+    def wanted(e: Entry) -> bool:
+        return (
+            e.time_ms >= since_ms
+            and (not identity or identity in (e.identity, e.identity.partition(" ")[2]))
+            and (not call or call.lower() == e.call.lower())
+            and not (refused and e.outcome == "ok")
+        )
+
+    if not as_json:
+        output.say(_HEADER)
+    try:
+        for entry in _entries(_directory(data_dir, config_file), follow=follow):
+            if wanted(entry):
+                _put(entry, as_json=as_json)
+    except KeyboardInterrupt:
+        raise Finished(exits.INTERRUPTED) from None
+
+
+def _entries(directory: Path, *, follow: bool) -> Iterator[Entry]:
+    """All lines, and with `follow` those to come, each once."""
+    from spinetta.trust.audit import read
+
+    last = 0
+    while True:
+        for entry in read(directory):
+            if entry.seq > last:
+                last = entry.seq
+                yield entry
+        if not follow:
+            return
+        before = _stamp(directory)
+        while _stamp(directory) == before:
+            time.sleep(FOLLOW_EVERY_S)
+
+
+def _stamp(directory: Path) -> tuple[int, int]:
+    """Number and size of the files; changes with every line."""
+    with os.scandir(directory) as found:
+        sizes = [entry.stat().st_size for entry in found]
+    return len(sizes), sum(sizes)
+
+
+_WIDTHS = (24, 18, 16, 10, 9)
+_HEADER = (
+    "  ".join(h.ljust(w) for h, w in zip(("TIME", "WHO", "CALL", "OUTCOME", "REVISION"), _WIDTHS, strict=True))
+    + "  WHAT"
+)
+
+
+def _put(e: Entry, *, as_json: bool) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        output.put_json_line(asdict(e))
+        return
+    from spinetta.cli.show import moment
+
+    what = " ".join(part for part in (e.object, f"({e.detail})" if e.detail else "") if part)
+    cells = (moment(e.time_ms), e.identity, e.call, e.outcome, str(e.revision or ""))
+    line = "  ".join(output.printable(c).ljust(w) for c, w in zip(cells, _WIDTHS, strict=True))
+    output.say(f"{line}  {output.printable(what)}".rstrip())
+
+
+@audit.command()
+@click.option("--data-dir", metavar="PATH", help="Of the node [SPINETTA_DATA_DIR].")
+@click.option("--head", "heads", multiple=True, metavar="NUMBER:HASH", help="A line that was noted elsewhere before.")
+@json_option
+@config_option
+def verify(data_dir: str | None, heads: tuple[str, ...], as_json: bool, config_file: str | None) -> None:
+    """Check that no line was changed, removed or added in between; exit code 1 when one was.
+
+    What was cut off at the end can only be told by a line that was noted elsewhere before: --head NUMBER:HASH, as
+    this command prints it.
+
+    \b
+    Examples:
+      spinetta audit verify
+      spinetta audit verify --data-dir /var/lib/spinetta --head 1041:5f0c…
+    """
+    from spinetta.trust.audit import verify as check
+
+    if len(heads) > HEADS_MAX:
+        raise UserError(f"{len(heads)} heads", field="head", hint=f"at most {HEADS_MAX}")
+    found = check(_directory(data_dir, config_file), tuple(_head(text) for text in heads))
+    seq, digest = found.head
+    if as_json:
+        output.put_json(
+            {
+                "whole": not found.faults,
+                "entries": found.entries,
+                "first": found.first_seq,
+                "head": {"number": seq, "hash": digest},
+                "faults": list(found.faults),
+            }
+        )
+    else:
+        for fault in found.faults:
+            output.tell(f"{output.paint('fault:', 'red')} {fault}")
+        if not found.faults:
+            output.say(f"{found.entries} lines, from {found.first_seq} to {seq}: whole")
+            output.say(f"head {seq}:{digest}")
+    if found.faults:
+        raise Finished(exits.TASK_FAILED)
+
+
+def _head(text: str) -> tuple[int, str]:
+    number, colon, digest = text.partition(":")
+    if not colon or not number.isdecimal() or len(number) > 18 or len(digest) != 64:
+        raise UserError(f"not NUMBER:HASH: {text[:80]!r}", field="head", hint="as `spinetta audit verify` prints it")
+    return int(number), digest.lower()
