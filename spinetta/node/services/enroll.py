@@ -305,7 +305,7 @@ def _check_is_own(acl: NodeAcl, new: _Newcomer) -> None:
     if acl.revoked:
         raise Denied(
             f"node {acl.name} has been revoked" + (f": {acl.reason}" if acl.reason else ""),
-            hint=f"an administrator can free its name: spinetta node remove {acl.name}; then it may join anew",
+            hint=f"an administrator can free its name: spinetta node forget {acl.name}; then it may join anew",
             reason="revoked",
         )
 
@@ -314,7 +314,7 @@ def _taken(name: str, why: str) -> AlreadyExists:
     return AlreadyExists(
         f"the name {name} is taken: {why}",
         field="name",
-        hint="choose another with --name; to replace a node whose data is lost: revoke it, then spinetta node remove "
+        hint="choose another with --name; to replace a node whose data is lost: revoke it, then spinetta node forget "
         f"{name}",
         reason="name-taken",
     )

@@ -127,7 +127,7 @@ class NodeAdmin:
             found = await read(self._port.store, [acl_key, keys.request(name), *keyrings.KEYS])
             acl = found.value(NodeAcl, acl_key)
             if acl is None:
-                raise NotFound(f"there is no node {name}", field="name", hint="see: spinetta node list --access")
+                raise NotFound(f"there is no node {name}", field="name", hint="see: spinetta node access")
             if request.remove:
                 return await self._remove(acl, found.seen(acl_key), asked)
             if acl.revoked:
@@ -136,7 +136,7 @@ class NodeAdmin:
                 raise UserError(
                     f"node {name} has been revoked",
                     field="name",
-                    hint=f"spinetta node remove {name} frees the name; then it may join anew",
+                    hint=f"spinetta node forget {name} frees the name; then it may join anew",
                     reason="revoked",
                 )
             if request.revoke:
