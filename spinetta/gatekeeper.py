@@ -132,7 +132,7 @@ def needs(node: NodeId, body: Txn) -> tuple[str, ...]:
     found: dict[str, None] = {}
     if len(body.nested) > txn.NESTED_MAX:
         return ()  # it is refused, whatever the store says
-    if body.nested or any(isinstance(w, Put) and w.value for w in body.then):
+    if body.nested or any(isinstance(w, Put) and w.key != keys.beat(node) for w in body.then):
         found = dict.fromkeys((keys.node(node), keys.incarnation(node)))
     for each in body.nested:
         task = _task_of(each)
@@ -220,9 +220,8 @@ class _Worker:
             return None
         if body != txn.advertise(registration, put.lease, put.value):
             return None
-        entry = self._stored(keys.node(self.node), created=registration.node_created)
-        if put.lease != entry.lease:
-            self._own_lease(put.lease)
+        self._stored(keys.node(self.node), created=registration.node_created)
+        self._own_lease(put.lease)
         return Admitted(Kind.ADVERTISE, txn.advertise(registration, put.lease, self._node_record(put.value)))
 
     def _register(self, body: Txn) -> Verdict | None:
