@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinetta.access import NodeRole
@@ -269,6 +269,7 @@ def test_a_request_must_be_signed_with_its_own_key() -> None:
     assert caught.value.reason == "bad-csr"
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode))
 def test_any_bytes_as_a_request_are_refused(data: bytes) -> None:
     for text in (data, b"-----BEGIN CERTIFICATE REQUEST-----\n" + data + b"\n-----END CERTIFICATE REQUEST-----\n"):
@@ -276,6 +277,7 @@ def test_any_bytes_as_a_request_are_refused(data: bytes) -> None:
             issued_for(text)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(0, 10_000), st.integers(1, 255))
 def test_a_request_with_one_byte_changed_never_gives_another_key(at: int, flip: int) -> None:
     request = c.csr(WORLD_KEY, "n1")
@@ -449,6 +451,7 @@ def test_a_successor_certified_by_its_predecessor_leads_to_the_same_identity() -
     assert WORLD.identity(crossed) is None
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=300))
 def test_any_bytes_name_nobody(data: bytes) -> None:
     framed = b"-----BEGIN CERTIFICATE-----\n" + data + b"\n-----END CERTIFICATE-----\n"
@@ -460,6 +463,7 @@ GOOD_PEM = WORLD.node()[0]
 GOOD_DER = c.load_certificate(GOOD_PEM).public_bytes(Encoding.DER)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(0, len(GOOD_DER) - 1), st.integers(1, 255))
 def test_a_certificate_with_one_byte_changed_names_nobody_else(at: int, flip: int) -> None:
     der = bytearray(GOOD_DER)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cryptography.hazmat.primitives import hpke
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinetta.errors import UserError
@@ -16,6 +16,7 @@ PUBLIC = sealing.public_of(PRIVATE)
 BOX = sealing.seal(b"the plaintext", PUBLIC, b"purpose")
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=2000), st.binary(max_size=100))
 def test_what_is_sealed_can_be_unsealed(plaintext: bytes, info: bytes) -> None:
     box = sealing.seal(plaintext, PUBLIC, info)
@@ -28,6 +29,7 @@ def test_the_same_is_never_sealed_alike() -> None:
     assert len({sealing.seal(b"x", PUBLIC, b"") for _ in range(50)}) == 50
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(0, len(BOX) - 1), st.integers(1, 255))
 def test_a_changed_box_does_not_open(at: int, flip: int) -> None:
     box = bytearray(BOX)
@@ -44,6 +46,7 @@ def test_a_box_cut_short_does_not_open(kept: int) -> None:
         sealing.unseal(BOX[-kept:] if kept else b"", PRIVATE, b"purpose")
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(min_size=1, max_size=50))
 def test_a_box_with_something_added_does_not_open(more: bytes) -> None:
     for box in (BOX + more, more + BOX):
@@ -51,6 +54,7 @@ def test_a_box_with_something_added_does_not_open(more: bytes) -> None:
             sealing.unseal(box, PRIVATE, b"purpose")
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=100))
 def test_another_purpose_does_not_open_it(info: bytes) -> None:
     if info != b"purpose":
@@ -64,6 +68,7 @@ def test_another_key_does_not_open_it() -> None:
     assert caught.value.reason == "seal-broken"
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=300))
 def test_any_bytes_are_no_box(data: bytes) -> None:
     with pytest.raises(sealing.SealBroken):

@@ -6,7 +6,7 @@ import hashlib
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinetta import tokens
@@ -33,6 +33,7 @@ def refusal(text: str) -> UserError:
     return caught.value
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_tokens)
 def test_a_token_survives_being_written_and_read(token: tokens.JoinToken) -> None:
     text = tokens.format(token)
@@ -40,6 +41,7 @@ def test_a_token_survives_being_written_and_read(token: tokens.JoinToken) -> Non
     assert tokens.parse(f" {text}\n") == token
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_tokens)
 def test_a_token_is_one_word_without_characters_that_look_alike(token: tokens.JoinToken) -> None:
     text = tokens.format(token)
@@ -47,6 +49,7 @@ def test_a_token_is_one_word_without_characters_that_look_alike(token: tokens.Jo
     assert len(text) <= 120
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_tokens, st.data())
 def test_every_change_of_one_character_is_refused(token: tokens.JoinToken, data: st.DataObject) -> None:
     text = tokens.format(token)
@@ -81,6 +84,7 @@ def test_a_lost_beginning_is_refused(lost: int) -> None:
     assert refusal(TEXT[lost:]).reason in {"not-a-token", "token-truncated"}
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_tokens, st.data())
 def test_swapped_and_inserted_characters_are_refused(token: tokens.JoinToken, data: st.DataObject) -> None:
     text = tokens.format(token)
@@ -90,6 +94,7 @@ def test_swapped_and_inserted_characters_are_refused(token: tokens.JoinToken, da
         refusal(text[: at - 1] + text[at] + text[at - 1] + text[at + 1 :])
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(max_size=300))
 def test_any_text_is_refused_without_being_repeated(text: str) -> None:
     error = refusal(text)
@@ -131,6 +136,7 @@ def test_a_role_cannot_be_changed_even_at_equal_length() -> None:
     assert refusal(worker.replace("_worker_", "_client_")).reason == "token-altered"
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_tokens)
 def test_no_secret_in_a_repr(token: tokens.JoinToken) -> None:
     shown = repr(token)
@@ -138,6 +144,7 @@ def test_no_secret_in_a_repr(token: tokens.JoinToken) -> None:
     assert tokens.format(token).split("_")[4] not in shown
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=32), st.binary(min_size=16, max_size=16), st.binary(min_size=16, max_size=16))
 def test_a_hash_matches_its_own_salt_and_secret_only(salt: bytes, secret: bytes, other: bytes) -> None:
     kept = tokens.secret_hash(salt, secret)
