@@ -28,7 +28,7 @@ CONNECT_S = 1.0  # a local or nearby member answers in milliseconds; longer mean
 HOLD_REFUSED_S = 1.0  # leave an endpoint alone that refused a connection or said that it cannot serve
 HOLD_SILENT_S = 15.0  # … or that did not answer: by then keep-alive has found out whether the connection is dead
 CLOSE_GRACE_S = 1.0  # for calls under way when a connection is let go of
-REFRESH_GRACE_S = 15.0  # above the longest limit of a call (10 s): only watches are still there then, and begin again
+REFRESH_GRACE_S = 15.0  # above the longest limit of a call (10 s)
 KEEPALIVE_S = 10.0  # etcd drops clients that ping more often than every 5 s
 KEEPALIVE_ANSWER_S = 5.0
 
@@ -56,7 +56,8 @@ class Line:
 
     Attributes:
         material: what it was opened with; None: plain text.
-        idle: set while nobody uses it.
+        users: calls under way; watches, which have no end, are not counted.
+        idle: set while there are none.
     """
 
     channel: grpc.aio.Channel
@@ -95,7 +96,7 @@ class Line:
         return True
 
     async def retire(self, grace_s: float) -> None:
-        """Close it as soon as nobody uses it, at the latest after so long."""
+        """Close it as soon as no call is on it, at the latest after so long."""
         try:
             async with asyncio.timeout(grace_s):
                 await self.idle.wait()
@@ -132,13 +133,16 @@ class Connection:
         return self._line
 
     @contextlib.contextmanager
-    def use(self) -> Iterator[wire.Stubs]:
-        """Its services, for one call or stream. A `refresh` lets those go on that have begun.
+    def use(self, *, endless: bool = False) -> Iterator[wire.Stubs]:
+        """Its services, for one call. A `refresh` waits for those that have begun, unless they are `endless`.
 
         Raises:
             StoreUnavailable: there are no certificates.
         """
         line = self._open()
+        if endless:
+            yield line.stubs
+            return
         line.users += 1
         line.idle.clear()
         try:
@@ -250,8 +254,9 @@ class Connections:
     async def refresh(self, *, grace_s: float = REFRESH_GRACE_S) -> bool:
         """Let go of connections that were made with other certificates than the files hold now.
 
-        New calls use new connections at once; calls under way end on the old ones. Returns when the old ones are
-        closed, after `grace_s` at the latest: watches that are still on them end with `StoreUnavailable`.
+        New calls use new connections at once, calls under way end on the old ones, and watches over those end with
+        `StoreUnavailable`. Returns when the old ones are closed: when the last call on them has been answered, after
+        `grace_s` at the latest.
 
         Returns:
             False when a member takes the old certificates but not the new ones: its connection has been kept.

@@ -27,7 +27,7 @@ REVISION_EVENTS_MAX = 100_000
 async def watch(connections: Connections, prefix: str, start: Revision) -> AsyncGenerator[Changes, None]:
     """As `Store.watch`. Reads only as fast as its consumer: a slow one holds back etcd, not memory here."""
     connection = await connections.pick(STAND_S)
-    with connection.use() as stubs:
+    with connection.use(endless=True) as stubs:
         async with contextlib.aclosing(_watch(connection, stubs, prefix, start)) as changes:
             async for each in changes:
                 yield each

@@ -21,7 +21,7 @@ from cryptography import x509
 
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import Revision
-from spinetta.store.connection import normal_endpoints
+from spinetta.store.connection import REFRESH_GRACE_S, normal_endpoints
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.members import Members, status, statuses
 from spinetta.store.process import EtcdTls, etcd_argv
@@ -425,7 +425,9 @@ def test_what_is_under_way_ends_on_the_old_connection(tmp_path: Path) -> None:
                 server.files.renew()
                 writes = [asyncio.create_task(store.commit(WRITE)) for _ in range(40)]
                 await asyncio.sleep(0)  # they are under way
-                assert await store.connections.refresh(grace_s=0.2)
+                started_s = time.monotonic()
+                assert await store.refresh()
+                assert time.monotonic() - started_s < REFRESH_GRACE_S / 2, "it does not wait for a watch"
                 assert all([isinstance(await each, Committed) for each in writes])
                 assert await store.refresh(), "nothing to do"
             with pytest.raises(StoreUnavailable, match="closed"):
