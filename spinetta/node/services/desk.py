@@ -153,11 +153,14 @@ class Desk:
         asked = Asked(self, context, call, Caller.nobody(), subject)
         try:
             with await self._admit(asked, is_open=True):
-                self._write_down(asked, "begun")
+                has_begun = False
                 is_local = asked.caller.kind is CallerKind.LOCAL
                 items = work(asked) if is_local else self._watched_stream(asked, work(asked))
                 async with closing(items):
                     async for item in items:
+                        if not has_begun:  # whose it is has been checked by now
+                            has_begun = True
+                            self._write_down(asked, "begun")
                         yield item
         except grpc.aio.AbortError:
             raise

@@ -13,6 +13,7 @@ import grpc.aio
 from spinetta import codec, keys, validate
 from spinetta.access import NodeRole
 from spinetta.errors import AskElsewhere, Denied, NotFound, UserError
+from spinetta.match import uncleared
 from spinetta.model import Attempt, Outcome, Reason, Revision, State, Task, TaskId
 from spinetta.node.hub import Hub, Listener, closing
 from spinetta.node.port import NodePort
@@ -212,12 +213,12 @@ class Logs:
 
     async def _check_cleared(self, followed: _Followed, attempt: Attempt) -> None:
         """What passes through this node it could read, so it must be cleared for it."""
-        lacking = set(followed.task.spec.clearance) - self._port.clearances
+        lacking = uncleared(followed.task.spec.clearance, self._port.clearances)
         if not lacking or self._port.credentials is None:
             return
         peer = await self._peers.record(attempt.node, field="id")
         raise AskElsewhere(
-            f"{self._port.name} is not cleared for {', '.join(sorted(lacking))}; the log lies on {attempt.node}",
+            f"{self._port.name} is not cleared for {', '.join(lacking)}; the log lies on {attempt.node}",
             addresses=(peer.address,),
             field="id",
             object_=followed.id,

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spinetta import codec, keys, lifecycle, payload, txn, validate
+from spinetta import codec, keys, lifecycle, names, payload, txn, validate
 from spinetta.errors import AlreadyExists, Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable
 from spinetta.model import QueueHint, Task, TaskSpec
 from spinetta.node.port import NodePort
@@ -75,10 +75,12 @@ class Submitter:
             specs.append(spec)
             if i % _CONVERTED_PER_TURN == _CONVERTED_PER_TURN - 1:
                 await asyncio.sleep(0)
-        specs = await seal_or_refuse(specs, self._port)
-        validate.check_submit(specs, grace_min_s=self._port.grace_min_s)
+        for i, spec in enumerate(specs):
+            names.check_owner(spec.owner, f"tasks[{i}].owner")
         for owner, clearance in {(spec.owner, spec.clearance): None for spec in specs}:
             await asked.check(owner=owner, clearance=clearance)
+        specs = await seal_or_refuse(specs, self._port)
+        validate.check_submit(specs, grace_min_s=self._port.grace_min_s)
         now_ms = self._port.wall_ms()
         out = []
         for i, spec in enumerate(specs):
