@@ -239,7 +239,9 @@ async def serve(
     of_body: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(hub.run(), name="hub"), group.create_task(beats.run(), name="beats")]
+            running = [group.create_task(hub.run(), name="hub")]
+            if not desk.callers.is_worker:  # it answers nobody's questions about nodes, and may not see them all
+                running.append(group.create_task(beats.run(), name="beats"))
             if acl is None and port.credentials is not None and not desk.callers.is_worker:
                 running.append(group.create_task(view.run(), name="acl"))
             await server.start()
