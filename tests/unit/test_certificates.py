@@ -486,14 +486,18 @@ def test_a_bundle_falls_into_its_certificates() -> None:
     assert c.split_pem(b"-----BEGIN CERTIFICATE-----\nabc") == ()
 
 
-@pytest.mark.parametrize("bundle", [WORLD.ca * (c.BUNDLE_MAX + 1), b"x" * (c.PEM_BYTES_MAX + 1)])
+@pytest.mark.parametrize(
+    "bundle", [WORLD.ca * (c.BUNDLE_MAX + 1), b"x" * (c.PEM_BYTES_MAX + 1)], ids=["certificates", "bytes"]
+)
 def test_a_bundle_has_a_limit(bundle: bytes) -> None:
     with pytest.raises(UserError) as caught:
         c.split_pem(bundle)
     assert caught.value.reason == "too-large"
 
 
-@pytest.mark.parametrize("pem", [b"", b"x", WORLD.ca[:100], c.key_pem(WORLD_KEY)])
+@pytest.mark.parametrize(
+    "pem", [b"", b"x", WORLD.ca[:100], c.key_pem(WORLD_KEY)], ids=["nothing", "x", "cut short", "a key"]
+)
 def test_what_is_no_certificate_is_said_to_be_none(pem: bytes) -> None:
     for ask in (c.expiry, c.authority_hash, c.cluster_of, c.describe, c.renew_at):
         with pytest.raises(UserError):

@@ -449,7 +449,10 @@ def test_keys_that_wait_are_the_same_after_a_restart(directory: Path) -> None:
     assert PendingKeys.load_or_create(directory) != first
 
 
-@pytest.mark.parametrize("data", [b"", b"x", NODE[1], NODE[1] * 3, NODE[1] * 4, os.urandom(200)])
+DAMAGED_KEYS = {"empty": b"", "x": b"x", "one": NODE[1], "no sealing key": NODE[1] * 3, "four": NODE[1] * 4}
+
+
+@pytest.mark.parametrize("data", DAMAGED_KEYS.values(), ids=DAMAGED_KEYS)
 def test_damaged_keys_that_wait_are_told(directory: Path, data: bytes) -> None:
     directory.mkdir(parents=True)
     (directory / "pending.pem").write_bytes(data)

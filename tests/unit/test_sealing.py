@@ -138,7 +138,9 @@ def test_a_key_survives_being_written_as_pem() -> None:
 
 
 @pytest.mark.parametrize(
-    "pem", [b"", b"x", sealing.to_pem(PRIVATE)[:-40], certificates.key_pem(certificates.new_key())]
+    "pem",
+    [b"", b"x", sealing.to_pem(PRIVATE)[:-40], certificates.key_pem(certificates.new_key())],
+    ids=["nothing", "x", "cut short", "another kind"],
 )
 def test_other_pem_is_no_sealing_key(pem: bytes) -> None:
     with pytest.raises(UserError) as caught:
