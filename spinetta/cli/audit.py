@@ -77,7 +77,7 @@ def show(
             e.time_ms >= since_ms
             and (not identity or identity in (e.identity, e.identity.partition(" ")[2]))
             and (not call or call.lower() == e.call.lower())
-            and not (refused and e.outcome == "ok")
+            and not (refused and e.outcome in ("ok", "begun"))
         )
 
     if not as_json:
