@@ -518,3 +518,28 @@ def test_demand_is_what_is_held() -> None:
     assert held.counted() == {task_id(1), task_id(2)}
     held.follow([vanished(1)])
     assert held.demand() == cpus(1)
+
+
+# --- rights --------------------------------------------------------------------------------------------------------
+
+
+def cleared(held: Holdings, *labels: str) -> list[Effect]:
+    return held.poll(
+        NOW, 5000, LIFE, SEEN, may_start=True, must_stop=False, acl_seen=Revision(8), clearances=frozenset(labels)
+    )
+
+
+def test_what_is_no_longer_covered_is_stopped() -> None:
+    held = running(clearance=("red",))
+    held.runtime_listed(RuntimeListed((HeldAttempt(key_of(1), Revision(5), LIFE, None),)), NOW)
+    assert cleared(held, "red") == []
+    assert cleared(held, "blue") == [Stop(key_of(1), Reason.RELEASED.value)]
+
+
+def test_what_is_no_longer_covered_is_not_started() -> None:
+    held = claimed(clearance=("red",))
+    (commit,) = cleared(held)
+    assert isinstance(commit, Commit)
+    assert commit.txn.when == txn.finish_guards(ME, SEEN, Revision(8))
+    (task,) = written([commit])
+    assert (task.state, task.attempts[-1].reason) == (State.QUEUED, Reason.RELEASED.value)
