@@ -131,7 +131,7 @@ class GatewayService:
             entry = (await self._store.read([key], timeout_s=max(0.001, deadline_s - now()))).entries[key]
             if entry is not None and entry.modified == caller.revision:
                 break
-            caller = Caller(*await self._who(context))
+            caller = await self.called(context)
         return gc.result_to_pb(result)
 
     async def _judged(self, caller: Caller, body: Txn, left_s: float) -> Txn | Conflict:
@@ -306,7 +306,7 @@ class GatewayService:
 
     async def _same_rights(self, context: Any, caller: Caller) -> None:
         """Raises when the caller's rights are not what its watch began with."""
-        if Caller(*await self._who(context)).revision != caller.revision:
+        if (await self.called(context)).revision != caller.revision:
             raise StoreUnavailable("the node's rights have changed: list again")
 
     # --- leases ------------------------------------------------------------------------------------------------
