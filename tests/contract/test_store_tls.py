@@ -24,6 +24,7 @@ from spinetta.model import Revision
 from spinetta.store.connection import REFRESH_GRACE_S, normal_endpoints
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.members import Members, status, statuses
+from spinetta.store.offline import read_offline
 from spinetta.store.process import EtcdTls, etcd_argv
 from spinetta.store.protocol import Changes
 from spinetta.store.supervisor import EtcdSupervisor
@@ -544,6 +545,59 @@ def healthy(node: Node, files: VoterFiles) -> bool:
             return b'"true"' in sent.getresponse().read()
         except OSError:  # a member that has never reached the others does not serve yet
             return False
+
+
+def test_what_is_needed_for_new_certificates_can_be_read_without_the_cluster(tmp_path: Path) -> None:
+    """All voters were off for too long. Each finds the sealed authority in its own data, and all start again."""
+
+    async def scenario() -> None:
+        async with cluster(tmp_path, "abc", etcd_authority()) as world:
+            await settled(world)
+            assert isinstance(await world.store.commit(Txn(then=(Put("/authority", b"sealed"),))), Committed)
+            for node in world.nodes.values():
+                assert node.supervisor is not None
+                await node.supervisor.stop()
+            for node in world.nodes.values():
+                found = await read_offline(node.settings(), ["/authority", "/none"])
+                entry = found.entries["/authority"]
+                assert entry is not None
+                assert entry.value == b"sealed"
+                assert found.entries["/none"] is None
+            assert not leftovers(tmp_path)
+            renew(world)
+            async with asyncio.TaskGroup() as group:
+                for node in world.nodes.values():
+                    assert node.supervisor is not None
+                    group.create_task(node.supervisor.start(timeout_s=30))
+            await eventually(lambda: world.store.commit(WRITE))
+            assert len((await world.members.members()).members) == 3
+
+    run(scenario())
+
+
+def test_reading_without_the_cluster_says_what_is_wrong(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(tmp_path, "a", etcd_authority()) as world:
+            settings = world.first.settings()
+            await world.store.commit(WRITE)
+            await world.first.stop()
+            with pytest.raises(StoreUnavailable, match="does not serve a copy"):
+                await read_offline(replace(settings, program="/bin/false"), ["/a"])
+            elsewhere = replace(settings, data_dir=tmp_path / "none")
+            with pytest.raises(UserError) as caught:
+                await read_offline(elsewhere, ["/a"])
+            assert caught.value.reason == "no-data"
+            (tmp_path / "none" / "member" / "snap").mkdir(parents=True)
+            with pytest.raises(UserError) as caught:  # never "there is no such key"
+                await read_offline(elsewhere, ["/a"])
+            assert caught.value.reason == "no-data"
+            assert not leftovers(tmp_path)
+
+    run(scenario())
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if "reading" in path.name]
 
 
 # --- thrown out --------------------------------------------------------------------------------------------------
