@@ -71,9 +71,10 @@ def login(
     """
     _check_ways(token, token_file, bearer_file, keep_bearer)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as in `with_client`
-    from spinetta.client.credentials import default_path, save
+    from spinetta.client.credentials import default_path
 
     path = Path(out).absolute() if out else Path(os.environ.get("SPINETTA_CREDENTIALS") or default_path())
+    there = _check_there(path, force=force)
     addresses, timeout_s = _where(node, timeout, config_file)
     if bearer_file:
         bearer_file = bearer_file if bearer_file == "-" else str(Path(bearer_file).absolute())
@@ -81,8 +82,7 @@ def login(
     else:
         text = token or os.environ.get("SPINETTA_TOKEN") or _secret_text(token_file or _no_token(), "token_file")
         stored = asyncio.run(_by_token(addresses, text, timeout_s))
-    _check_other(path, stored, force=force)
-    save(path, stored)
+    _save(path, stored, there)
     _tell(path, stored, as_json=as_json)
 
 
@@ -185,29 +185,47 @@ def _agreed(met: Met, *, as_json: bool) -> bytes:
     return met.ca_hash
 
 
-def _check_other(path: Path, stored: Stored, *, force: bool) -> None:
-    """Refuse to write over somebody else's credentials, unless they can be read no more."""
+def _check_there(path: Path, *, force: bool) -> Stored | None:
+    """What is there already, before a token is spent: it must be something that can be written over.
+
+    Raises:
+        UserError: it cannot be used, so that whose it is cannot be told.
+    """
     from spinetta.client.credentials import load
 
     if force or not path.exists():
-        return
+        return None
     try:
-        there = load(path)
+        return load(path)
     except UserError as e:
         raise UserError(
             f"{path} is there already, and cannot be used: {e.message}",
             field="credentials",
             hint="--force, or another file",
         ) from None
-    old, new = (s.credentials.name if s.credentials else "" for s in (there, stored))
-    if there.cluster != stored.cluster or (old and new and old != new):
-        who = f"{old or 'a bearer token'} in cluster {there.cluster}"
-        raise UserError(
-            f"{path} has the credentials of {who}",
-            field="credentials",
-            hint="--force to write over it, or --credentials FILE for another place",
-            reason="already-exists",
-        )
+
+
+def _save(path: Path, stored: Stored, there: Stored | None) -> None:
+    """Save, but not over the credentials of somebody else: then beside them, as the token has been spent.
+
+    Raises:
+        UserError: they were saved beside, and where.
+    """
+    from spinetta.client.credentials import save
+
+    old, new = (s.credentials.name if s is not None and s.credentials else "" for s in (there, stored))
+    if there is None or (there.cluster == stored.cluster and (not (old and new) or old == new)):
+        save(path, stored)
+        return
+    beside = path.with_name(f"{path.stem}-{new or 'bearer'}-{stored.cluster[:6]}.pem")
+    save(beside, stored)
+    raise UserError(
+        f"{path} has the credentials of {old or 'a bearer token'} in cluster {there.cluster}; the new ones were saved "
+        f"in {beside}",
+        field="credentials",
+        hint=f"use them with --credentials {beside}; or log in with --force the next time",
+        reason="already-exists",
+    )
 
 
 def _tell(path: Path, stored: Stored, *, as_json: bool) -> None:
