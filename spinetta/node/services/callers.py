@@ -7,7 +7,7 @@ Both are looked at in each call, however old its connection, and every `limits.R
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from spinetta import keys, txn
@@ -95,17 +95,29 @@ class Callers:
         self._policy_seen = Revision(0)
         self.acl = acl
 
-    async def of(self, context: Context, *, fresh: bool = False) -> Caller:
+    async def of(
+        self, context: Context, *, fresh: bool = False, before_no: Callable[[], None] = lambda: None
+    ) -> Caller:
         """Who calls, with the rights it has now; `Caller.nobody` for a guest and whoever cannot be told.
 
         Args:
             context: of the call.
-            fresh: read the rights from the store, whatever is known here: before saying no.
+            fresh: read the rights from the store, whatever is known here. They are before anybody is refused.
+            before_no: called before that is done for one who would be refused; what it raises is raised.
 
         Raises:
             Denied: it is known who it is, but it has no place here (any more); reason ``unauthenticated``.
             StoreUnavailable: the rights cannot be read now.
         """
+        try:
+            return await self._of(context, fresh)
+        except Denied:
+            before_no()
+            if fresh or self.acl.is_stale:  # it has just been read
+                raise
+        return await self._of(context, True)
+
+    async def _of(self, context: Context, fresh: bool) -> Caller:
         credentials = self._port.credentials
         if credentials is None:
             return Caller.local()

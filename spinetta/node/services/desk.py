@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -173,12 +174,9 @@ class Desk:
         context, throttle = asked.context, self.throttle
         asked.is_forwarded = bool(metadata(context).get(FORWARDED[0]))
         peer = peer_address(context)
-        try:
-            asked.caller = await self.callers.of(context)
-        except Denied:  # one who was somebody lately: not for free, as we look twice before saying no
-            throttle.call(Caller.nobody(), peer, Limits())
-            asked.caller = await self.callers.of(context, fresh=True)
-        caller = asked.caller
+        # One who was somebody lately is not refused for free, as the store is read before.
+        before_no = partial(throttle.call, Caller.nobody(), peer, Limits())
+        caller = asked.caller = await self.callers.of(context, before_no=before_no)
         if caller.kind is CallerKind.LOCAL:
             return contextlib.nullcontext()
         throttle.call(caller, peer, await self.policy() if caller.kind is not CallerKind.NOBODY else Limits())
@@ -280,7 +278,7 @@ async def _look(asked: Asked) -> None:
         try:
             try:
                 await asked.look(fresh=False)
-            except Denied:
+            except Denied:  # the caller's role or project: that has been read here only
                 await asked.again()
             known_s = time.monotonic()
         except StoreUnavailable:
