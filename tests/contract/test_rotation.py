@@ -1,0 +1,340 @@
+"""Certificates renewed and authorities exchanged, over real TLS and real etcd, with nodes in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinetta import keys
+from spinetta.access import Authorities, NodeAcl, NodeRole, Policy
+from spinetta.model import NodeId
+from spinetta.node import renewal
+from spinetta.node.keyring import Keyring
+from spinetta.node.renewal import Report, TrustKeeper, VoterSource, WorkerSource
+from spinetta.node.services.authorities import RotationKeeper
+from spinetta.rotation import under_way
+from spinetta.trust import certificates
+from spinetta.trust.credentials import NodeCredentials
+from spinetta.trust.dial import VOTER, Dialer
+from spinetta.v1 import record_pb2 as records
+from spinetta.v1 import trust_pb2 as pb
+from spinetta.v1.trust_pb2_grpc import TrustStub
+from tests.contract.api_world import Etcd, delete, etcd, etcd_member, eventually, failure, run
+from tests.contract.trust_world import World, acl_key, report, voter_node, world
+
+__all__ = ["etcd", "etcd_member"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renewal, "LOOK_S", 0.05)
+    monkeypatch.setattr(renewal, "RETRY_MIN_S", 0.05)
+    monkeypatch.setattr(renewal, "RETRY_MAX_S", 0.2)
+
+
+class Kept:
+    """A node's keeper, and what it said."""
+
+    def __init__(self) -> None:
+        self.restarts: list[float] = []
+        self.at_once = 0
+        self.reports: list[Report] = []
+        self.denied: list[str] = []
+
+
+@contextlib.asynccontextmanager
+async def kept(w: World, credentials: NodeCredentials, address: str) -> AsyncIterator[Kept]:
+    """The keeper of a node's certificates, running; what it reports goes into the node's record."""
+    kept_node = Kept()
+
+    async def say(now: Report) -> None:
+        kept_node.reports.append(now)
+        await report(w.voter.store, credentials.name, address, **asdict(now))
+
+    async def restart() -> None:
+        kept_node.restarts.append(time.monotonic())
+
+    if credentials.role is NodeRole.VOTER:
+        keyring = Keyring(w.voter.store, credentials)
+        source: Any = VoterSource(w.voter.store, keyring, NodeId(credentials.name), address)
+        keeper = TrustKeeper(
+            credentials, source, report=say, restart_etcd=restart, store=w.voter.store, denied=kept_node.denied.append
+        )
+    else:
+        source = WorkerSource(Dialer.secured(credentials.pems), lambda: (w.voter.address,))
+        keeper = TrustKeeper(credentials, source, report=say, denied=kept_node.denied.append)
+    task = asyncio.create_task(keeper.run())
+    try:
+        yield kept_node
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if isinstance(source, WorkerSource):
+            await source.close()
+
+
+def scenario(etcd: Etcd, directory: Path, story: Callable[[World], Any], **options: Any) -> None:
+    async def main() -> None:
+        async with world(etcd, directory, **options) as w:
+            await story(w)
+
+    run(main())
+
+
+async def authorities(w: World, kind: str) -> Authorities:
+    found = await w.voter.record(Authorities, keys.authority(kind))
+    assert found is not None
+    return found
+
+
+def expires_s(credentials: NodeCredentials) -> float:
+    return certificates.expiry(credentials.node_pem)[1]
+
+
+# --- renewal -------------------------------------------------------------------------------------------------------
+
+
+def test_certificates_are_renewed_in_time_and_connections_go_on(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        worker = await w.joined("n2")
+        voter = w.voter.credentials
+        assert voter.etcd_pems is not None
+        before = expires_s(worker), expires_s(voter), certificates.expiry(voter.etcd_pems.cert_pem)[1]
+        async with kept(w, voter, w.voter.address), kept(w, worker, "127.0.0.1:9"):
+            end_s = time.time() + 14.0  # more than a whole life
+            while time.time() < end_s:
+                fresh = await w.voter.trust(worker)
+                assert (await fresh.WhoAmI(pb.WhoAmIRequest())).name == "n2"
+                await asyncio.sleep(0.5)
+            assert voter.etcd_pems is not None
+            after = expires_s(worker), expires_s(voter), certificates.expiry(voter.etcd_pems.cert_pem)[1]
+            assert all(b > a for a, b in zip(before, after, strict=True))
+            assert min(after) > time.time()
+
+    scenario(etcd, tmp_path, story, policy=Policy(node_certificate_s=10.0))
+
+
+def test_a_new_key_is_good_beside_the_old_one_until_it_is_used(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        old = await w.joined("n2")
+        key = certificates.new_key()
+        request = pb.RenewRequest(csr=certificates.csr(key, "n2"))
+        made = (await (await w.voter.trust(old)).Renew(request)).certificates
+        acl = await w.voter.record(NodeAcl, acl_key("n2"))
+        assert acl is not None
+        assert acl.key_hash == old.identity.key_hash
+        assert acl.next_key_hash == certificates.public_key_hash(key)
+        await (await w.voter.trust(old)).WhoAmI(pb.WhoAmIRequest())  # the answer may have been lost
+        old_pems = old.pems()
+        old.update(node_pem=made.certificate, node_key_pem=certificates.key_pem(key))
+        await (await w.voter.trust(old)).Renew(request)
+        acl = await w.voter.record(NodeAcl, acl_key("n2"))
+        assert acl is not None
+        assert (acl.key_hash, acl.next_key_hash) == (certificates.public_key_hash(key), b"")
+
+        async def is_out() -> bool:
+            async with Dialer.secured(lambda: old_pems).channel(w.voter.address, VOTER) as channel:
+                try:
+                    await TrustStub(channel).WhoAmI(pb.WhoAmIRequest())
+                except Exception:  # noqa: BLE001 - whichever
+                    return True
+                return False
+
+        await eventually(is_out, what="the old key counts no more")
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_a_revoked_node_notices(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        worker, voter = await w.joined("n2"), await w.joined("n3", role=1)
+        async with kept(w, worker, "127.0.0.1:9") as one, kept(w, voter, "127.0.0.1:8") as other:
+            await eventually(lambda: one.reports and other.reports, what="both report")
+            for name in ("n2", "n3"):
+                await (await w.admin()).SetNode(pb.SetNodeRequest(name=name, revoke=True, reason="stolen"))
+            await eventually(lambda: one.denied and other.denied, what="both notice")
+            assert "revoked" in one.denied[0] + other.denied[0]
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_a_guest_or_a_bearer_cannot_renew(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        dialer = Dialer.guest(w.voter.credentials.ca_pem)
+        csr = certificates.csr(certificates.new_key(), "admin")
+        async with dialer.channel(w.voter.address, VOTER) as channel:
+            failed = await failure(TrustStub(channel).Renew(pb.RenewRequest(csr=csr)))
+            assert failed.detail.reason == "unauthenticated"
+        answer = await (await w.admin()).Renew(pb.RenewRequest(csr=csr))
+        assert certificates.describe(answer.certificates.certificate).name == "admin"
+
+    scenario(etcd, tmp_path, story)
+
+
+# --- rotation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cluster", "etcd"])
+def test_an_authority_is_exchanged_under_traffic(etcd: Etcd, tmp_path: Path, kind: str) -> None:
+    async def story(w: World) -> None:
+        voter, second, worker = w.voter.credentials, await w.joined("n2", role=1), await w.joined("n3")
+        old = await authorities(w, kind)
+        rotation = RotationKeeper(w.voter.store, w.voter.port.wall_ms)
+        calls = 0
+        done = asyncio.Event()
+
+        async def traffic() -> None:
+            nonlocal calls
+            while not done.is_set():  # a new connection each time, by each of them
+                for who in (worker, second):
+                    assert (await (await w.voter.trust(who)).WhoAmI(pb.WhoAmIRequest())).name == who.name
+                    calls += 1
+
+        async def steps() -> None:
+            while True:
+                await rotation.step()
+                await asyncio.sleep(0.05)
+
+        async with (
+            kept(w, voter, w.voter.address) as k1,
+            kept(w, second, "127.0.0.1:8") as k2,
+            kept(w, worker, "127.0.0.1:9") as k3,
+            asyncio.TaskGroup() as group,
+        ):
+            await eventually(lambda: k1.reports and k2.reports and k3.reports, what="all report")
+            stepping, calling = group.create_task(steps()), group.create_task(traffic())
+            admin = await w.admin()
+            await admin.RotateAuthority(pb.RotateAuthorityRequest(kind=kind, overlap_s=1.0))
+            assert (await failure(admin.RotateAuthority(pb.RotateAuthorityRequest(kind=kind)))).detail.reason == (
+                "rotation-under-way"
+            )
+
+            async def over() -> bool:
+                found = await authorities(w, kind)
+                return found.generation >= 4 and not under_way(found)
+
+            await eventually(over, within_s=20, what="the rotation ends")
+            new = await authorities(w, kind)
+            assert new.active.certificate_pem != old.active.certificate_pem
+            if kind == "cluster":
+                await eventually(lambda: worker.ca_pem == new.bundle == second.ca_pem, what="the old one is dropped")
+                now_s = time.time()
+                assert certificates.identity_of(worker.node_pem, (new.bundle,), voter.cluster, now_s=now_s)
+            else:
+                await eventually(
+                    lambda: second.etcd_pems is not None and second.etcd_pems.ca_pem == new.bundle,
+                    what="the old one is dropped",
+                )
+                await eventually(lambda: len(k1.restarts) == len(k2.restarts) == 2, what="once for each change")
+            done.set()
+            await calling
+            stepping.cancel()
+        assert calls > 3
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_who_was_away_while_it_was_exchanged_comes_back(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        voter, worker = w.voter.credentials, await w.joined("n2")
+        rotation = RotationKeeper(w.voter.store, w.voter.port.wall_ms)
+        async with kept(w, voter, w.voter.address) as k1:
+            await eventually(lambda: k1.reports, what="the voter reports")
+            await (await w.admin()).RotateAuthority(pb.RotateAuthorityRequest(kind="cluster", overlap_s=60.0))
+
+            async def moved() -> bool:
+                await rotation.step()
+                return (await authorities(w, "cluster")).generation == 3 and voter.ca_pem.count(b"BEGIN") == 2
+
+            await eventually(moved, what="the new one signs")
+            new = (await authorities(w, "cluster")).active.certificate_pem
+            await eventually(lambda: _is_by(voter.node_pem, new), what="the voter shows a certificate by it")
+            assert worker.ca_pem != voter.ca_pem  # it knows the old one only, and believes the new one by it
+            async with kept(w, worker, "127.0.0.1:9"):
+                await eventually(lambda: _is_by(worker.node_pem, new), what="the worker has caught up")
+            who = await (await w.voter.trust(w.admin_credentials)).WhoAmI(pb.WhoAmIRequest())
+            assert who.name == "admin"  # whose file knows the old one only
+
+    scenario(etcd, tmp_path, story)
+
+
+def _is_by(pem: bytes, authority: bytes) -> bool:
+    cluster = certificates.cluster_of(authority)
+    return certificates.identity_of(pem, (authority,), cluster, now_s=time.time()) is not None
+
+
+def test_a_rotation_waits_for_every_live_node_and_no_other(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        await w.joined("n2")
+        await report(w.voter.store, "n2", "127.0.0.1:9", trust_generation=1)
+        rotation = RotationKeeper(w.voter.store, w.voter.port.wall_ms)
+        async with kept(w, w.voter.credentials, w.voter.address):
+            await (await w.admin()).RotateAuthority(pb.RotateAuthorityRequest(kind="cluster"))
+            await eventually(lambda: w.voter.credentials.ca_pem.count(b"BEGIN") == 2, what="the voter believes it")
+            for _ in range(5):
+                await rotation.step()
+            assert (await authorities(w, "cluster")).generation == 2
+            shown = await (await w.admin()).ListAuthorities(pb.ListAuthoritiesRequest())
+            assert {(a.nodes_believing, a.nodes) for a in shown.authorities if a.kind == "cluster"} == {(1, 2)}
+            await delete(w.voter.store, keys.node(NodeId("n2")))
+
+            async def moved() -> bool:
+                await rotation.step()
+                return (await authorities(w, "cluster")).generation == 3
+
+            await eventually(moved, what="it goes on without the one that is gone")
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_a_voter_that_joins_during_a_rotation_can_sign_with_both(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        await (await w.admin()).RotateAuthority(pb.RotateAuthorityRequest(kind="cluster"))
+        second = await w.joined("n2", role=1)
+        found = await authorities(w, "cluster")
+        assert all({x.node for x in e.wraps} == {"n1", "n2"} for e in found.entries)
+        async with voter_node(w.voter.store, w.directory / "n2", second) as other:
+            admin = await other.trust(w.admin_credentials)
+            assert (await admin.CreateToken(pb.CreateTokenRequest(role=records.TOKEN_ROLE_WORKER))).token
+        await (await w.admin()).SetNode(pb.SetNodeRequest(name="n2", revoke=True))
+        found = await authorities(w, "cluster")
+        assert all({x.node for x in e.wraps} == {"n1"} for e in found.entries)
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_one_voter_restarts_at_a_time(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        others = [await w.joined(f"n{i}", role=1) for i in (2, 3)]
+        at_once = most = count = 0
+
+        async def restart() -> None:
+            nonlocal at_once, most, count
+            at_once += 1
+            most, count = max(most, at_once), count + 1
+            await asyncio.sleep(0.2)
+            at_once -= 1
+
+        async def say(_: Report) -> None:
+            return
+
+        async with asyncio.TaskGroup() as group:
+            tasks = []
+            for c in (w.voter.credentials, *others):
+                source = VoterSource(w.voter.store, Keyring(w.voter.store, c), NodeId(c.name), "127.0.0.1:8")
+                keeper = TrustKeeper(c, source, report=say, restart_etcd=restart, store=w.voter.store)
+                tasks.append(group.create_task(keeper.run()))
+            await (await w.admin()).RotateAuthority(pb.RotateAuthorityRequest(kind="etcd"))
+            await eventually(lambda: count == 3, what="each has restarted")
+            assert most == 1
+            for task in tasks:
+                task.cancel()
+
+    scenario(etcd, tmp_path, story)
