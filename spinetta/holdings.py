@@ -7,12 +7,10 @@ process without a key has been fenced and is stopped; an end is recorded under t
 
 from __future__ import annotations
 
-import enum
-import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
 from spinetta import codec, keys, lifecycle, txn
+from spinetta.attempt import Held, Step
 from spinetta.events import (
     AttemptEnded,
     Commit,
@@ -20,54 +18,21 @@ from spinetta.events import (
     Effect,
     Entry,
     Forget,
-    ListRuntime,
     NoAnswer,
     Read,
     ReadDone,
     RuntimeListed,
     Start,
     Started,
-    Stop,
-    attempt_key,
     parse_attempt_key,
 )
-from spinetta.match import uncleared
 from spinetta.mirror import Delta
 from spinetta.model import Exit, Holding, IncarnationId, NodeId, QueueHint, Reason, Resources, Revision, Task, TaskId
+from spinetta.processes import Processes
 
 RETRY_S = 0.5
-STOP_AGAIN_S = 5.0  # a request that was lost is made again; one that was not changes nothing
-PAST_MAX = 1024  # ends remembered after they were forgotten: about twice what a node may hold at once
 FINISHES_MAX = txn.NESTED_MAX
 READ_MAX = 100  # records read at once: below etcd's 128 operations a transaction
-
-
-class Step(enum.Enum):
-    """How far an attempt has come on this node."""
-
-    UNREAD = "unread"  # the key is known, the record is not
-    STARTING = "starting"
-    RUNNING = "running"
-    ENDED = "ended"  # its end is known and not yet recorded
-    RECORDING = "recording"
-    DOUBTFUL = "doubtful"  # the answer to the record of its end was lost: read back
-
-
-@dataclass(slots=True)
-class Held:
-    """One attempt that the store says is ours."""
-
-    task_id: TaskId
-    token: Revision
-    holding: Holding
-    step: Step
-    seen: Revision  # of the running key, a request in it included
-    task: Task | None = None
-    exit: Exit | None = None
-    key: str = ""  # its name on this node
-
-    def __post_init__(self) -> None:
-        self.key = attempt_key(self.task_id, self.holding.attempt)
 
 
 class Holdings:
@@ -77,11 +42,8 @@ class Holdings:
         self.node = node
         self.held: dict[TaskId, Held] = {}
         self._demand: Resources | None = None  # of `held`; None: to be summed up again
-        self.processes: dict[str, Revision] = {}  # attempts that the runtime knows to run or has not forgotten
-        self.runtime_known = False
+        self._runtime = Processes()
         self.store_known = False  # both truths must be known before anything is judged a stray
-        self._ends: dict[str, Exit] = {}
-        self._past: dict[str, Exit] = {}  # of attempts that are forgotten: a listing that was under way may show them
         self._reading: frozenset[TaskId] = frozenset()
         self._finishing: tuple[tuple[TaskId, Revision], ...] = ()
         self._resolving: tuple[tuple[TaskId, Revision], ...] = ()
@@ -89,31 +51,33 @@ class Holdings:
         self._releasing: Reason | None = None
         self._over: dict[TaskId, Revision] = {}  # tokens known to be spent, until a listing is newer than they
         self._listed_at = Revision(0)
-        self._stopped: dict[str, float] = {}  # when the runtime was last asked to end it
-        self._asked: dict[str, int] = {}  # starts that are to be answered
-        self._unsure: set[str] = set()  # starts that were not answered: they may run
-        self._list_at_s: float | None = None  # when to ask the runtime what it holds
 
     # --- outside view ---
 
     @property
     def next_s(self) -> float | None:
         """When `poll` has something to do that failed before, or to ask for again."""
-        times = [t for t in (self._retry_at_s, self._list_at_s) if t is not None]
-        if self._stopped:
-            times.append(min(self._stopped.values()) + STOP_AGAIN_S)
-        return min(times, default=None)
+        return min((t for t in (self._retry_at_s, self._runtime.next_s) if t is not None), default=None)
+
+    @property
+    def processes(self) -> Mapping[str, Revision]:
+        """The tokens of attempts that the runtime knows to run or has not forgotten."""
+        return self._runtime.tokens
+
+    @property
+    def runtime_known(self) -> bool:
+        """True once the runtime has said what it holds."""
+        return self._runtime.known
 
     @property
     def nothing_runs(self) -> bool:
         """True once the runtime has said what it holds, none of it runs and nothing is being started."""
-        sure = self.runtime_known and not self._asked and not self._unsure
-        return sure and all(k in self._ends for k in self.processes)
+        return self._runtime.nothing_runs
 
     @property
     def empty(self) -> bool:
         """True when neither the store nor the runtime has anything of ours."""
-        return self.runtime_known and not self.held and not self.processes
+        return self.runtime_known and not self.held and not self._runtime.tokens
 
     @property
     def listed_at(self) -> Revision:
@@ -213,49 +177,26 @@ class Holdings:
 
     def runtime_listed(self, listed: RuntimeListed, now: float) -> list[Effect]:
         """The runtime is connected (again): this is all it holds."""
-        self.runtime_known = True
-        self._stopped.clear()  # requests that were under way may have been lost: make them again
-        # The listing may have been under way while other answers came: what is known to have ended stays so, and what
-        # was running and is not shown is asked for once more.
-        shown = {a.key: a.token for a in listed.held}
-        ends = {**self._past, **self._ends, **{a.key: a.exit for a in listed.held if a.exit is not None}}
-        self._unsure = {k for k in self.processes if k not in shown and k not in self._ends}
-        self._list_at_s = now + RETRY_S if self._unsure else None
-        self.processes = {**{k: token for k, token in self.processes.items() if k in self._ends}, **shown}
-        self._ends = {k: ends[k] for k in self.processes if k in ends}
+        self._runtime.listed(listed, now)
         for h in self.held.values():
-            if h.step is Step.RUNNING and h.key not in self.processes and h.key not in self._asked:
+            if h.step is Step.RUNNING and h.key not in self._runtime.tokens and not self._runtime.is_asked(h.key):
                 h.step = Step.STARTING
         return []
 
     def started(self, done: Started, now: float) -> list[Effect]:
         """The answer to a start."""
-        left = self._asked.pop(done.key, 1) - 1
-        if left:
-            self._asked[done.key] = left
-        if isinstance(done.exit, NoAnswer):
-            # It may run, so nothing is decided on it until the runtime has said what it holds.
-            self._unsure.add(done.key)
-            self._list_at_s = now + RETRY_S if self._list_at_s is None else self._list_at_s
-            held = self._by_key(done.key)
-            if held is not None and held.step is Step.RUNNING and done.key not in self.processes:
-                held.step = Step.STARTING
-            return []
-        self._unsure.discard(done.key)
-        if done.key in self._past and done.exit is not None:
-            return [Forget(done.key)]
-        self.processes.setdefault(done.key, done.token)
-        if done.exit is not None:
-            self._ends[done.key] = done.exit
-        return []
+        effects = self._runtime.started(done, now)
+        held = self._by_key(done.key) if isinstance(done.exit, NoAnswer) else None
+        if held is not None and held.step is Step.RUNNING and done.key not in self._runtime.tokens:
+            held.step = Step.STARTING
+        return effects
 
     def attempt_ended(self, ended: AttemptEnded) -> list[Effect]:
         """A process is gone. Its end may be told more than once, and before the answer to its start."""
         held = self._by_key(ended.key)
-        if held is None and ended.key in self._past:
+        if held is None and self._runtime.is_past(ended.key):
             return [Forget(ended.key)]
-        self.processes.setdefault(ended.key, held.token if held is not None else Revision(0))
-        self._ends[ended.key] = ended.exit
+        self._runtime.ended(ended, held.token if held is not None else Revision(0))
         return []
 
     # --- what to do ---
@@ -286,74 +227,47 @@ class Holdings:
         `acl_seen`: the revision of this node's rights, under which ends are recorded. `clearances`: the labels it is
         cleared for, None while that is not known; what is no longer covered is given back, all else goes on.
         """
-        if self._list_at_s is not None and self._list_at_s <= now:
-            self._list_at_s = now + STOP_AGAIN_S
-            return [ListRuntime()]
+        asked = self._runtime.ask(now)
+        if asked:
+            return asked
         if not self.runtime_known or not self.store_known:
             return []
         if self._retry_at_s is not None and self._retry_at_s <= now:
             self._retry_at_s = None
         stop = Reason.FENCED if must_stop else self._releasing
         ours = [h for h in self.held.values() if h.holding.incarnation == life]
-        effects = self._tend_strays(ours, now)
+        effects = self._runtime.tend_strays({h.key: h.token for h in ours}, now)
         for h in ours:
-            effects += self._tend(h, now, now_ms, stop or _barred(h, clearances), may_start)
+            effects += self._tend(h, now, now_ms, stop or h.barred(clearances), may_start)
         effects += self._read_unread()
         if self._retry_at_s is None:
             effects += self._record_ends(now_ms, life_seen, acl_seen)
             effects += self._resolve_doubts()
         return effects
 
-    def _tend_strays(self, held: Iterable[Held], now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        ours = {h.key: h.token for h in held}
-        for key, token in list(self.processes.items()):
-            if ours.get(key) == token:
-                continue
-            if key in self._ends:
-                effects += self._forget(key)
-            else:
-                effects += self._stop(key, Reason.FENCED, now)
-        for key in [k for k in self._stopped if k not in self.processes or k in self._ends]:
-            del self._stopped[key]
-        return effects
-
-    def _forget(self, key: str) -> list[Effect]:
-        del self.processes[key]
-        self._past[key] = self._ends.pop(key)
-        if len(self._past) > PAST_MAX:
-            del self._past[next(iter(self._past))]
-        return [Forget(key)]
-
-    def _stop(self, key: str, why: Reason, now: float) -> list[Effect]:
-        if self._stopped.get(key, -math.inf) + STOP_AGAIN_S > now:
-            return []
-        self._stopped[key] = now
-        return [Stop(key, why.value)]
-
     def _tend(self, h: Held, now: float, now_ms: int, stop: Reason | None, may_start: bool) -> list[Effect]:
         if h.task is None:
             return []
-        if h.step in (Step.STARTING, Step.RUNNING) and h.key in self._ends:
-            h.exit = self._ends[h.key]
+        if h.step in (Step.STARTING, Step.RUNNING) and h.key in self._runtime.ends:
+            h.exit = self._runtime.ends[h.key]
             h.step = Step.ENDED
         why = Reason.CANCELLED if h.holding.cancel_requested else stop
         if why is None:
-            self._stopped.pop(h.key, None)
-        if h.step is Step.STARTING and h.key in self.processes:
+            self._runtime.let_run(h.key)
+        if h.step is Step.STARTING and h.key in self._runtime.tokens:
             h.step = Step.RUNNING
         if h.step is Step.STARTING:
-            if h.key in self._asked or h.key in self._unsure:
+            if self._runtime.may_run(h.key):
                 return []  # it may run: not to be started again, and not to be called "not started"
             if why is not None:
                 h.exit = Exit(why, message="before it was started", ended_ms=now_ms)
                 h.step = Step.ENDED
             elif may_start and self._retry_at_s is None:
                 h.step = Step.RUNNING
-                self._asked[h.key] = self._asked.get(h.key, 0) + 1
+                self._runtime.start(h.key)
                 return [Start(h.task.spec, h.holding.attempt, h.token, h.holding.incarnation, h.holding.grace_s)]
-        elif h.step is Step.RUNNING and why is not None and h.key in self.processes:
-            return self._stop(h.key, why, now)
+        elif h.step is Step.RUNNING and why is not None and h.key in self._runtime.tokens:
+            return self._runtime.stop(h.key, why, now)
         return []
 
     def _read_unread(self) -> list[Effect]:
@@ -469,10 +383,3 @@ class Holdings:
     def _by_key(self, key: str) -> Held | None:
         held = self.held.get(parse_attempt_key(key)[0])
         return held if held is not None and held.key == key else None
-
-
-def _barred(h: Held, clearances: Collection[str] | None) -> Reason | None:
-    """Given back because the node is not cleared for it any more."""
-    if clearances is None or h.task is None or not uncleared(h.task.spec.clearance, clearances):
-        return None
-    return Reason.RELEASED

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from spinetta import agent, claims, holdings, lifecycle, match, mirror, recover, session, txn
+from spinetta import agent, attempt, claims, holdings, lifecycle, match, mirror, recover, session, txn
 from spinetta.agent import Agent
 from spinetta.events import List
 from spinetta.model import Reason, Revision, State
@@ -141,7 +141,7 @@ def _not_answered_is_not_started() -> Iterator[None]:
 
     def started(self: holdings.Holdings, done: Any, now: float) -> Any:
         effects = real(self, done, now)
-        self._unsure.clear()
+        self._runtime._unsure.clear()
         return effects
 
     with mock.patch.object(holdings.Holdings, "started", started):
@@ -165,7 +165,7 @@ def _no_resume() -> Iterator[None]:
 def _blind_to_labels() -> Iterator[None]:
     """Nobody looks at what a node is cleared for."""
     with ExitStack() as patches:
-        for module in (match, claims, holdings):
+        for module in (match, claims, attempt):
             patches.enter_context(mock.patch.object(module, "uncleared", return_value=[]))
         yield
 
@@ -248,7 +248,7 @@ MUTANTS: dict[str, Mutant] = {
     "blind-to-labels": _blind_to_labels,
     "claims-as-planned": put(claims.Claims, "_claimable", lambda _self, task: task.state is State.QUEUED),
     "doubts-as-planned": put(claims.Claims, "_covers", lambda *_: True),
-    "labels-stay": put(holdings, "_barred", lambda *_: None),
+    "labels-stay": put(attempt.Held, "barred", lambda *_: None),
     "revoked-goes-on": put(session.Session, "must_stop", property(lambda self: self.phase in _GIVEN_UP)),
     "leads-on": put(agent.Agent, "_rights", lambda self: _leads_on(self)),
     "braked-by-the-revoked": put(agent.Agent, "_rights", lambda self: _revoked_unknown(self)),

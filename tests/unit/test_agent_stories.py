@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spinetta import keys, txn
+from spinetta.attempt import Step
 from spinetta.events import (
     Commit,
     CommitDone,
@@ -16,7 +17,6 @@ from spinetta.events import (
     Start,
     Stop,
 )
-from spinetta.holdings import Step
 from spinetta.model import NodeId, Outcome, Reason, State
 from spinetta.session import Phase
 from tests.builders import cpus, settings, spec, task_id
@@ -295,7 +295,7 @@ def until_given_back(d: Direct, node: Node) -> Commit:
     d.perform(node, until_wanted(d, node, commits("claim")))
     start = next((e for e in node.pending if isinstance(e, Start)), None)
     assert start is None or d.take(node, lambda e: e is start) is start
-    node.agent.holdings._asked.clear()
+    node.agent.holdings._runtime._asked.clear()
     for h in node.agent.holdings.held.values():
         h.step = Step.STARTING  # as if no renewal had been committed yet
     d.tell(node, SetDraining(True, leaving=True, release=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spinetta import codec, keys, lifecycle, txn
+from spinetta.attempt import Step
 from spinetta.events import (
     AttemptEnded,
     Commit,
@@ -23,9 +24,10 @@ from spinetta.events import (
     Started,
     Stop,
 )
-from spinetta.holdings import RETRY_S, STOP_AGAIN_S, Holdings, Step
+from spinetta.holdings import RETRY_S, Holdings
 from spinetta.mirror import Delta
 from spinetta.model import Exit, Holding, IncarnationId, NodeId, Outcome, Reason, Resources, Revision, State, Task
+from spinetta.processes import STOP_AGAIN_S
 from tests.builders import cpus, entry, exit_code, holding, key_of, queued, task_id
 
 ME = NodeId("n1")
