@@ -46,6 +46,10 @@ class SecuredNode(Node):
 
     port: SkewedNode
 
+    def read_log_raw(self, task_id: str) -> Any:
+        """The call for a log, as an admin."""
+        return self.api.Log(log_request(task_id))
+
 
 @dataclass
 class Secured:

@@ -16,21 +16,21 @@ from spinetta.rights import Caller, CallerKind
 class Bucket:
     """Lets through `rate` a second, and `BURST_S` seconds' worth at once after a rest.
 
-    A charge is taken whole as soon as anything is left, so that one larger than a burst passes too, and is paid for
+    A charge is taken whole as soon as one is left, so that one larger than a burst passes too, and is paid for
     afterwards.
     """
 
     __slots__ = ("_at_s", "_left")
 
     def __init__(self, rate: float, now_s: float) -> None:
-        self._left = rate * limits.BURST_S
+        self._left = _most(rate)
         self._at_s = now_s
 
     def take(self, amount: float, rate: float, now_s: float) -> float:
         """Take so much; 0 when it was let through, else the seconds after which to try again."""
-        self._left = min(rate * limits.BURST_S, self._left + (now_s - self._at_s) * rate)
+        self._left = min(_most(rate), self._left + (now_s - self._at_s) * rate)
         self._at_s = now_s
-        if self._left <= 0:
+        if self._left < 1:
             return min(max((1 - self._left) / rate, limits.BUSY_MIN_S), limits.BUSY_MAX_S)
         self._left -= amount
         return 0.0
@@ -38,6 +38,10 @@ class Bucket:
     def charge(self, amount: float) -> None:
         """Take so much, whatever is left: for what has been done already."""
         self._left -= amount
+
+
+def _most(rate: float) -> float:
+    return max(rate * limits.BURST_S, 1.0)
 
 
 class Throttle:
