@@ -51,9 +51,9 @@ class Tokens:
         now_ms = self._port.wall_ms()
         ttl_s = request.ttl_s or TTL_S
         if not (math.isfinite(ttl_s) and TTL_MIN_S <= ttl_s <= TTL_MAX_S):
-            raise UserError(f"a token lives {TTL_MIN_S:g} s to 30 days", field="ttl_s", reason="out-of-range")
+            raise UserError(f"a token lives {TTL_MIN_S:g} s to 30 days", field="ttl_s")
         if request.uses > USES_MAX:
-            raise UserError(f"a token has at most {USES_MAX} uses", field="uses", reason="out-of-range")
+            raise UserError(f"a token has at most {USES_MAX} uses", field="uses")
         granted = access.clearances(request.clearances, "clearances")
         groups = access.groups(request.groups, "groups")
 

@@ -269,7 +269,7 @@ def check_limits(limits: Limits, where: str) -> Limits:
 
 def _check_range(value: float, least: float, most: float, where: str) -> None:
     if not (math.isfinite(value) and least <= value <= most):
-        raise UserError(f"{value:g} is out of range", field=where, hint=f"{least:g} to {most:g}", reason="out-of-range")
+        raise UserError(f"{value:g} is out of range", field=where, hint=f"{least:g} to {most:g}")
 
 
 def _projects(projects: Any) -> tuple[str, ...]:
