@@ -96,38 +96,40 @@ class Callers:
         self.acl = acl
 
     async def of(
-        self, context: Context, *, fresh: bool = False, before_no: Callable[[], None] = lambda: None
+        self, context: Context, *, fresh: bool = False, before_no: Callable[[str], None] = lambda _: None
     ) -> Caller:
         """Who calls, with the rights it has now; `Caller.nobody` for a guest and whoever cannot be told.
 
         Args:
             context: of the call.
             fresh: read the rights from the store, whatever is known here. They are before anybody is refused.
-            before_no: called before that is done for one who would be refused; what it raises is raised.
+            before_no: called before that is done for one who would be refused; what it raises is raised. It is told
+                whom a certificate names, as ``user ann``; empty: there is none.
 
         Raises:
             Denied: it is known who it is, but it has no place here (any more); reason ``unauthenticated``.
             StoreUnavailable: the rights cannot be read now.
         """
-        try:
-            return await self._of(context, fresh)
-        except Denied:
-            before_no()
-            if fresh or self.acl.is_stale:  # it has just been read
-                raise
-        return await self._of(context, True)
-
-    async def _of(self, context: Context, fresh: bool) -> Caller:
         credentials = self._port.credentials
         if credentials is None:
             return Caller.local()
         pem = certificate(context)
         now_s = self._port.wall_ms() / 1000
         identity = certificates.identity_of(pem, (credentials.ca_pem,), credentials.cluster, now_s=now_s)
-        token = _bearer(context)
+        if identity is None and not _has_bearer(context):
+            return Caller.nobody(_why_not(pem, now_s))
+        try:
+            return await self._of(context, identity, fresh)
+        except Denied:
+            before_no(f"{identity.kind} {identity.name}" if identity is not None else "")
+            if fresh or self.acl.is_stale:  # they have just been read
+                raise
+        return await self._of(context, identity, True)
+
+    async def _of(self, context: Context, identity: Identity | None, fresh: bool) -> Caller:
         if identity is None:
-            return await self._of_token(token, fresh) if token else Caller.nobody(_why_not(pem, now_s))
-        if token:
+            return await self._of_token(_bearer(context), fresh)
+        if _has_bearer(context):
             raise _unknown(
                 f"a certificate of {identity.kind} {identity.name} and a bearer token came together",
                 "send one of them: two identities are none",
@@ -220,15 +222,17 @@ def metadata(context: Context) -> dict[str, str | bytes]:
     return dict(context.invocation_metadata() or ())
 
 
+def _has_bearer(context: Context) -> bool:
+    return any(k == "authorization" for k, _ in context.invocation_metadata() or ())
+
+
 def _bearer(context: Context) -> str:
-    """The bearer token of a call; empty: none.
+    """The bearer token of a call.
 
     Raises:
         Denied: there are several, or it is something else.
     """
     given = [v for k, v in context.invocation_metadata() or () if k == "authorization"]
-    if not given:
-        return ""
     scheme, _, token = str(given[0]).partition(" ")
     if len(given) > 1 or scheme.lower() != "bearer" or not token.strip() or len(token) > BEARER_BYTES_MAX:
         raise _unknown("this authorization cannot be used", "send one: Bearer TOKEN")

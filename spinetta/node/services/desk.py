@@ -174,9 +174,7 @@ class Desk:
         context, throttle = asked.context, self.throttle
         asked.is_forwarded = bool(metadata(context).get(FORWARDED[0]))
         peer = peer_address(context)
-        # One who was somebody lately is not refused for free, as the store is read before.
-        before_no = partial(throttle.call, Caller.nobody(), peer, Limits())
-        caller = asked.caller = await self.callers.of(context, before_no=before_no)
+        caller = asked.caller = await self.callers.of(context, before_no=partial(throttle.refusal, peer))
         if caller.kind is CallerKind.LOCAL:
             return contextlib.nullcontext()
         throttle.call(caller, peer, await self.policy() if caller.kind is not CallerKind.NOBODY else Limits())

@@ -73,6 +73,21 @@ class Throttle:
                 rate = caller.limits.calls_per_s or policy.calls_per_s or limits.CALLS_PER_S
                 self._take(f"calls {caller.title}", 1, rate, caller.title, "calls")
 
+    def refusal(self, peer: str, named: str) -> None:
+        """Count one who would be refused a place here: the store is read before, which is not for free.
+
+        Args:
+            peer: the address it calls from.
+            named: whom its certificate names; empty: it has none.
+
+        Raises:
+            Busy: too many lately.
+        """
+        if named:  # counted by itself, so that guests at the same address cannot keep a newly approved one out
+            self._take(f"refused {named}", 1, limits.GUEST_CALLS_PER_S, named, "calls")
+        else:
+            self.call(Caller.nobody(), peer, Limits())
+
     def denied(self, caller: Caller, peer: str) -> None:
         """Charge for a call that was refused: asking again and again for what one may not have is no use of a node."""
         key = f"guest {peer}" if caller.kind is CallerKind.NOBODY else f"calls {caller.title}"
