@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import itertools
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,45 +80,30 @@ def show(
             and not (refused and e.outcome in ("ok", "begun"))
         )
 
+    from spinetta.trust.audit import Tail
+
+    tail = Tail(_directory(data_dir, config_file))
+    lines = tail.read()
+    first = next(lines, None)  # a wrong directory is told before anything is printed
     if not as_json:
         output.say(_HEADER)
     try:
-        for entry in _entries(_directory(data_dir, config_file), follow=follow):
-            if wanted(entry):
-                _put(entry, as_json=as_json)
+        while True:
+            for entry in lines if first is None else itertools.chain((first,), lines):
+                if wanted(entry):
+                    _put(entry, as_json=as_json)
+            if not follow:
+                return
+            sys.stdout.flush()
+            time.sleep(FOLLOW_EVERY_S)
+            first, lines = None, tail.read()
     except KeyboardInterrupt:
         raise Finished(exits.INTERRUPTED) from None
 
 
-def _entries(directory: Path, *, follow: bool) -> Iterator[Entry]:
-    """All lines, and with `follow` those to come, each once."""
-    from spinetta.trust.audit import read
-
-    last = 0
-    while True:
-        for entry in read(directory):
-            if entry.seq > last:
-                last = entry.seq
-                yield entry
-        if not follow:
-            return
-        before = _stamp(directory)
-        while _stamp(directory) == before:
-            time.sleep(FOLLOW_EVERY_S)
-
-
-def _stamp(directory: Path) -> tuple[int, int]:
-    """Number and size of the files; changes with every line."""
-    with os.scandir(directory) as found:
-        sizes = [entry.stat().st_size for entry in found]
-    return len(sizes), sum(sizes)
-
-
-_WIDTHS = (24, 18, 16, 10, 9)
-_HEADER = (
-    "  ".join(h.ljust(w) for h, w in zip(("TIME", "WHO", "CALL", "OUTCOME", "REVISION"), _WIDTHS, strict=True))
-    + "  WHAT"
-)
+_WIDTHS = (24, 18, 16, 16, 9)
+_HEADINGS = ("TIME", "WHO", "CALL", "OUTCOME", "REVISION")
+_HEADER = "  ".join([*(h.ljust(w) for h, w in zip(_HEADINGS, _WIDTHS, strict=True)), "WHAT"])
 
 
 def _put(e: Entry, *, as_json: bool) -> None:

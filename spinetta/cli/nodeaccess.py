@@ -196,7 +196,7 @@ def grant(
       spinetta node grant n7 --clearance patient-data
       spinetta node grant n7 --join-group site-b
     """
-    if not (clearance or group):
+    if not (words(clearance) or words(group)):
         raise UserError("nothing is granted", field="clearance", hint="--clearance LABEL or --join-group NAME")
     found = _set(name, (node, timeout, config_file), grant=labels(clearance), join_groups=words(group))
     _tell(found, as_json=as_json)
@@ -231,7 +231,7 @@ def withdraw(
     Example:
       spinetta node withdraw n7 --clearance patient-data
     """
-    if not (clearance or group):
+    if not (words(clearance) or words(group)):
         raise UserError("nothing is withdrawn", field="clearance", hint="--clearance LABEL or --leave-group NAME")
     found = _set(name, (node, timeout, config_file), withdraw=labels(clearance), leave_groups=words(group))
     _tell(found, as_json=as_json)

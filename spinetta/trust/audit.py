@@ -266,6 +266,40 @@ def read(directory: Path) -> Iterator[Entry]:
                 continue
 
 
+class Tail:
+    """Lines as they come: each `read` goes on where the one before has stopped."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._path: Path | None = None
+        self._offset = 0
+
+    def read(self) -> Iterator[Entry]:
+        """Whole lines that were added since; those that cannot be read are left out.
+
+        Raises:
+            UserError: there is no audit log, or it cannot be read.
+        """
+        for path in _existing(self._directory):
+            if self._path is not None and path.name < self._path.name:
+                continue
+            if path != self._path:
+                self._path, self._offset = path, 0
+            try:
+                with path.open("rb") as file:
+                    file.seek(self._offset)
+                    for raw in file:
+                        if not raw.endswith(b"\n"):  # is being written: the rest comes
+                            break
+                        self._offset += len(raw)
+                        try:
+                            yield _parse(raw.rstrip(b"\n"))
+                        except ValueError:
+                            continue
+            except OSError as e:
+                raise UserError(f"{path} cannot be read: {e.strerror}", reason="audit") from e
+
+
 def verify(directory: Path, heads: Iterator[tuple[int, str]] | tuple[tuple[int, str], ...] = ()) -> Verdict:
     """Check the chain from its beginning to its end.
 
