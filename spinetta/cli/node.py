@@ -87,6 +87,7 @@ def join(config_file: str | None, **flags: str | None) -> None:
       spinetta node join --cpus 8 --memory 32GiB --countables gpu=2 --tags ssd,site-a
     """
     resolved = resolved_node(flags, config_file)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # of each handshake that fails it would tell in words of its own
     from spinetta.node import start
 
     raise Finished(start.run(resolved))

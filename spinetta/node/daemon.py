@@ -7,7 +7,8 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import replace
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,17 @@ from spinetta.errors import OutcomeUnknown, RuntimeUnavailable, StoreUnavailable
 from spinetta.events import LeaveWanted, SelfChanged, SetCandidate, SetDraining, attempt_key
 from spinetta.model import IncarnationId, NodeId, NodeRecord, TaskId, Usage
 from spinetta.node import detect
-from spinetta.node.acl import AclView
 from spinetta.node.driver import Driver, LaunchSettings, wall_ms
 from spinetta.node.entry import Entrance
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
 from spinetta.node.logsweep import sweep_logs
 from spinetta.node.port import LeaveStep, Member, Membership
+from spinetta.node.renewal import Report
 from spinetta.node.seats import OwnSeat
-from spinetta.node.services.server import serve
+from spinetta.node.secured import Hooks, Secured
+from spinetta.node.services.server import ApiServer, serve
+from spinetta.node.vault import Vault
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.settings import AgentSettings
 from spinetta.store.etcd import EtcdStore
@@ -70,7 +73,6 @@ class Daemon:
         self.credentials = credentials
         self.dialer = dialer
         self._audit = audit
-        self.acl = AclView(store) if credentials is not None else None
         self._entrance = entrance
         self._runtime = runtime
         self._store = store
@@ -78,6 +80,9 @@ class Daemon:
         self._stop = asyncio.Event()
         self._release = settings.on_terminate == "release"
         self._stop_everything = False
+        self._report: Report | None = None
+        name = NodeId(settings.name)
+        vault = Vault(store, name, lambda: credentials.sealing_private) if credentials is not None else None
         self.agent = Agent(self._agent_settings(), entrance.incarnation)
         self.driver = Driver(
             self.agent,
@@ -85,9 +90,20 @@ class Daemon:
             runtime,
             LaunchSettings(settings.name, settings.pids_max, settings.address),
             remember=self._remember,
+            vault=vault,
         )
         self.keeper = SeatKeeper(self.agent, self.seat, settings.voters_wanted, self.dialer, self._revoked)
         self._leaving = Leaving(self.driver, self.seat, left=self._stop.set)
+        self._secured: Secured | None = None
+        if credentials is not None and vault is not None:
+            hooks = Hooks(
+                report=self._certificates_changed,
+                restart_etcd=self.seat.restart,
+                is_seated=lambda: bool(self.seat.member_id),
+                is_leading=lambda: self.agent.leading,
+                clearances=lambda: self.clearances,
+            )
+            self._secured = Secured(self, credentials, store, vault, hooks, settings.address)
 
     # --- NodePort ---
 
@@ -115,7 +131,8 @@ class Daemon:
     def voter_addresses(self) -> tuple[str, ...]:
         """API addresses of the nodes with a seat."""
         records = (self.agent.session.record, *self.agent.peers)
-        return tuple(sorted(r.address for r in records if r.etcd_member_id))
+        found = tuple(sorted(r.address for r in records if r.etcd_member_id))
+        return found or self._entrance.memory.identity.gateways
 
     def audit(self, call: str, caller: str, object_: str, outcome: str, revision: int) -> None:
         """Write down who did what, or was refused."""
@@ -180,7 +197,7 @@ class Daemon:
         loop.add_signal_handler(signal.SIGTERM, self._told_to_stop, False)
         loop.add_signal_handler(signal.SIGINT, self._told_to_stop, True)
         try:
-            async with asyncio.TaskGroup() as group, serve(self, [self.settings.address]):
+            async with asyncio.TaskGroup() as group, self._serve():
                 work = [
                     group.create_task(self.driver.run(), name="agent"),
                     group.create_task(self.seat.run(), name="etcd"),
@@ -189,6 +206,8 @@ class Daemon:
                     group.create_task(self._sweep(), name="logs"),
                     group.create_task(self._leaving.run(), name="leave"),
                 ]
+                if self._secured is not None:
+                    work.append(group.create_task(self._secured.run(), name="trust"))
                 await self._report_ready()
                 await self._stop.wait()
                 await self._finish()
@@ -199,6 +218,13 @@ class Daemon:
             loop.remove_signal_handler(signal.SIGINT)
         return EXIT_OK
 
+    def _serve(self) -> AbstractAsyncContextManager[ApiServer]:
+        addresses = [self.settings.address]
+        if self._secured is None:
+            return serve(self, addresses)
+        trust = self._secured
+        return serve(self, addresses, acl=trust.acl, tokens=trust.tokens, extra=trust.services)
+
     def _told_to_stop(self, everything: bool) -> None:
         if self._stop.is_set():
             log.warning("stopping at once; tasks and etcd stay with the shim")
@@ -208,7 +234,7 @@ class Daemon:
 
     async def _report_ready(self) -> None:
         record = self.agent.settings.record
-        role = "voter" if self.seat.member_id else "worker"
+        role = "voter" if self.seat.member_id else "worker" if not record.candidate else "without a seat yet"
         log.info("node %s: API on %s, %s, etcd cluster %s", record.name, record.address, role, self.seat.cluster_id)
 
     async def _finish(self) -> None:
@@ -263,12 +289,21 @@ class Daemon:
             etcd_client_url=self.seat.client_url,
             etcd_peer_url=self.seat.peer_url,
             warnings=self._warnings(),
+            **(asdict(self._report) if self._report is not None else {}),
+            clearances=tuple(sorted(self.clearances)),
         )
         if record != self.agent.session.record:
             await self.driver.tell(SelfChanged(record))
         may_lead = bool(self.seat.member_id) and not self._leaving.wanted
         if may_lead and not self.agent.leadership.candidate:
             await self.driver.tell(SetCandidate(True))
+
+    async def _certificates_changed(self, report: Report) -> None:
+        """Tell the others how this node's certificates stand; its own connections to etcd use the new ones."""
+        self._report = report
+        if isinstance(self._store, EtcdStore) and not await self._store.refresh():
+            log.info("a member does not take this node's new certificate yet; the connection to it stays as it is")
+        await self._seat_changed()
 
     async def _sweep(self) -> None:
         while True:
@@ -293,9 +328,9 @@ class Daemon:
 
     async def _revoked(self, nodes: Iterable[str]) -> frozenset[str]:
         """Those of these nodes that are trusted no more."""
-        if self.acl is None:
+        if self._secured is None:
             return frozenset()
-        found = [(name, await self.acl.node(NodeId(name))) for name in nodes]
+        found = [(name, await self._secured.acl.node(NodeId(name))) for name in nodes]
         return frozenset(name for name, entry in found if entry is not None and entry[0].revoked)
 
     @property

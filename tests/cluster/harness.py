@@ -75,6 +75,8 @@ class Node:
     log: Path
     options: tuple[str, ...]
     process: subprocess.Popen[bytes] | None = None
+    token: str = field(default="", repr=False)
+    prefix: tuple[str, ...] = ()  # a command that runs it elsewhere, such as in a network namespace
 
     @property
     def address(self) -> str:
@@ -91,8 +93,9 @@ class Node:
         """Start the daemon; its output goes to the node's log."""
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                self.argv(peers), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                env={**os.environ, **(env or {})}, start_new_session=True,
+                [*self.prefix, *self.argv(peers)], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                env={**os.environ, **({"SPINETTA_TOKEN": self.token} if self.token else {}), **(env or {})},
+                start_new_session=True,
             )  # fmt: skip
 
     def shim_pid(self) -> int | None:
@@ -153,18 +156,36 @@ class Cluster:
     base: str
     options: tuple[str, ...]
     nodes: list[Node] = field(default_factory=list)
+    secured: bool = False
 
-    def add(self, *options: str, name: str | None = None, start: bool = True) -> Node:
-        """One more node; joins the first one."""
+    @property
+    def admin_pem(self) -> Path:
+        """The administrator's credentials, in a secured cluster."""
+        return self.nodes[0].data_dir / "admin.pem"
+
+    def token(self, role: str = "voter", *options: str, node: int = 0) -> str:
+        """A join token, as an administrator makes it."""
+        return str(self.json("token", "create", "--role", role, *options, node=node)["token"])
+
+    def add(
+        self, *options: str, name: str | None = None, start: bool = True, role: str = "voter", token: str = ""
+    ) -> Node:
+        """One more node; joins the first one, in a secured cluster with a token of this role."""
         i = len(self.nodes) + 1
         name = name or f"n{i}"
         node = Node(
             name, f"{self.base}{i}", self.directory / name, self.directory / f"{name}.log", (*self.options, *options)
         )
+        if self.secured and self.nodes:
+            node.token = token or self.token(role)
+        self.place(node)
         self.nodes.append(node)
         if start:
             node.start(self.peers_of(node))
         return node
+
+    def place(self, node: Node) -> None:
+        """Make ready where a node is to run."""
 
     def peers_of(self, node: Node) -> list[str]:
         """The addresses a node joins through: all others; none for the first one of all."""
@@ -176,6 +197,8 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         """Run the command line against a node (by index)."""
         target = {} if node is None else {"SPINETTA_NODE": self.nodes[node].address}
+        if self.secured:
+            target["SPINETTA_CREDENTIALS"] = str(self.admin_pem)
         done = subprocess.run(
             [sys.executable, "-m", "spinetta.cli", *args],
             input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False,
@@ -192,8 +215,13 @@ class Cluster:
     def etcdctl(self, *args: str, node: int = 0) -> str:
         """Run etcdctl against a node's own etcd."""
         host = self.nodes[node].host
+        flags = [f"--endpoints=http{'s' if self.secured else ''}://{host}:{CLIENT_PORT}"]
+        if self.secured:
+            trust = self.nodes[node].data_dir / "trust" / "current"
+            flags += [f"--cacert={trust / 'etcd-ca.pem'}", f"--cert={trust / 'etcd.pem'}"]
+            flags += [f"--key={trust / 'etcd.key'}"]
         return subprocess.run(
-            ["etcdctl", f"--endpoints=http://{host}:{CLIENT_PORT}", *args],
+            ["etcdctl", *flags, *args],
             capture_output=True, text=True, timeout=30, check=True, env={**os.environ, "ETCDCTL_API": "3"},
         ).stdout  # fmt: skip
 
@@ -234,12 +262,23 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(directory: Path, count: int, *options: str) -> Iterator[Cluster]:
-    """A cluster of `count` nodes that are all ready; everything of it ends with the block."""
-    cluster = Cluster(directory, free_base(count + 3), options)
+def running_cluster(
+    directory: Path, count: int, *options: str, secured: bool = False, workers: int = 0
+) -> Iterator[Cluster]:
+    """A cluster of `count` nodes that are all ready; everything of it ends with the block.
+
+    Args:
+        directory: for all that the nodes keep.
+        count: nodes.
+        options: of each node.
+        secured: with mutual TLS, joined by tokens.
+        workers: how many of them, the last ones, join as workers.
+    """
+    cluster = Cluster(directory, free_base(count + 3), (*options, *(("--tls", "on") if secured else ())))
+    cluster.secured = secured
     try:
-        for _ in range(count):
-            cluster.add()
+        for i in range(count):
+            cluster.add(role="worker" if i >= count - workers else "voter")
             if len(cluster.nodes) == 1:
                 cluster.wait_ready()
         cluster.wait_ready()
