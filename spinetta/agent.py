@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spinetta import keys, trustcodec
-from spinetta.access import NodeAcl
+from spinetta import keys
 from spinetta.claims import QUEUE, Claims
 from spinetta.codec import decode_node, readable
 from spinetta.errors import InvariantViolation
@@ -42,10 +41,11 @@ from spinetta.events import (
 )
 from spinetta.holdings import Holdings
 from spinetta.mirror import Delta, Mirror
-from spinetta.model import Exit, IncarnationId, NodeId, NodeRecord, Reason, Resources
-from spinetta.recover import Leadership, Rights
+from spinetta.model import Exit, IncarnationId, NodeRecord, Reason, Resources
+from spinetta.recover import Leadership
 from spinetta.session import Phase, Session
 from spinetta.settings import AgentSettings
+from spinetta.standing import Revocations, Rights
 from spinetta.txn import Conflict, Registration
 
 POLLS_MAX = 16  # rounds of asking the parts until none has more to do; more would be two parts going in circles
@@ -73,7 +73,7 @@ class Agent:
         self.lives = Mirror("lives", keys.INCARNATION, every_s)
         self.rights = Mirror("rights", keys.ACL_NODE, every_s)  # for those only who may lead
         self._mirrors = {m.tag: m for m in (self.nodes, self.mine, self.offices, self.lives, self.rights)}
-        self._revoked: frozenset[NodeId] = frozenset()
+        self._revocations = Revocations()
         self._records: dict[str, NodeRecord] = {}
         self._peers: tuple[NodeRecord, ...] = ()
         self._begun = False
@@ -285,12 +285,10 @@ class Agent:
             self._rights_changed(deltas, now)
 
     def _rights_changed(self, deltas: Sequence[Delta], now: float) -> None:
-        for d in deltas:
-            node = NodeId(d.key.removeprefix(keys.ACL_NODE))
-            acl = readable(_decode_rights, d.new.value) if d.new is not None else None
-            self._revoked = (self._revoked | {node}) if acl is not None and acl.revoked else (self._revoked - {node})
-            if node == self.settings.name and (d.new is None or d.new.modified != self.session.acl_seen):
-                self.session.look_again(now)
+        self._revocations.follow(deltas)
+        own = keys.acl_node(self.settings.name)
+        if any(d.key == own and (d.new is None or d.new.modified != self.session.acl_seen) for d in deltas):
+            self.session.look_again(now)
 
     def _peers_changed(self, deltas: Sequence[Delta]) -> None:
         for d in deltas:  # only what has changed is decoded: each node describes itself once a second
@@ -372,12 +370,9 @@ class Agent:
         return effects
 
     def _rights(self) -> Rights:
-        me = self.settings.name
-        own = self.rights.entries.get(keys.acl_node(me))
-        if own is None:
-            return Rights(may_lead=not self.settings.secured and not self.session.revoked, revoked=self._revoked)
-        # One that cannot be read is no reason to give the office up: what the guards let through was approved.
-        return Rights(own.modified, me not in self._revoked and not self.session.revoked, self._revoked)
+        needed = self.settings.secured
+        rights = self._revocations.rights(self.settings.name, self.rights.entries, needed=needed)
+        return replace(rights, may_lead=rights.may_lead and not self.session.revoked)
 
     @property
     def _up_to_date(self) -> bool:
@@ -405,7 +400,3 @@ class Agent:
         said = self.session.record
         if (said.free, said.running, said.draining, said.leaving) != (free, running, self.draining, leaving):
             self.session.describe(replace(said, free=free, running=running, draining=self.draining, leaving=leaving))
-
-
-def _decode_rights(data: bytes) -> NodeAcl:
-    return trustcodec.decode(NodeAcl, data)

@@ -7,18 +7,17 @@ still commit as long as its queue key has the revision it is guarded by.
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from spinetta import codec, keys, lifecycle, steal, txn
+from spinetta.bids import Bid, Round, Stage
 from spinetta.events import (
     Changed,
     Commit,
     CommitDone,
     Effect,
-    Entry,
     List,
     ListDone,
     Read,
@@ -30,44 +29,13 @@ from spinetta.events import (
 from spinetta.holdings import Holdings
 from spinetta.match import uncleared
 from spinetta.model import Holding, IncarnationId, NodeRecord, QueueHint, Resources, Revision, State, Task, TaskId
-from spinetta.queue import PAGE_KEYS, Waiting, Window
+from spinetta.queue import PAGE_KEYS, Window
 from spinetta.settings import AgentSettings
 
 RETRY_S = 0.5
 HOLD_OFF_S = 30.0  # an unfit node would otherwise take the whole queue, a task at a time, and give it back
 LINGER_S = 10.0  # a full node keeps its window this long: a slot may be free again in a moment
 QUEUE = "queue"
-
-
-class Stage(enum.Enum):
-    """Where a round of claims stands."""
-
-    READING = "reading"
-    COMMITTING = "committing"
-    DOUBTFUL = "doubtful"  # the answer was lost; to be read back at `act_at_s`
-    READING_BACK = "reading-back"
-
-
-@dataclass(slots=True)
-class Bid:
-    """One claim of a round."""
-
-    waiting: Waiting
-    demand: Resources
-    task: Task | None = None
-    holding: Holding | None = None
-    txn: txn.Txn | None = None
-
-
-@dataclass(slots=True)
-class Round:
-    """The claims under way."""
-
-    stage: Stage
-    incarnation: IncarnationId
-    bids: dict[TaskId, Bid] = field(default_factory=dict)
-    act_at_s: float = 0.0
-    doubted: bool = False  # an answer was lost: an earlier proposal may commit in the place of the latest
 
 
 class Claims:
@@ -389,30 +357,31 @@ class Claims:
         current.act_at_s = now + RETRY_S
         if done.reading is None:
             return []
-        me = self.settings.name
+        me, labels = self.settings.name, self.window.clearances
         for task_id, bid in list(current.bids.items()):
             running = done.reading.entries.get(keys.running(me, task_id))
             queued = done.reading.entries.get(keys.queued(task_id))
-            if running is not None and _is_of(running, bid):
-                assert bid.task is not None and bid.holding is not None  # noqa: S101, PT018 - _is_of looked
+            if running is not None and bid.is_won_by(running):
+                assert bid.task is not None and bid.holding is not None  # noqa: S101, PT018 - is_won_by looked
                 holdings.claimed(bid.task, running.created, bid.holding)
             elif (
                 queued is not None
                 and queued.modified == bid.waiting.revision
                 # What is no longer covered was proposed under rights that were gone at this reading: lost for good.
-                and (registration is None or self._covers(bid) or done.reading.revision < registration.acl_revision)
+                and (
+                    registration is None
+                    or bid.is_covered_by(labels)
+                    or done.reading.revision < registration.acl_revision
+                )
             ):
                 continue
             self.window.drop(task_id, bid.waiting.revision)
             del current.bids[task_id]
         if not current.bids:
             return self._abandon()
-        if registration is None or not all(self._covers(bid) for bid in current.bids.values()):
+        if registration is None or not all(bid.is_covered_by(labels) for bid in current.bids.values()):
             return []
         return self._commit(registration)
-
-    def _covers(self, bid: Bid) -> bool:
-        return bid.task is not None and not uncleared(bid.task.spec.clearance, self.window.clearances)
 
     def life_ended(self) -> None:
         """The incarnation has been condemned or closed: none of its claims can commit any more."""
@@ -424,13 +393,3 @@ class Claims:
         for task_id, w in self.window.entries.items():
             self.window.entries[task_id] = replace(w, wait_s=None)
         self._stale = True
-
-
-def _is_of(running: Entry, bid: Bid) -> bool:
-    holding = codec.readable(codec.decode_holding, running.value)
-    return (
-        holding is not None
-        and bid.holding is not None
-        and bid.task is not None
-        and (holding.incarnation, holding.attempt) == (bid.holding.incarnation, bid.holding.attempt)
-    )

@@ -44,6 +44,7 @@ from spinetta.model import (
     TaskId,
 )
 from spinetta.settings import AgentSettings
+from spinetta.standing import NO_RIGHTS, Rights
 
 RETRY_S = 1.0
 REQUEUE_MAX = 100  # records read and written at once: below etcd's 128 operations a transaction
@@ -68,21 +69,6 @@ class Stray:
     seen: Revision
     holding: Holding
     due_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Rights:
-    """What the leader, or who would be it, knows of the rights of nodes.
-
-    Attributes:
-        own: the revision of this node's own; every write in office is guarded by it. 0: no record.
-        may_lead: False once they have been revoked, or are not known.
-        revoked: nodes whose rights have been taken away: an administrator has already said that they are gone.
-    """
-
-    own: Revision = Revision(0)
-    may_lead: bool = True
-    revoked: frozenset[NodeId] = frozenset()
 
 
 @dataclass(slots=True)
@@ -116,7 +102,7 @@ class Leadership:
         self._cases: dict[NodeId, Case] = {}
         self._condemning: dict[NodeId, float] = {}  # until when not to try again
         self._notice = ""
-        self._rights = Rights()
+        self._rights = NO_RIGHTS
 
     # --- outside view ---
 
@@ -146,7 +132,7 @@ class Leadership:
         nodes: Mapping[str, Entry],
         lives: Mapping[str, Entry] | None,
         own: IncarnationId | None,
-        rights: Rights = Rights(),
+        rights: Rights = NO_RIGHTS,
     ) -> list[Effect]:
         """What time and the view ask for.
 

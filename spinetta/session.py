@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import replace
 
-from spinetta import codec, keys, trustcodec, txn
+from spinetta import codec, keys, txn
 from spinetta.access import NodeAcl
 from spinetta.events import (
     Commit,
@@ -31,6 +31,7 @@ from spinetta.events import (
 )
 from spinetta.model import Incarnation, IncarnationId, LeaseId, Life, NodeRecord, Revision
 from spinetta.settings import AgentSettings
+from spinetta.standing import rights_in
 
 RETRY_S = 0.5
 POLL_S = 1.0  # while waiting for the leader to close an earlier life
@@ -303,7 +304,7 @@ class Session:
             if not self.settings.secured and self.acl is None:
                 return None
             return self._revoked_by("an administrator has removed it from the cluster")
-        acl = codec.readable(lambda data: trustcodec.decode(NodeAcl, data), entry.value)
+        acl = rights_in(entry.value)
         if acl is None:  # neither a yes nor a no
             self.phase = Phase.LOOKING
             self.registration = None

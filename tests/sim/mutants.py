@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from spinetta import agent, attempt, claims, holdings, lifecycle, match, mirror, recover, session, txn
+from spinetta import agent, attempt, bids, claims, holdings, lifecycle, match, mirror, recover, session, txn
 from spinetta.agent import Agent
 from spinetta.events import List
 from spinetta.model import Reason, Revision, State
+from spinetta.standing import Rights
 from tests.sim.shim_model import ShimModel
 
 Mutant = Callable[[], Any]
@@ -165,7 +166,7 @@ def _no_resume() -> Iterator[None]:
 def _blind_to_labels() -> Iterator[None]:
     """Nobody looks at what a node is cleared for."""
     with ExitStack() as patches:
-        for module in (match, claims, attempt):
+        for module in (match, bids, claims, attempt):
             patches.enter_context(mock.patch.object(module, "uncleared", return_value=[]))
         yield
 
@@ -186,12 +187,12 @@ _GIVEN_UP = (session.Phase.FENCED, session.Phase.WAITING)
 _real_rights = Agent._rights
 
 
-def _leads_on(self: Agent) -> recover.Rights:
+def _leads_on(self: Agent) -> Rights:
     """A leader that does not mind having been thrown out."""
     return replace(_real_rights(self), may_lead=True)
 
 
-def _revoked_unknown(self: Agent) -> recover.Rights:
+def _revoked_unknown(self: Agent) -> Rights:
     """A leader that takes those who were thrown out for dead like others."""
     return replace(_real_rights(self), revoked=frozenset())
 
@@ -247,7 +248,7 @@ MUTANTS: dict[str, Mutant] = {
     "ends-of-any-life": drop_outer(2, 0),
     "blind-to-labels": _blind_to_labels,
     "claims-as-planned": put(claims.Claims, "_claimable", lambda _self, task: task.state is State.QUEUED),
-    "doubts-as-planned": put(claims.Claims, "_covers", lambda *_: True),
+    "doubts-as-planned": put(bids.Bid, "is_covered_by", lambda *_: True),
     "labels-stay": put(attempt.Held, "barred", lambda *_: None),
     "revoked-goes-on": put(session.Session, "must_stop", property(lambda self: self.phase in _GIVEN_UP)),
     "leads-on": put(agent.Agent, "_rights", lambda self: _leads_on(self)),

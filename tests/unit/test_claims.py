@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spinetta import codec, keys, lifecycle, txn
-from spinetta.claims import HOLD_OFF_S, LINGER_S, RETRY_S, Claims, Stage
+from spinetta.bids import Stage
+from spinetta.claims import HOLD_OFF_S, LINGER_S, RETRY_S, Claims
 from spinetta.events import (
     Change,
     Changed,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from spinetta import codec, keys, txn
 from spinetta.events import CaseTag, Commit, CommitDone, Effect, GrantLease, LeaseGranted, Notice, RevokeLease
 from spinetta.model import Life, NodeId, Revision
-from spinetta.recover import RETRY_S, Rights
+from spinetta.recover import RETRY_S
+from spinetta.standing import Rights
 from tests.unit import test_recover
 from tests.unit.test_recover import CONDEMNED_AT, LEASE, LOST, ME, OFFICE_AT, life, registered
 
