@@ -9,8 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from spinetta import names
-from spinetta.access import MEMBERS, Envelope
+from spinetta import confidential, names
 from spinetta.errors import UserError
 from spinetta.model import Resources, TaskSpec
 from spinetta.options import COUNT_MAX, COUNTABLES_MAX, PATH_MAX
@@ -33,16 +32,6 @@ RETRIES_MAX = 100
 RETRY_BACKOFF_MAX_S = 86400.0
 GRACE_MIN_S = 3.0  # shorter than any renewal can be; the node's own settings may ask for more
 GRACE_MAX_S = 86400.0  # a dead node's tasks wait this long before they run elsewhere
-
-CLEARANCE_LABELS_MAX = 8  # each is a key to look up and a share to open; more than a few is a mistake
-SECRETS_MAX = 32  # of one task: files on a small tmpfs
-SECRET_BYTES_MAX = 64 << 10  # of one secret: a key, a certificate, a token; data belongs in files
-SECRETS_PER_OWNER_MAX = 256  # 16 MiB of the store for one owner at the very most
-SEALED_BYTES_MAX = ARGV_ENV_BYTES_MAX + (128 << 10)  # labels, name, working directory and their framing
-SEALED_SECRET_BYTES_MAX = SECRET_BYTES_MAX + 64
-SHARE_BYTES_MAX = 128  # a sealed share has 81
-GENERATION_MAX = 1 << 31  # of a label's key
-NONCE_BYTES = 12
 
 # --- limits of one request ---------------------------------------------------------------------------------------
 
@@ -162,9 +151,9 @@ def check_spec(spec: TaskSpec, field: str, *, grace_min_s: float = GRACE_MIN_S, 
     """
     dot = f"{field}." if field else ""
     check_task_id(spec.id, dot + "id")
-    check_clearance(spec.clearance, dot + "clearance")
+    confidential.check_clearance(spec.clearance, dot + "clearance")
     if spec.sealed is not None:
-        _check_sealed(spec, dot)
+        confidential.check_sealed(spec, dot)
     elif spec.clearance and not to_be_sealed:
         raise UserError(
             "a task with clearance labels must be sealed before it is sent",
@@ -175,7 +164,7 @@ def check_spec(spec: TaskSpec, field: str, *, grace_min_s: float = GRACE_MIN_S, 
     else:
         check_payload(spec, field)
     names.check_owner(spec.owner, dot + "owner")
-    _check_secret_refs(spec.secrets, dot + "secrets")
+    confidential.check_secret_refs(spec.secrets, dot + "secrets")
     _check_resources(spec.resources, dot + "resources")
     _check_tags(spec, dot)
     _check_seconds(spec.walltime_s, 0, WALLTIME_MAX_S, dot + "walltime_s", "a walltime")
@@ -192,68 +181,6 @@ def check_payload(spec: TaskSpec, field: str) -> None:
     _check_command(spec, dot)
     _check_env(spec, dot)
     _check_words(spec, dot)
-
-
-def check_clearance(labels: Sequence[str], field: str) -> None:
-    """Raise UserError unless these are few lawful labels, each once."""
-    if len(labels) > CLEARANCE_LABELS_MAX:
-        raise UserError(
-            f"{len(labels)} clearance labels", field=field, hint=f"at most {CLEARANCE_LABELS_MAX}", reason="too-large"
-        )
-    for i, label in enumerate(labels):
-        names.check_clearance(label, f"{field}[{i}]")
-    if len(set(labels)) != len(labels):
-        raise UserError("a clearance label is given twice", field=field, hint="give each once")
-
-
-def check_envelope(envelope: Envelope, labels: Sequence[str], bytes_max: int, field: str) -> None:
-    """Raise UserError unless an envelope has one share for each of these labels, and lawful sizes."""
-    if sorted(share.label for share in envelope.shares) != sorted(labels):
-        raise UserError(
-            "the envelope is not sealed to exactly these labels", field=field, hint="one share for each label"
-        )
-    for share in envelope.shares:
-        if not 1 <= share.generation <= GENERATION_MAX or not 0 < len(share.sealed) <= SHARE_BYTES_MAX:
-            raise UserError(f"the share for {share.label} is none", field=field, hint="seal it again")
-    if len(envelope.nonce) != NONCE_BYTES or not envelope.ciphertext:
-        raise UserError("the envelope is none", field=field, hint="seal it again")
-    if len(envelope.ciphertext) > bytes_max:
-        raise UserError(
-            f"{len(envelope.ciphertext)} sealed bytes", field=field, hint=f"at most {bytes_max}", reason="too-large"
-        )
-
-
-def _check_sealed(spec: TaskSpec, dot: str) -> None:
-    if not spec.clearance:
-        raise UserError(
-            "a task without clearance labels cannot be sealed",
-            field=dot + "sealed",
-            hint=f"give it a label; every approved node is cleared for {MEMBERS!r}",
-        )
-    for part in ("command", "env", "working_directory", "name", "labels"):
-        if getattr(spec, part):
-            raise UserError(
-                f"a sealed task has its {part.replace('_', ' ')} in clear",
-                field=dot + part,
-                hint="it belongs in the sealed payload only",
-                reason="unsealed",
-            )
-    if spec.sealed is not None:
-        check_envelope(spec.sealed, spec.clearance, SEALED_BYTES_MAX, dot + "sealed")
-
-
-def _check_secret_refs(refs: Sequence[tuple[str, str]], field: str) -> None:
-    if len(refs) > SECRETS_MAX:
-        raise UserError(f"{len(refs)} secrets", field=field, hint=f"at most {SECRETS_MAX}", reason="too-large")
-    files: set[str] = set()
-    for i, (name, file) in enumerate(refs):
-        names.check_secret_name(name, f"{field}[{i}].name")
-        names.check_secret_name(file, f"{field}[{i}].file", "a secret's file")
-        if file in files:
-            raise UserError(
-                f"two secrets would be the file {file}", field=f"{field}[{i}].file", hint="give each another file"
-            )
-        files.add(file)
 
 
 def _check_command(spec: TaskSpec, dot: str) -> None:

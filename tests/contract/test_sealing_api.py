@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from spinetta import access, codec, keys, payload, trustcodec, validate
+from spinetta import access, codec, confidential, keys, payload, trustcodec
 from spinetta.access import MEMBERS, NodeRole, SecretRecord, UserAcl, UserRole
 from spinetta.client import make_spec
 from spinetta.client.aio import AsyncClient
@@ -375,7 +375,7 @@ def test_secrets_that_are_refused(play: Stage) -> None:
         for name, content, labels, field in (
             ("a/b", b"", (), "name"),
             ("", b"", (), "name"),
-            ("x", b"x" * (validate.SECRET_BYTES_MAX + 1), (), "content"),
+            ("x", b"x" * (confidential.SECRET_BYTES_MAX + 1), (), "content"),
             ("x", b"", ("A",), "labels[0]"),
         ):
             with pytest.raises(UserError) as e:
@@ -413,7 +413,7 @@ def test_secrets_that_are_refused(play: Stage) -> None:
 
 
 def test_there_are_not_too_many_secrets(play: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "SECRETS_PER_OWNER_MAX", 3)
+    monkeypatch.setattr(confidential, "SECRETS_PER_OWNER_MAX", 3)
 
     async def story(s: Scene) -> None:
         ann = await s.client(await s.person("ann"))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinetta import codec, keys, names, validate
+from spinetta import codec, confidential, keys, names, validate
 from spinetta.access import (
     MEMBERS,
     Envelope,
@@ -226,7 +226,7 @@ def test_good() -> None:
         (replace(SEALED, sealed=replace(ENVELOPE, nonce=b"")), "sealed", "the envelope is none"),
         (replace(SEALED, sealed=replace(ENVELOPE, ciphertext=b"")), "sealed", "the envelope is none"),
         (
-            replace(SEALED, sealed=replace(ENVELOPE, ciphertext=b"x" * (validate.SEALED_BYTES_MAX + 1))),
+            replace(SEALED, sealed=replace(ENVELOPE, ciphertext=b"x" * (confidential.SEALED_BYTES_MAX + 1))),
             "sealed",
             "sealed bytes",
         ),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 
-from spinetta import keys, names, payload, trustcodec, validate
+from spinetta import confidential, keys, names, payload, trustcodec, validate
 from spinetta.access import Envelope, LabelKey
 from spinetta.errors import UserError
 from spinetta.match import uncleared
@@ -15,6 +16,7 @@ from spinetta.node.services import lookup
 from spinetta.store.protocol import Store
 from spinetta.trust.envelope import LabelPublicKey, seal_envelope
 
+_SEALED_PER_TURN = 40  # before other calls get a turn: about 5 ms
 STALE = "stale-label-key"  # a client seals again to the present key and tries again
 
 
@@ -39,7 +41,7 @@ async def seal_or_refuse(specs: Sequence[TaskSpec], port: NodePort) -> list[Task
         UserError: it cannot be taken; nothing of it is kept or logged. Reason ``unsealed`` or ``stale-label-key``.
         StoreUnavailable: the keys cannot be read now.
     """
-    labels = sorted({label for spec in specs for label in spec.clearance[: validate.CLEARANCE_LABELS_MAX]})
+    labels = sorted({label for spec in specs for label in spec.clearance[: confidential.CLEARANCE_LABELS_MAX]})
     if port.credentials is None:
         for i, spec in enumerate(specs):
             if spec.clearance or spec.sealed is not None:
@@ -64,6 +66,8 @@ async def seal_or_refuse(specs: Sequence[TaskSpec], port: NodePort) -> list[Task
         if spec.sealed is not None:
             check_fresh(spec.sealed, known, f"tasks[{i}].sealed")
         ready.append(_sealed(spec, known, port, i) if spec.clearance and spec.sealed is None else spec)
+        if i % _SEALED_PER_TURN == _SEALED_PER_TURN - 1:
+            await asyncio.sleep(0)
     return ready
 
 

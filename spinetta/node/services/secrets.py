@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from spinetta import keys, names, trustcodec, txn, validate
+from spinetta import confidential, keys, names, trustcodec, txn
 from spinetta.access import MEMBERS, LabelKey, SecretRecord
 from spinetta.errors import CorruptRecord, Denied, NotFound, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.match import uncleared
@@ -107,8 +107,8 @@ class SecretDesk:
             raise UserError(
                 "a secret needs labels, sorted, each once", field="secret.labels", hint=f"{MEMBERS!r} if no other"
             )
-        validate.check_clearance(labels, "secret.labels")
-        validate.check_envelope(secret.envelope, labels, validate.SEALED_SECRET_BYTES_MAX, "secret.envelope")
+        confidential.check_clearance(labels, "secret.labels")
+        confidential.check_envelope(secret.envelope, labels, confidential.SEALED_SECRET_BYTES_MAX, "secret.envelope")
         asked.subject = f"secret {owner}/{name}"
         await asked.check(owner=owner, clearance=uncleared(labels, ()))
         check_fresh(secret.envelope, await label_keys(self._port.store, labels), "secret.envelope")
@@ -219,12 +219,14 @@ class SecretDesk:
         return whose
 
     async def _check_room(self, owner: str) -> None:
-        page = await self._port.store.list(keys.secrets_of(owner), limit=validate.SECRETS_PER_OWNER_MAX, keys_only=True)
-        if len(page.entries) >= validate.SECRETS_PER_OWNER_MAX:
+        page = await self._port.store.list(
+            keys.secrets_of(owner), limit=confidential.SECRETS_PER_OWNER_MAX, keys_only=True
+        )
+        if len(page.entries) >= confidential.SECRETS_PER_OWNER_MAX:
             raise UserError(
                 f"{owner} has {len(page.entries)} secrets",
                 field="secret.name",
-                hint=f"at most {validate.SECRETS_PER_OWNER_MAX}; remove some",
+                hint=f"at most {confidential.SECRETS_PER_OWNER_MAX}; remove some",
                 reason="too-many",
             )
 
