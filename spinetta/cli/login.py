@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spinetta.client.admin import WhoAmI
     from spinetta.client.aio import AsyncClient
     from spinetta.client.credentials import Stored
+    from spinetta.config import ClientSettings
     from spinetta.trust.contact import Met
 
 TOKEN_BYTES_MAX = 4096  # ours have 114 characters
@@ -71,11 +72,10 @@ def login(
     """
     _check_ways(token, token_file, bearer_file, keep_bearer)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as in `with_client`
-    from spinetta.client.credentials import default_path
-
-    path = Path(out).absolute() if out else Path(os.environ.get("SPINETTA_CREDENTIALS") or default_path())
+    settings = _settings(node, timeout, config_file)
+    path = _place(out, settings)
     there = _check_there(path, force=force)
-    addresses, timeout_s = _where(node, timeout, config_file)
+    addresses, timeout_s = settings.nodes, settings.timeout_s
     if bearer_file:
         bearer_file = bearer_file if bearer_file == "-" else str(Path(bearer_file).absolute())
         stored = asyncio.run(_by_bearer(addresses, bearer_file, ca_hash, timeout_s, keep=keep_bearer, as_json=as_json))
@@ -103,11 +103,19 @@ def _no_token() -> str:
     return "?"
 
 
-def _where(node: str | None, timeout: str | None, config_file: str | None) -> tuple[tuple[str, ...], float]:
+def _settings(node: str | None, timeout: str | None, config_file: str | None) -> ClientSettings:
     from spinetta.config import resolve_client
 
-    resolved = resolve_client({"node": node, "timeout": timeout}, os.environ, config_files(config_file))
-    return resolved.settings.nodes, resolved.settings.timeout_s
+    return resolve_client({"node": node, "timeout": timeout}, os.environ, config_files(config_file)).settings
+
+
+def _place(chosen: str | None, settings: ClientSettings) -> Path:
+    """Where the credentials are, or are to be."""
+    from spinetta.client.credentials import default_path
+
+    if chosen:
+        return Path(chosen).absolute()
+    return Path(settings.credentials) if settings.credentials not in ("", "none") else default_path()
 
 
 def _secret_text(source: str, field: str) -> str:
@@ -255,7 +263,8 @@ def _tell(path: Path, stored: Stored, *, as_json: bool) -> None:
 @click.command()
 @click.option("--credentials", "chosen", metavar="FILE", help="Which (~/.config/spinetta/credentials.pem).")
 @json_option
-def logout(chosen: str | None, as_json: bool) -> None:
+@config_option
+def logout(chosen: str | None, as_json: bool, config_file: str | None) -> None:
     """Remove the credentials from this machine.
 
     The certificate itself stays good until it expires: if somebody may have a copy, have an administrator say
@@ -265,9 +274,7 @@ def logout(chosen: str | None, as_json: bool) -> None:
     Example:
       spinetta logout
     """
-    from spinetta.client.credentials import default_path
-
-    path = Path(chosen or os.environ.get("SPINETTA_CREDENTIALS") or default_path())
+    path = _place(chosen, _settings(None, None, config_file))
     try:
         path.unlink()
     except FileNotFoundError:

@@ -8,6 +8,9 @@
         task = client.submit(["bowtie2", "-x", "lambda", "-U", "reads.fq"], cpus=2, memory="2GiB", time="1h")
         print(task.wait().task.outcome)
 
+A secured cluster is reached with ``Client("10.0.0.5:7220", credentials=PATH)``; ``client.admin`` is for tokens, users,
+nodes and policy.
+
 Errors are those of `spinetta.errors`. Names are imported when first used: gRPC takes a while to load, and what only
 makes specifications does not need it.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spinetta.client.admin import Access, Admin, AsyncAdmin, AuthorityInfo, NewToken, WhoAmI
     from spinetta.client.aio import AsyncClient, AsyncTaskHandle
     from spinetta.client.specs import TaskOptions, make_spec, new_id
     from spinetta.client.sync import Client, TaskHandle
@@ -36,6 +40,12 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "Access": "admin",
+    "Admin": "admin",
+    "AsyncAdmin": "admin",
+    "AuthorityInfo": "admin",
+    "NewToken": "admin",
+    "WhoAmI": "admin",
     "AsyncClient": "aio",
     "AsyncTaskHandle": "aio",
     "Client": "sync",
@@ -58,13 +68,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "Access",
+    "Admin",
+    "AsyncAdmin",
     "AsyncClient",
     "AsyncTaskHandle",
+    "AuthorityInfo",
     "CancelResult",
     "Client",
     "ClusterInfo",
     "LeaveStep",
     "LogChunk",
+    "NewToken",
     "NodeInfo",
     "NodeList",
     "Submitted",
@@ -75,6 +90,7 @@ __all__ = [
     "TaskOptions",
     "VoterInfo",
     "WaitResult",
+    "WhoAmI",
     "make_spec",
     "new_id",
 ]

@@ -22,6 +22,7 @@ from spinetta.client import diagnose
 from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, Redirected, from_rpc
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer
+from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import trust_pb2 as trust
 from spinetta.v1.api_pb2_grpc import SpinettaStub
 from spinetta.v1.trust_pb2_grpc import EnrollStub, TrustStub
@@ -59,8 +60,9 @@ _OPTIONS: Sequence[tuple[str, int]] = (
 class _NotReached(StoreUnavailable):
     """No connection to one node: certainly nothing has been sent to it."""
 
-    def __init__(self, *addresses: str) -> None:
+    def __init__(self, *addresses: str, is_silent: bool = False) -> None:
         super().__init__(f"no node answers at {' or '.join(addresses)}")
+        self.is_silent = is_silent  # nothing came at all, not even a refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class Nodes:
                     await channel.wait_for_state_change(state)
                     state = channel.get_state(try_to_connect=True)
         except TimeoutError as e:
-            raise _NotReached(address) from e
+            raise _NotReached(address, is_silent=True) from e
         self._met = True
         return link
 
@@ -151,8 +153,8 @@ class Nodes:
         end_s = time.monotonic() + timeout_s
         try:
             return await self._connected(address, timeout_s)
-        except _NotReached:
-            if not self.dialer.is_secured:
+        except _NotReached as e:
+            if not self.dialer.is_secured or e.is_silent:
                 raise
             link = await self._connected(address, max(end_s - time.monotonic(), 0.05), WORKER)
         request = trust.GetAuthoritiesRequest()
@@ -375,6 +377,8 @@ class Nodes:
                 error = from_rpc(e, address, writes=writes)
                 if isinstance(error, Redirected) and not begun:
                     failure = error
+                    if error.object and isinstance(request, api.LogRequest):
+                        request.id = error.object
                     to = VOTER if error.reason == ASK_A_VOTER else ANY
                     waiting.extendleft((a, to) for a in reversed(self._holders(error)))
                     continue

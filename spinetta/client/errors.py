@@ -44,12 +44,14 @@ class Redirected(StoreUnavailable):
     Attributes:
         reason: `ASK_A_VOTER` or `ASK_NODE`.
         addresses: of nodes to ask instead.
+        object: what to ask for there, when a fragment was asked for: only voters know what it is one of.
     """
 
-    def __init__(self, reason: str, message: str, addresses: tuple[str, ...]) -> None:
+    def __init__(self, reason: str, message: str, addresses: tuple[str, ...], object_: str = "") -> None:
         super().__init__(message)
         self.reason = reason
         self.addresses = addresses
+        self.object = object_
 
 
 def detail_of(error: grpc.aio.AioRpcError) -> api.ErrorDetail | None:
@@ -81,7 +83,7 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> Spin
     if detail and detail.reason == "compacted":
         return Compacted(0)
     if detail and detail.reason in (ASK_A_VOTER, ASK_NODE):
-        return Redirected(detail.reason, f"{where}: {text}", tuple(detail.addresses))
+        return Redirected(detail.reason, f"{where}: {text}", tuple(detail.addresses), detail.object)
     if detail and detail.reason == "busy":
         return StoreUnavailable(f"{where}: {text}")
     if code in (_Code.PERMISSION_DENIED, _Code.UNAUTHENTICATED):
