@@ -17,10 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from spinetta import keys
 from spinetta.access import Issuer, Limits, NodeRole, Policy, UserAcl, UserRole
+from spinetta.client import AsyncClient
 from spinetta.errors import Denied, StoreUnavailable
 from spinetta.node.acl import AclView
 from spinetta.node.services import limits
 from spinetta.store.protocol import Store
+from spinetta.trust.credentials import UserCredentials
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 from tests.contract.api_world import Etcd, announce, delete, etcd, etcd_member, eventually, failure, run, spec
@@ -135,6 +137,31 @@ def test_an_uncleared_voter_points_to_the_node_that_has_the_log(etcd: Etcd, tmp_
             async with cluster.as_(w, n9) as theirs:
                 passed_on = theirs.Log(log_request(task.id, local_only=True), metadata=(("spinetta-forwarded", "1"),))
                 assert (await failure(all_of(passed_on))).code is DENIED
+
+    run(scenario())
+
+
+def test_our_client_finds_its_way(etcd: Etcd, tmp_path: Path) -> None:
+    """It knows a voter that is not cleared, and a fragment of an id; the log lies on a worker."""
+
+    async def scenario() -> None:
+        async with (
+            secured(etcd, tmp_path) as cluster,
+            cluster.serving("a") as a,
+            cluster.serving("w", NodeRole.WORKER, clearances=["gene"]) as w,
+        ):
+            w.port.voters = (a.address,)
+            await cluster.label("gene")
+            certificate, key = await cluster.user("ann", clearances=("gene",))
+            task = sealed(clearance=["gene"])
+            async with cluster.as_(a, (certificate, key)) as hers:
+                await hers.Submit(api.SubmitRequest(tasks=[task]))
+            await w.claim(task.id)
+            w.write_log(task.id, b"out")
+            credentials = UserCredentials.create(cluster.world.ca, certificate, key)
+            async with AsyncClient([a.address], credentials=credentials) as client:
+                assert b"".join([c.data async for c in client.log(task.id[-12:])]) == b"out"
+                assert (await client.get(task.id)).id == task.id
 
     run(scenario())
 

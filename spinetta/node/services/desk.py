@@ -42,6 +42,7 @@ class Asked:
         subject: what it is about, for the audit log: ids, a node, a user.
         revision: of the store, at which its change was made.
         is_forwarded: another node passes it on.
+        is_counted: among its caller's calls.
     """
 
     desk: Desk
@@ -51,6 +52,7 @@ class Asked:
     subject: str = ""
     revision: int = 0
     is_forwarded: bool = False
+    is_counted: bool = False
     _checked: dict[tuple[Call, str | None, tuple[str, ...]], None] = field(default_factory=dict)
 
     def may(self, call: Call, owner: str | None = None) -> bool:
@@ -178,11 +180,8 @@ class Desk:
         if caller.kind is CallerKind.LOCAL:
             return contextlib.nullcontext()
         throttle.call(caller, peer, await self.policy() if caller.kind is not CallerKind.NOBODY else Limits())
-        try:
-            await asked.check()
-        except Denied:
-            throttle.denied(caller, peer)
-            raise
+        asked.is_counted = True
+        await asked.check()
         if asked.is_forwarded and caller.kind is not CallerKind.NODE:
             raise _denied(caller, "only nodes pass calls on")
         if caller.kind is CallerKind.USER and self.callers.is_worker and asked.call not in WORKERS_ANSWER:
@@ -237,6 +236,8 @@ class Desk:
     def _failed(self, asked: Asked, error: Exception) -> None:
         match error:
             case Denied():
+                if asked.is_counted:
+                    self.throttle.denied(asked.caller, peer_address(asked.context))
                 self._audit(asked, f"{error.reason}: {error.message}")
             case OutcomeUnknown():
                 self._write_down(asked, "unknown")

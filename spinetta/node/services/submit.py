@@ -51,9 +51,9 @@ class Submitter:
             StoreUnavailable: nothing was written.
             OutcomeUnknown: some have been written, or may have been: submit again.
         """
+        asked.subject = short_list([t.id for t in request.tasks[: validate.SUBMIT_TASKS_MAX]])
         await asked.count_tasks(len(request.tasks))
         entries = await self._entries(request, asked)
-        asked.subject = short_list([e.task.id for e in entries])
         existed: dict[int, bool] = {}
         for chunk in portions(entries, lambda e: e.size_bytes):
             try:
