@@ -90,7 +90,7 @@ def set_secret(
 
 
 def _content(file: str | None) -> bytes:
-    from spinetta.validate import SECRET_BYTES_MAX
+    from spinetta.confidential import SECRET_BYTES_MAX
 
     if file is None or file == "-":
         if sys.stdin.isatty():
