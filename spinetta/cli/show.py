@@ -104,6 +104,7 @@ def task_document(info: TaskInfo) -> dict[str, Any]:
         "submitted_at_node": t.submitted_at_node,
         "revision": info.revision,
         "spec_omitted": info.spec_omitted,
+        "withheld": info.withheld,
         "spec": spec_document(t.spec),
         "attempts": [attempt_document(a) for a in t.attempts],
     }
@@ -213,6 +214,12 @@ def command_line(spec: TaskSpec) -> str:
     return SEALED if is_sealed(spec) else shlex.join(spec.command)
 
 
+def _command(info: TaskInfo) -> str:
+    if info.task.spec.command or is_sealed(info.task.spec):
+        return command_line(info.task.spec)
+    return "(not yours to see)" if info.withheld else "(too large to be sent)"
+
+
 def task_name(spec: TaskSpec) -> str:
     """The name given to it, if it can be read."""
     return SEALED if is_sealed(spec) else spec.name
@@ -255,7 +262,7 @@ def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
         ("State", state_word(info) + (f" on {info.node}" if t.state is State.RUNNING else "")),
         ("Exit", exit_word(info) + (f" on {info.node}" if info.node and t.state is State.COMPLETE else "")),
         ("Message", t.message),
-        ("Command", command_line(s) if s.command or is_sealed(s) else "(not sent: too large, or not yours)"),
+        ("Command", _command(info)),
         ("Clearance", ", ".join(s.clearance)),
         ("Secrets", ", ".join(name if name == file else f"{name} as {file}" for name, file in s.secrets)),
         ("Labels", ", ".join(f"{k}={v}" for k, v in s.labels)),

@@ -20,6 +20,7 @@ class TaskInfo:
         revision: of the store, when the record was last written.
         cancel_requested: its node has been asked to stop it. Not known in what `watch` yields.
         spec_omitted: the answer was too large: of the specification only id and name are here.
+        withheld: what the task runs is not for the caller: command, environment, directory and messages are left out.
     """
 
     task: Task
@@ -27,6 +28,7 @@ class TaskInfo:
     revision: int = 0
     cancel_requested: bool = False
     spec_omitted: bool = False
+    withheld: bool = False
 
     @property
     def id(self) -> TaskId:
@@ -166,7 +168,7 @@ class ClusterInfo:
 
 def task_info(m: api.TaskView) -> TaskInfo:
     """From the wire."""
-    return TaskInfo(codec.task_from_pb(m.task), m.node, m.revision, m.cancel_requested, m.spec_omitted)
+    return TaskInfo(codec.task_from_pb(m.task), m.node, m.revision, m.cancel_requested, m.spec_omitted, m.withheld)
 
 
 def node_info(m: api.NodeView) -> NodeInfo:
