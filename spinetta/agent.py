@@ -29,6 +29,7 @@ from spinetta.events import (
     NoAnswer,
     Notice,
     ReadDone,
+    Refused,
     Remembered,
     RenewRuntime,
     RuntimeListed,
@@ -190,6 +191,8 @@ class Agent:
                     self._set_clearances(event.clearances)
                 self.session.look_again(now)
                 return []
+            case Refused():
+                return self.session.refused(event.text, now)
             case SetCandidate():
                 if event.candidate:
                     self.leadership.candidate = True

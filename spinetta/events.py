@@ -368,6 +368,13 @@ class ClearancesChanged:
     clearances: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Whoever keeps the store for this node does not let it in, in its words. Told besides what was not answered."""
+
+    text: str
+
+
 Happening = (
     Tick
     | CommitDone
@@ -386,6 +393,7 @@ Happening = (
     | LeaveWanted
     | SetCandidate
     | ClearancesChanged
+    | Refused
 )
 
 

@@ -35,6 +35,7 @@ from spinetta.standing import rights_in
 
 RETRY_S = 0.5
 POLL_S = 1.0  # while waiting for the leader to close an earlier life
+REFUSED_AFTER_S = 3.0  # one voter may be behind the others for a moment: a node that it does not know may be new
 ADVERTISE_S = 1.0  # free resources are a hint to rivals: once a second is fresh enough
 
 
@@ -84,6 +85,7 @@ class Session:
         self._leaving = False
         self.acl: NodeAcl | None = None  # our rights as last read; None: no record, or not read yet
         self.acl_seen = Revision(0)  # its revision: ends are recorded under it
+        self._refused_since_s: float | None = None
 
     # --- outside view ---
 
@@ -172,7 +174,25 @@ class Session:
         if done.reading is None:
             self._act_at_s = now + RETRY_S
             return []
+        self._refused_since_s = None
         return self._decide(done.reading, now, nothing_runs)
+
+    def refused(self, text: str, now: float) -> list[Effect]:
+        """Whoever keeps the store for this node does not let it in.
+
+        It reads again until it is let in, or the reading says more. If that goes on for a while, everything stops: none
+        of it could be recorded, and the others will have it put back.
+        """
+        if self.phase in (Phase.REVOKED, Phase.LEFT):
+            return []
+        if self._refused_since_s is None:
+            self._refused_since_s = now
+        self._look(now + RETRY_S)
+        if now - self._refused_since_s < REFUSED_AFTER_S:
+            return []
+        self.phase = Phase.FENCED
+        self.registration = None
+        return self._say(f"the cluster refuses node {self.name}; it stops all that it runs: {text}")
 
     def lease_granted(self, granted: LeaseGranted, now: float) -> list[Effect]:
         """A lease for the node key: first remember the incarnation on disk, then register."""

@@ -6,9 +6,19 @@ import pytest
 
 from spinetta import keys, trustcodec, txn
 from spinetta.access import NodeAcl, NodeRole
-from spinetta.events import Commit, CommitDone, Entry, KeepAlive, LeaseGranted, Notice, RenewRuntime, RevokeLease
+from spinetta.events import (
+    Commit,
+    CommitDone,
+    Entry,
+    KeepAlive,
+    LeaseGranted,
+    Notice,
+    ReadDone,
+    RenewRuntime,
+    RevokeLease,
+)
 from spinetta.model import LeaseId, Life, Revision
-from spinetta.session import POLL_S, Phase, Session
+from spinetta.session import POLL_S, REFUSED_AFTER_S, RETRY_S, Phase, Session
 from tests.builders import entry, settings
 from tests.unit.test_session import LEASE, LIFE, ME, begun, commit_of, life_entry, node_entry, says
 
@@ -145,3 +155,34 @@ def test_to_look_again_disturbs_nothing() -> None:
     assert session.active
     assert effects
     assert all(not isinstance(e, KeepAlive) or e.lease == LEASE for e in session.poll(0.6))
+
+
+# --- refused by a voter --------------------------------------------------------------------------------------------
+
+
+def test_one_refusal_stops_nothing() -> None:
+    session = approved()
+    assert session.refused("unknown", 1.0) == []
+    assert session.active
+    session.poll(1.0 + RETRY_S)
+    session.read_done(says(node_entry(), life_entry(at=22), None, acl_entry()), 1.6, nothing_runs=False)
+    assert session.refused("unknown", 1.0 + REFUSED_AFTER_S) == [], "it has been let in meanwhile"
+    assert session.active
+
+
+def test_who_is_refused_for_a_while_stops_says_so_and_keeps_asking() -> None:
+    session = approved()
+    session.refused("node n1 has been revoked", 1.0)
+    (notice,) = session.refused("node n1 has been revoked", 1.0 + REFUSED_AFTER_S)
+    assert isinstance(notice, Notice)
+    assert "has been revoked" in notice.text
+    assert session.must_stop
+    assert session.registration is None
+    assert session.refused("node n1 has been revoked", 5.0) == [], "once"
+    session.poll(6.0)
+    session.read_done(ReadDone("self", None), 6.0, nothing_runs=True)
+    assert session.next_s == 6.0 + RETRY_S
+    session.poll(7.0)
+    session.read_done(says(None, life_entry(at=22), None, acl_entry(50)), 7.1, nothing_runs=True)
+    assert not session.must_stop
+    assert session.phase is Phase.JOINING
