@@ -41,6 +41,7 @@ async def enlist(
     directory: Path,
     say: Callable[[str], None],
     role: NodeRole | None = None,
+    own: NodeCredentials | None = None,
 ) -> NodeCredentials:
     """Join a secured cluster: the node's credentials, saved in `directory` (DATA/trust).
 
@@ -55,6 +56,7 @@ async def enlist(
         directory: where its credentials go; keys that wait are kept there too.
         say: told, in words, what is being waited for.
         role: the token must be for this one; None: whichever.
+        own: credentials that this node has had, and that have ended: with the same keys it is the same node.
 
     Raises:
         UserError: the token, the name, a clock or the cluster is not what it should be, or a file cannot be written.
@@ -70,7 +72,7 @@ async def enlist(
     parsed = tokens.parse(token)
     _check_role(parsed, role)
     met = await meet(peers, parsed.authority_hash)
-    keys = PendingKeys.load_or_create(directory)
+    keys = _keys_of(own) or PendingKeys.load_or_create(directory)
     request = pb.JoinRequest(
         token=token.strip(),
         name=name,
@@ -85,6 +87,15 @@ async def enlist(
     PendingKeys.forget(directory)
     say(f"this node has joined cluster {credentials.cluster} as {credentials.role.name.lower()}")
     return credentials
+
+
+def _keys_of(own: NodeCredentials | None) -> PendingKeys | None:
+    """The keys of earlier credentials. A worker has none for etcd, and needs none."""
+    if own is None:
+        return None
+    etcd = own.etcd_pems
+    etcd_key = etcd.key_pem if etcd is not None else certificates.key_pem(certificates.new_key())
+    return PendingKeys(own.node_key_pem, etcd_key, own.sealing_private)
 
 
 def _check_role(token: JoinToken, role: NodeRole | None) -> None:

@@ -27,7 +27,7 @@ from spinetta.access import (
     UserAcl,
     UserRole,
 )
-from spinetta.errors import OutcomeUnknown, UserError
+from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import NodeId
 from spinetta.node.keyring import KINDS, host_of, known_of, wrap
 from spinetta.store.protocol import Store
@@ -42,7 +42,8 @@ RECORDS_FILE = "founding.json"
 CHANCE_BYTES = 8
 FOUNDER = "founding"  # `created_by` of what nobody has made
 _FILE_BYTES_MAX = 1 << 20  # ours has 6 KB
-_TRIES = 5  # of one transaction whose answer is lost
+COMMIT_S = 60.0  # an etcd that has just been started may need as long to elect itself on a slow disk
+RETRY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,15 +198,17 @@ async def commit(store: Store, credentials: NodeCredentials) -> bool:
     if not path.exists():
         return False
     records = _from_json(path)
-    written = False
-    for last in range(_TRIES):
+    end_s, written = time.monotonic() + COMMIT_S, False
+    while True:
         try:
+            # Guarded by there being none, so that it may be tried again whatever became of it before.
             written = isinstance(await store.commit(accesstxn.found(records)), Committed) or written
+            known = known_of((await store.read([keys.authority(kind) for kind in KINDS])).entries)
             break
-        except OutcomeUnknown:  # found out by trying again: it is guarded by there being none
-            if last == _TRIES - 1:
+        except (StoreUnavailable, OutcomeUnknown):
+            if time.monotonic() > end_s:
                 raise
-    known = known_of((await store.read([keys.authority(kind) for kind in KINDS])).entries)
+            await asyncio.sleep(RETRY_S)
     if certificates.cluster_of(known.cluster.active.certificate_pem) != credentials.cluster:
         raise UserError(
             "this node's etcd holds the records of another cluster",

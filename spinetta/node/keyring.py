@@ -61,11 +61,10 @@ def known_of(entries: Mapping[str, KeyValue | None]) -> Known:
     )
 
 
-class Keyring:
+class Signer:
     """Signs in the name of the cluster: for nodes of role voter, which the authorities' keys are sealed to."""
 
-    def __init__(self, store: Store, credentials: NodeCredentials) -> None:
-        self._store = store
+    def __init__(self, credentials: NodeCredentials) -> None:
         self._credentials = credentials
         self._unsealed: dict[bytes, Authority] = {}  # by certificate; the few that there are at a time
 
@@ -73,14 +72,6 @@ class Keyring:
     def cluster(self) -> str:
         """The trust domain."""
         return self._credentials.cluster
-
-    async def read(self) -> Known:
-        """The authorities as they are now.
-
-        Raises:
-            StoreUnavailable: the store does not answer, or has none yet.
-        """
-        return known_of((await self._store.read(KEYS)).entries)
 
     def sign_node(
         self, known: Known, csr_pem: bytes, *, name: str, role: NodeRole, now_s: float, lifetime_s: float
@@ -177,6 +168,22 @@ class Keyring:
             found = Authority(entry.certificate_pem, certificates.load_key(pem))
             self._unsealed[entry.certificate_pem] = found
         return found
+
+
+class Keyring(Signer):
+    """The same, with the store that the authorities are read from."""
+
+    def __init__(self, store: Store, credentials: NodeCredentials) -> None:
+        super().__init__(credentials)
+        self._store = store
+
+    async def read(self) -> Known:
+        """The authorities as they are now.
+
+        Raises:
+            StoreUnavailable: the store does not answer, or has none yet.
+        """
+        return known_of((await self._store.read(KEYS)).entries)
 
 
 def wrap(kind: str, authority: Authority, node: str, sealing_key: bytes) -> Wrap:

@@ -21,7 +21,7 @@ from spinetta.node.enlist import enlist
 from spinetta.node.keyring import Keyring
 from spinetta.store.etcd import EtcdStore
 from spinetta.trust import certificates
-from spinetta.trust.credentials import PendingKeys, UserCredentials
+from spinetta.trust.credentials import NodeCredentials, PendingKeys, UserCredentials
 from spinetta.trust.dial import VOTER, Dialer
 from spinetta.v1 import record_pb2 as records
 from spinetta.v1 import trust_pb2 as pb
@@ -111,6 +111,30 @@ def test_a_token_joined_with_enlist(play: Callable[..., None]) -> None:
         assert (made.name, made.cluster, made.role) == ("n2", w.voter.credentials.cluster, NodeRole.VOTER)
         assert not (directory / "pending.pem").exists()
         assert said
+
+    play(story)
+
+
+def test_a_node_whose_certificate_has_ended_joins_anew_with_the_keys_it_has(play: Callable[..., None]) -> None:
+    async def story(w: World) -> None:
+        async def join(**more: Any) -> NodeCredentials:
+            return await enlist(
+                [w.voter.address],
+                await w.token(),
+                name="n2",
+                address="127.0.0.1:7221",
+                directory=w.directory / "n2" / "trust",
+                say=lambda _: None,
+                **more,
+            )
+
+        first = await join()
+        second = await join(own=first)
+        assert second.identity.key_hash == first.identity.key_hash
+        assert second.serial > first.serial
+        with pytest.raises(UserError) as caught:
+            await join()
+        assert caught.value.reason == "name-taken"
 
     play(story)
 

@@ -14,12 +14,15 @@ import pytest
 
 from spinetta import keys
 from spinetta.access import Authorities, NodeAcl, NodeRole, Policy
+from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable
 from spinetta.model import NodeId
-from spinetta.node import renewal
+from spinetta.node import founding, renewal
 from spinetta.node.keyring import Keyring
 from spinetta.node.renewal import Report, TrustKeeper, VoterSource, WorkerSource
+from spinetta.node.revival import have_ended, revive
 from spinetta.node.services.authorities import RotationKeeper
 from spinetta.rotation import under_way
+from spinetta.store.etcd import EtcdStore
 from spinetta.trust import certificates
 from spinetta.trust.credentials import NodeCredentials
 from spinetta.trust.dial import VOTER, Dialer
@@ -27,7 +30,7 @@ from spinetta.v1 import record_pb2 as records
 from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1.trust_pb2_grpc import TrustStub
 from tests.contract.api_world import Etcd, delete, etcd, etcd_member, eventually, failure, run
-from tests.contract.trust_world import World, acl_key, report, voter_node, world
+from tests.contract.trust_world import World, acl_key, report, set_record, voter_node, world
 
 __all__ = ["etcd", "etcd_member"]
 
@@ -163,6 +166,82 @@ def test_a_revoked_node_notices(etcd: Etcd, tmp_path: Path) -> None:
             assert "revoked" in one.denied[0] + other.denied[0]
 
     scenario(etcd, tmp_path, story)
+
+
+def test_a_worker_asks_another_voter_when_one_is_gone(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        second, worker = await w.joined("n2", role=1), await w.joined("n3")
+        addresses = [w.voter.address]
+        source = WorkerSource(Dialer.secured(worker.pems), lambda: tuple(addresses))
+        async with voter_node(w.voter.store, w.directory / "n2", second) as other:
+            addresses[:] = [other.address, w.voter.address]
+            assert (await source.look()).generation == 1
+        assert (await source.look()).generation == 1
+        addresses[:] = [other.address]
+        with pytest.raises((StoreUnavailable, OutcomeUnknown)):
+            await source.look()
+        addresses[:] = []
+        with pytest.raises(StoreUnavailable):
+            await source.look()
+        await source.close()
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_a_worker_that_poses_as_a_voter_is_not_asked(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        hostile, worker = await w.joined("n2"), await w.joined("n3")
+        async with voter_node(w.voter.store, w.directory / "n2", hostile) as impostor:
+            source = WorkerSource(Dialer.secured(worker.pems), lambda: (impostor.address,))
+            with pytest.raises(StoreUnavailable):
+                await source.look()
+            await source.close()
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_a_failure_is_told_ever_more_loudly(etcd: Etcd, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(w: World) -> None:
+        worker = await w.joined("n2")
+        end_s = expires_s(worker)
+        source = WorkerSource(Dialer.secured(worker.pems), lambda: ())
+
+        async def say(_: Report) -> None:
+            raise AssertionError
+
+        for now_s, level in ((end_s - 19.0, "INFO"), (end_s - 3.0, "WARNING"), (end_s + 1.0, "ERROR")):
+            caplog.clear()
+            keeper = TrustKeeper(worker, source, report=say, clock=lambda now_s=now_s: now_s)  # type: ignore[misc]
+            task = asyncio.create_task(keeper.run())
+            await eventually(lambda: [r for r in caplog.records if "cannot be" in r.message or "EXPIRED" in r.message])
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert {r.levelname for r in caplog.records if r.name == "spinetta.node"} == {level}
+
+    caplog.set_level("INFO", "spinetta.node")
+    scenario(etcd, tmp_path, story, policy=Policy(node_certificate_s=20.0))
+
+
+def test_a_voter_that_was_off_for_too_long_makes_itself_new_certificates(etcd: Etcd, tmp_path: Path) -> None:
+    async def main() -> None:
+        store = EtcdStore([etcd.endpoint])
+        try:
+            long_ago_s = time.time() - 100 * 86400
+            mine = await founding.found_cluster(tmp_path / "trust", "n1", "127.0.0.1:7220", now_s=long_ago_s)
+            await founding.commit(store, mine)
+            assert have_ended(mine, time.time())
+            assert await revive(mine, store.read, "127.0.0.1:7220", now_s=time.time())
+            assert not have_ended(mine, time.time())
+            assert not await revive(mine, store.read, "127.0.0.1:7220", now_s=time.time())
+            async with voter_node(store, tmp_path / "n1", mine) as voter:
+                assert (await (await voter.trust(mine)).WhoAmI(pb.WhoAmIRequest())).name == "n1"
+            await set_record(store, acl_key("n1"), NodeAcl, revoked=True)
+            with pytest.raises(Denied):
+                await revive(mine, store.read, "127.0.0.1:7220", now_s=time.time() + 100 * 86400)
+        finally:
+            await store.close()
+
+    run(main())
 
 
 def test_a_guest_or_a_bearer_cannot_renew(etcd: Etcd, tmp_path: Path) -> None:

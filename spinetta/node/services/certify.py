@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from spinetta.access import NodeRole
 from spinetta.errors import UserError
-from spinetta.node.keyring import Keyring, Known
+from spinetta.node.keyring import Keyring, Known, Signer
 from spinetta.node.port import NodePort
 from spinetta.node.services.desk import ask_a_voter
 from spinetta.v1 import trust_pb2 as pb
 
 
 def node_certificates(
-    keyring: Keyring,
+    keyring: Signer,
     known: Known,
     *,
     name: str,
@@ -40,7 +40,7 @@ def node_certificates(
 
 
 def user_certificates(
-    keyring: Keyring, known: Known, *, name: str, csr: bytes, now_s: float, lifetime_s: float
+    keyring: Signer, known: Known, *, name: str, csr: bytes, now_s: float, lifetime_s: float
 ) -> pb.Certificates:
     """A person's certificate.
 
@@ -52,7 +52,7 @@ def user_certificates(
     return made
 
 
-def _bundle(keyring: Keyring, known: Known) -> pb.Certificates:
+def _bundle(keyring: Signer, known: Known) -> pb.Certificates:
     return pb.Certificates(cluster=keyring.cluster, ca_bundle=known.cluster.bundle, generation=known.cluster.generation)
 
 
