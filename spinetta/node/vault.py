@@ -109,20 +109,25 @@ class Vault:
             log.warning("what is wrapped for this node as key %d of label %s is no such key", generation.number, label)
         return None
 
-    async def learn_from_store(self, labels: Sequence[str]) -> None:
-        """Look up the keys of labels.
+    async def learn_from_store(self, labels: Sequence[str]) -> dict[str, LabelKey]:
+        """Look up the keys of labels; their records.
 
         Raises:
             StoreUnavailable: it cannot be said now.
         """
+        found: dict[str, LabelKey] = {}
         wanted = [keys.label(label) for label in labels]
         for entry in (await self._store.read(wanted)).entries.values():
             if entry is None:
                 continue
             try:
-                self.learn(trustcodec.decode(LabelKey, entry.value))
+                key = trustcodec.decode(LabelKey, entry.value)
             except CorruptRecord as e:
                 log.warning("%s: %s", entry.key, e)
+                continue
+            self.learn(key)
+            found[entry.key.removeprefix(keys.LABEL)] = key
+        return found
 
     # --- opening ---------------------------------------------------------------------------------------------------
 
@@ -190,13 +195,26 @@ class Vault:
                     try:
                         return open_envelope(envelope, labels, purpose, self.private_of)
                     except KeyMissing:
-                        await self.learn_from_store(labels)
+                        known = await self.learn_from_store(labels)
                     try:
                         return open_envelope(envelope, labels, purpose, self.private_of)
-                    except KeyMissing:
+                    except KeyMissing as e:
+                        # To give it back would only make this node take it again, and again.
+                        if _is_lost(known.get(e.label), e.generation):
+                            raise CannotOpen(
+                                Reason.SPAWN_FAILED, f"{what} cannot be opened by anybody: its key is lost"
+                            ) from None
                         await asyncio.sleep(AGAIN_S)
         except TimeoutError:
             pass
         except SealBroken:
             raise CannotOpen(Reason.SPAWN_FAILED, f"{what} does not open: the seal is broken") from None
         raise CannotOpen(Reason.NODE_UNFIT, f"{what} cannot be opened here: this node has not got the keys (yet)")
+
+
+def _is_lost(key: LabelKey | None, number: int) -> bool:
+    """No node that may have it has this key: it has been dropped, or went with the last one that was cleared."""
+    if key is None:
+        return False  # perhaps it is only about to be made
+    generation = next((g for g in key.generations if g.number == number), None)
+    return number <= key.latest.number and (generation is None or not generation.wraps)

@@ -227,7 +227,8 @@ def test_a_label_whose_keepers_are_gone_begins_anew(etcd: Etcd) -> None:
             await world.settle()
             spec = secret_task("phi")
             assert await opens(b, await world.submit(spec)) == spec
-            assert (await cannot_open(b, lost)).reason is Reason.NODE_UNFIT
+            failed = await cannot_open(b, lost)
+            assert (failed.reason, "its key is lost" in str(failed)) == (Reason.SPAWN_FAILED, True)
 
     run(scenario())
 
