@@ -133,6 +133,8 @@ def node_document(n: NodeInfo) -> dict[str, Any]:
         "etcd_peer_url": r.etcd_peer_url,
         "etcd_member_id": f"{r.etcd_member_id:x}" if r.etcd_member_id else "",
         "runtimes": list(r.runtimes),
+        "clearances": list(r.clearances),
+        "certificate_expires_ms": r.certificate_expires_ms or None,
         "warnings": list(r.warnings),
         "version": r.version,
     }
