@@ -182,13 +182,13 @@ async def _renewed(client: AsyncClient, settings: ClientSettings) -> None:
     """Renew the certificate when it is time; a command that has done its work never fails because of that."""
     import time
 
-    if settings.credentials in ("", "none") or settings.bearer_file:
+    if settings.credentials in ("", "none"):
         return
     from spinetta.client.login import renew
 
     try:
         warning = await renew(client, Path(settings.credentials), time.time())
-    except SpinettaError:  # e.g. its directory is not ours to write to
+    except (SpinettaError, OSError):  # e.g. its directory is not ours to write to
         return
     if warning:
         output.tell(f"warning: {warning}")

@@ -86,6 +86,11 @@ class AsyncAdmin:
         m = await self._nodes.trust(lambda stub: stub.WhoAmI, trust.WhoAmIRequest())
         return WhoAmI(m.kind, m.name, m.role, tuple(m.projects), tuple(m.clearances), m.expires_ms, m.cluster)
 
+    async def authorities_pem(self, timeout_s: float) -> bytes:
+        """The certificates of the authorities to believe now, the signing one first; see `login.renew`."""
+        answer = await self._nodes.trust(lambda stub: stub.GetTrust, trust.GetTrustRequest(), timeout_s=timeout_s)
+        return answer.ca_bundle
+
     async def renew_certificate(self, csr_pem: bytes, timeout_s: float) -> trust.Certificates:
         """A fresh certificate for the identity of the present one; see `login.renew`."""
         request = trust.RenewRequest(csr=csr_pem)

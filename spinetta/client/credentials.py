@@ -99,11 +99,12 @@ def save(path: Path, stored: Stored) -> None:
         remarks += f"# nodes: {','.join(stored.nodes[:NODES_MAX])}\n"
     if stored.bearer_file:
         remarks += f"# bearer-file: {stored.bearer_file}\n"
-    own = stored.credentials
-    parts = (stored.ca_pem,) if own is None else (own.key_pem, own.cert_pem, own.ca_pem)
+    if stored.credentials is not None:
+        stored.credentials.to_file(path, remarks)
+        return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(path, remarks.encode() + b"".join(p.rstrip() + b"\n" for p in parts))
+        write_private(path, remarks.encode() + stored.ca_pem.rstrip() + b"\n")
     except OSError as e:
         raise UserError(f"{path} cannot be written: {e.strerror}", field="credentials", hint="--credentials") from e
 

@@ -13,7 +13,7 @@ from spinetta import names, tokens
 from spinetta.access import TokenRole
 from spinetta.client.channels import Nodes
 from spinetta.client.credentials import NODES_MAX, Stored, check_bearer, load, save
-from spinetta.errors import InvariantViolation, UserError
+from spinetta.errors import InvariantViolation, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.trust import certificates
 from spinetta.trust.contact import Met, meet
 from spinetta.trust.credentials import UserCredentials
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient
 
 RENEW_LIMIT_S = 3.0  # on top of a command that is done: a person waits
+LOOK_EVERY_S = 6 * 3600.0  # for another authority: an overlap is days, and a working day has a look or two
 
 
 async def with_token(addresses: Sequence[str], text: str, timeout_s: float) -> Stored:
@@ -86,36 +87,55 @@ def _credentials(given: trust.Certificates, ca_pem: bytes, key_pem: bytes, clust
 
 
 async def renew(client: AsyncClient, path: Path, now_s: float) -> str | None:
-    """Replace the certificate in a credentials file once two thirds of its life are over.
+    """Keep a credentials file up to date: the certificate once two thirds of its life are over, or once the cluster
+    signs with another authority; the authorities to believe, which are asked for now and then.
 
     Returns:
-        None, or a warning once it expires within a tenth of its life and has not been renewed.
+        None, or a warning once the certificate expires within a tenth of its life and has not been renewed.
     """
     stored = load(path)
     own = stored.credentials
-    if own is None:
-        return None
-    since_s, until_s = certificates.expiry(own.cert_pem)
-    if not certificates.renew_at(own.cert_pem) <= now_s < until_s:
+    is_due = own is not None and certificates.renew_at(own.cert_pem) <= now_s < certificates.expiry(own.cert_pem)[1]
+    if not is_due and now_s - _looked_s(path) < LOOK_EVERY_S:
         return None
     problem = "no node answers in time"
     try:
         async with asyncio.timeout(RENEW_LIMIT_S):
-            await _renew(client, path, stored, own)
+            await _look(client, path, stored, is_due=is_due)
             return None
-    except TimeoutError:
+    except (TimeoutError, StoreUnavailable, OutcomeUnknown):
         pass
     except UserError as e:
         problem = e.message
+    if own is None:
+        return None
+    since_s, until_s = certificates.expiry(own.cert_pem)
     if now_s < until_s - (until_s - since_s) / 10:
         return None
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(until_s))
     return f"your certificate expires {when} and could not be renewed: {problem}"
 
 
-async def _renew(client: AsyncClient, path: Path, stored: Stored, own: UserCredentials) -> None:
-    csr = certificates.csr(certificates.load_key(own.key_pem), own.name)
-    given = await client.admin.renew_certificate(csr, RENEW_LIMIT_S)
-    fresh = _credentials(given, own.ca_pem, own.key_pem, own.cluster)
-    if load(path).credentials == own:  # not when somebody has logged in anew meanwhile
-        save(path, replace(stored, ca_pem=fresh.ca_pem, credentials=fresh))
+def _looked_s(path: Path) -> float:
+    """When the latest look was: each writes the file anew. A command a minute must not ask each time."""
+    return path.stat().st_mtime
+
+
+async def _look(client: AsyncClient, path: Path, stored: Stored, *, is_due: bool) -> None:
+    bundle = (await client.admin.authorities_pem(RENEW_LIMIT_S)) or stored.ca_pem
+    offered = certificates.split_pem(bundle)
+    if {certificates.cluster_of(one) for one in offered} != {stored.cluster}:
+        raise UserError("the node names authorities of another cluster", reason="other-cluster")
+    fresh, own = replace(stored, ca_pem=bundle), stored.credentials
+    if own is not None:
+        # The first one signs. A certificate of the one before is worthless once the overlap is over.
+        is_of_active = certificates.identity_of(own.cert_pem, offered[:1], own.cluster, now_s=time.time()) is not None
+        if is_due or not is_of_active:
+            csr = certificates.csr(certificates.load_key(own.key_pem), own.name)
+            given = await client.admin.renew_certificate(csr, RENEW_LIMIT_S)
+            renewed = _credentials(given, bundle, own.key_pem, own.cluster)
+        else:
+            renewed = UserCredentials.create(bundle, own.cert_pem, own.key_pem)
+        fresh = replace(stored, ca_pem=renewed.ca_pem, credentials=renewed)
+    if load(path) == stored:  # not when somebody has logged in anew meanwhile
+        save(path, fresh)

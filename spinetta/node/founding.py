@@ -176,7 +176,7 @@ def _found(directory: Path, name: str, address: str, now_s: float, policy: Polic
         write_private(directory / RECORDS_FILE, _to_json(founded.records))
     except OSError as e:
         raise UserError(f"{directory} cannot be written: {e.strerror}", reason="disk") from e
-    founded.admin.to_file(directory.parent / ADMIN_FILE)
+    founded.admin.to_file(directory.parent / ADMIN_FILE, f"# nodes: {address}\n")
     return NodeCredentials.create(directory, **founded.node)
 
 

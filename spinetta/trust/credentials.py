@@ -302,15 +302,16 @@ class UserCredentials:
         except UserError as e:
             raise files.damaged(path, e.message, files.LOGIN) from None
 
-    def to_file(self, path: Path) -> None:
-        """Write them, whole or not at all.
+    def to_file(self, path: Path, remarks: str = "") -> None:
+        """Write them, whole or not at all. `remarks`: lines that begin with ``#``, put first; for whoever reads them.
 
         Raises:
             UserError: they cannot be written.
         """
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            files.write_private(path, b"".join(p.rstrip() + b"\n" for p in (self.key_pem, self.cert_pem, self.ca_pem)))
+            parts = (self.key_pem, self.cert_pem, self.ca_pem)
+            files.write_private(path, remarks.encode() + b"".join(p.rstrip() + b"\n" for p in parts))
         except OSError as e:
             raise files.unwritable(path, e) from e
 

@@ -528,7 +528,42 @@ def renewing(world: World, **answers: Any) -> Stand:
         pem = world.certify_user("ann", request.csr)
         return trust.RenewResponse(certificates=trust.Certificates(certificate=pem, ca_bundle=world.ca_pem))
 
-    return Stand(**{"Renew": answer, **answers})
+    return Stand(**{"Renew": answer, "GetTrust": trust.GetTrustResponse(ca_bundle=world.ca_pem), **answers})
+
+
+def test_a_new_authority_is_learned_of_and_its_certificate_fetched(world: World, tmp_path: Path) -> None:
+    async def story() -> None:
+        path, bearer = world.user_file(tmp_path / "c.pem"), tmp_path / "b.pem"
+        (tmp_path / "token").write_text("abc")
+        save(bearer, Stored(world.ca_pem, None, ("10.0.0.5:7220",), str(tmp_path / "token")))
+        before, heir = load(path), World()  # of the same cluster
+        stand = renewing(heir, GetTrust=trust.GetTrustResponse(ca_bundle=heir.ca_pem + world.ca_pem))
+        async with serving(stand, world.node("n1")) as at:
+            for file in (path, bearer):
+                async with client_of(at, credentials=file) as client:
+                    assert await renew(client, file, time.time()) is None  # looked at a moment ago
+                    assert await renew(client, file, time.time() + 7 * HOUR_S) is None
+                    assert await renew(client, file, time.time()) is None
+        assert stand.asked == ["GetTrust", "Renew", "GetTrust"]
+        after = load(path).credentials
+        assert after is not None
+        assert certificates.identity_of(after.cert_pem, [heir.ca_pem], world.cluster, now_s=time.time()) is not None
+        assert after != before.credentials
+        assert load(bearer) == Stored(heir.ca_pem + world.ca_pem, None, ("10.0.0.5:7220",), str(tmp_path / "token"))
+
+    run(story())
+
+
+def test_authorities_of_another_cluster_are_not_taken(world: World, tmp_path: Path) -> None:
+    async def story() -> None:
+        path, other = world.user_file(tmp_path / "c.pem"), World(cluster="ffffffffffffffff")
+        before = path.read_bytes()
+        stand = renewing(world, GetTrust=trust.GetTrustResponse(ca_bundle=world.ca_pem + other.ca_pem))
+        async with serving(stand, world.node("n1")) as at, client_of(at, credentials=path) as client:
+            assert await renew(client, path, time.time() + 0.5 * HOUR_S + 7 * HOUR_S) is not None
+        assert path.read_bytes() == before
+
+    run(story())
 
 
 def test_renewal_at_two_thirds_of_life(world: World, tmp_path: Path) -> None:
@@ -542,7 +577,7 @@ def test_renewal_at_two_thirds_of_life(world: World, tmp_path: Path) -> None:
                 async with client_of(at, credentials=path) as client:
                     assert await renew(client, path, time.time()) is None
                 assert (path.read_bytes() != before) == (path == old)
-        assert stand.asked == ["Renew"]
+        assert stand.asked == ["GetTrust", "Renew"]
         stored = load(old)
         assert stored.nodes == ("10.0.0.5:7220",)
         assert stored.credentials is not None
