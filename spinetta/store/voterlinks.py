@@ -18,7 +18,7 @@ from spinetta.store.failures import NOT_DONE_TEXTS, cancelled_ourselves
 from spinetta.trust.dial import VOTER, Dialer
 
 RECEIVE_BYTES_MAX = 16 << 20  # far above a portion of a list or watch; a read of 120 large records has most
-CONNECT_S = 2.0  # with TLS over a wide network; longer means frozen or cut off
+CONNECT_S = 2.0  # with TLS over a wide network; longer means frozen or cut off, and there are others to ask
 HOLD_REFUSED_S = 1.0  # leave a voter alone that refused a connection or said that it cannot serve
 HOLD_SILENT_S = 15.0  # … or that did not answer: by then keep-alive has found out whether the connection is dead
 NEW_LINE_RETRY_S = 5.0  # after new certificates did not work and the old connection still does
@@ -33,7 +33,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_ANSWER_S * 1000)),  # 60 s otherwise, whatever the line above says
     ("grpc.http2.max_pings_without_data", 0),  # an idle watch must be pinged for ever
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 2000),  # also the limit of one attempt to connect
+    ("grpc.min_reconnect_backoff_ms", 5000),  # also the limit of one attempt to connect
     ("grpc.max_reconnect_backoff_ms", 2000),  # a daemon restarts in seconds; gRPC's default is 120 s
     ("grpc.enable_retries", 0),  # a write is never sent twice behind our back
     ("grpc.use_local_subchannel_pool", 1),
@@ -221,13 +221,14 @@ class VoterLinks:
             left_s = deadline_s - now()
             if left_s <= 0:
                 break
-            line = await voter.line(min(CONNECT_S, left_s))
+            is_last = at + 1 == len(order)
+            line = await voter.line(left_s if is_last else min(CONNECT_S, left_s))
             if line is None:
                 voter.hold()
                 failures.append(f"{voter.address}: no connection")
                 continue
             left_s = deadline_s - now()
-            if not method.writes and at + 1 < len(order):
+            if not method.writes and not is_last:
                 left_s /= 2  # a read may be asked again elsewhere: keep time for that
             try:
                 return await _ask(line, method, request, max(left_s, 0.001))

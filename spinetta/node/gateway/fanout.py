@@ -26,6 +26,8 @@ RING_BYTES = 4 << 20  # … whatever is in it
 BUFFER_EVENTS, BUFFER_BYTES = 2 * RING_EVENTS, 2 * RING_BYTES  # of one watch; encoded changes are shared, not copied
 BACK_REVISIONS_MAX = 10_000  # how far back a feed begins for the first who asks
 LINGER_S = 30.0  # a feed that nobody listens to goes on for so long
+MESSAGES_PER_S = 2000.0  # to all who listen to one prefix: some 200 µs each; past it changes are gathered
+PAUSE_MAX_S = 0.2  # … for so long at most; the first change after a quiet time never waits
 STAND_S = 5.0  # from asking for a feed to its standing
 
 
@@ -56,14 +58,20 @@ Sees = Callable[[Item], bool]
 class Subscriber:
     """One worker's watch: what it may see of a feed and has not been sent yet."""
 
-    def __init__(self, prefix: str, start: Revision, sees: Sees) -> None:
+    def __init__(self, prefix: str, start: Revision, sees: Sees, group: set[Subscriber]) -> None:
         self.prefix = prefix
         self.start = start
         self._sees = sees
+        self._group = group
         self._items: deque[Item] = deque()
         self._bytes = 0
         self._wake = asyncio.Event()
         self._ended: SpinettaError | None = None
+
+    @property
+    def pause_s(self) -> float:
+        """How long to wait after a message: the more who listen to the same, the longer."""
+        return min(len(self._group) / MESSAGES_PER_S, PAUSE_MAX_S)
 
     def push(self, item: Item) -> None:
         """A change; one that the worker may not see, or that is before its start, is left out."""
@@ -199,11 +207,11 @@ class Fanout:
         if start < feed.first:
             raise Compacted(feed.first)
         # From here to the end of the replay nothing else runs: no change is missed, and none comes twice.
-        subscriber = Subscriber(prefix, start, sees)
+        group = feed.listeners.setdefault(prefix, set())
+        subscriber = Subscriber(prefix, start, sees, group)
         for item in feed.ring:
             if item.revision >= start and item.key.startswith(prefix):
                 subscriber.push(item)
-        group = feed.listeners.setdefault(prefix, set())
         group.add(subscriber)
         try:
             yield subscriber

@@ -49,7 +49,6 @@ SCAN_KEYS_MAX = 16_384  # looked at for one portion, when most may not be seen: 
 WATCH_BYTES = 256 << 10  # of a message of a watch, unless one revision has more
 BEAT_S = 5.0  # a watch without news sends a sign of life
 RECHECK_S = 2.0  # between looks at the rights of one whose watch has news
-COALESCE_S = 0.02  # between messages of one watch: many small ones cost more than the wait
 RIGHTS_TRIES = 2  # of a commit, when the caller's rights were changed meanwhile
 
 CODES = {
@@ -270,7 +269,7 @@ class GatewayService:
                 sent_s = now()
                 for revision, parts in _in_portions([(i.revision, i.data) for i in items]):
                     yield gc.watch_response(revision, parts)
-                await asyncio.sleep(max(0.0, COALESCE_S - (now() - sent_s)))
+                await asyncio.sleep(max(0.0, subscriber.pause_s - (now() - sent_s)))
 
     async def _watch_own(
         self, context: Any, caller: Caller, prefix: str, start: Revision
