@@ -308,6 +308,54 @@ def test_guests_cannot_use_up_a_nodes_streams(etcd: Etcd, tmp_path: Path, monkey
     run(scenario())
 
 
+@pytest.mark.parametrize("is_guest", [True, False])
+def test_calls_whose_requests_never_come(
+    etcd: Etcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_guest: bool
+) -> None:
+    """Each would hold one of the server's calls for ever."""
+    monkeypatch.setattr(limits, "GUEST_OPEN_MAX", 5)
+    monkeypatch.setattr(limits, "CALLS_OPEN_PER_CALLER_MAX", 5)
+    monkeypatch.setattr(limits, "REQUEST_S", 1.0)
+
+    async def scenario() -> None:
+        async with secured(etcd, tmp_path) as cluster, cluster.serving() as a:
+            pair = None if is_guest else await cluster.user("ann")
+            async with cluster.channel(a.address, "a", pair) as channel:
+                methods: list[Any] = [
+                    channel.stream_unary("/spinetta.v1.Spinetta/Submit"),
+                    channel.stream_stream("/spinetta.v1.Spinetta/Watch"),
+                ]
+                calls: list[Any] = [methods[n % 2]() for n in range(10)]
+                codes = [await call.code() for call in calls]
+                assert codes == [BUSY] * 10  # five at once, five when their time was over
+                texts = [str(await call.details()) for call in calls]
+                assert sum("has not arrived" in t for t in texts) == 5
+                await a.api.List(api.ListRequest())
+                assert a.server.desk.throttle.open_now == 0
+
+    run(scenario())
+
+
+def test_an_empty_and_a_garbled_request(etcd: Etcd, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            secured(etcd, tmp_path) as cluster,
+            cluster.serving() as a,
+            cluster.channel(a.address, "a", await cluster.user("ann")) as channel,
+        ):
+            empty: Any = channel.stream_unary("/spinetta.v1.Spinetta/List")()
+            await empty.done_writing()
+            assert await empty.code() is grpc.StatusCode.INVALID_ARGUMENT
+            for method in ("List", "Nothing"):
+                garbled: Any = channel.unary_unary(f"/spinetta.v1.Spinetta/{method}")
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await garbled(b"\xff" * 1000)
+                assert (caught.value.code() is grpc.StatusCode.UNIMPLEMENTED) == (method == "Nothing")
+            await a.api.List(api.ListRequest())
+
+    run(scenario())
+
+
 async def _checked(health: Any) -> bool:
     with contextlib.suppress(grpc.aio.AioRpcError):
         await health.Check(health_pb2.HealthCheckRequest())

@@ -131,30 +131,13 @@ def test_streams_at_once() -> None:
     throttle = Throttle(Clock())
     with contextlib.ExitStack() as stack:
         for _ in range(limits.STREAMS_PER_CALLER_MAX):
-            stack.enter_context(throttle.open(ANN, "p"))
-        with pytest.raises(Busy), throttle.open(ANN, "p"):
+            stack.enter_context(throttle.open(ANN))
+        with pytest.raises(Busy), throttle.open(ANN):
             pass
-        with throttle.open(BOB, "p"):
+        with throttle.open(BOB):
             pass
-    with throttle.open(ANN, "p"):
+    with throttle.open(ANN):
         pass
-
-
-def test_guests_at_once() -> None:
-    throttle = Throttle(Clock())
-    guest = Caller.nobody()
-    with contextlib.ExitStack() as stack:
-        opened = 0
-        for n in range(100):
-            with contextlib.suppress(Busy):
-                stack.enter_context(throttle.open(guest, f"p{n // limits.GUEST_OPEN_MAX}"))
-                opened += 1
-        assert opened == limits.GUESTS_OPEN_MAX
-    with contextlib.ExitStack() as stack:
-        for _ in range(limits.GUEST_OPEN_MAX):
-            stack.enter_context(throttle.open(guest, "p"))
-        with pytest.raises(Busy), throttle.open(guest, "p"):
-            pass
 
 
 def test_plain_text_on_loopback_is_not_counted() -> None:

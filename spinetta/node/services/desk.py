@@ -21,6 +21,7 @@ from spinetta.node.port import NodePort
 from spinetta.node.services import limits
 from spinetta.node.services.callers import Callers, metadata, peer_address
 from spinetta.node.services.errors import refuse
+from spinetta.node.services.gate import Gate
 from spinetta.node.services.peers import FORWARDED
 from spinetta.node.services.throttle import Throttle
 from spinetta.rights import Call, Caller, CallerKind
@@ -112,6 +113,7 @@ class Desk:
         self._port = port
         self.callers = callers
         self.throttle = throttle or Throttle()
+        self.gate = Gate(port, self.throttle)
 
     async def answer(
         self,
@@ -186,7 +188,9 @@ class Desk:
             raise _denied(caller, "only nodes pass calls on")
         if caller.kind is CallerKind.USER and self.callers.is_worker and asked.call not in WORKERS_ANSWER:
             raise ask_a_voter(self._port)
-        return throttle.open(caller, peer) if is_open or caller.kind is CallerKind.NOBODY else contextlib.nullcontext()
+        if caller.kind is not CallerKind.NOBODY:
+            self.gate.known(context)
+        return throttle.open(caller) if is_open and caller.kind is not CallerKind.NOBODY else contextlib.nullcontext()
 
     async def policy(self) -> Limits:
         """What one identity may ask for unless its record says otherwise."""

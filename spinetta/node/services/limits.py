@@ -38,3 +38,5 @@ BUCKETS_MAX = 4096  # callers remembered, 200 B each; the one that was quiet lon
 RECHECK_S = 3.0  # between looks at the rights of one who has a stream open
 UNKNOWN_MAX_S = 30.0  # for which a stream goes on while the rights cannot be read: an election takes a few
 METADATA_BYTES_MAX = 16 << 10  # of one call: a bearer token with many groups, and gRPC's own
+CALLS_OPEN_PER_CALLER_MAX = 500  # of one certificate: an eighth of what a node serves, streams and all
+REQUEST_S = 30.0  # for a request to arrive: the largest, 16 MiB, over 5 Mbit/s

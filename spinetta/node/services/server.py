@@ -224,7 +224,8 @@ async def serve(
     desk = Desk(port, Callers(port, view, tokens or OidcVerifier()), throttle)
     peers = Peers(port.store, port.dialer)
     beats = Beats(port)
-    server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=limits.RPCS_MAX)
+    gates = [desk.gate] if port.credentials is not None else []
+    server = grpc.aio.server(interceptors=gates, options=OPTIONS, maximum_concurrent_rpcs=limits.RPCS_MAX)
     rpc.add_SpinettaServicer_to_server(Api(port, hub, peers, beats, desk), server)
     rpc.add_PeerServicer_to_server(PeerApi(port, desk), server)
     health_servicer = Health(desk)

@@ -57,6 +57,11 @@ class Throttle:
         """How many buckets there are."""
         return len(self._buckets)
 
+    @property
+    def open_now(self) -> int:
+        """How many places are taken."""
+        return self._open.total()
+
     def call(self, caller: Caller, peer: str, policy: Limits) -> None:
         """Count one call. `peer`: the address that a guest calls from.
 
@@ -105,29 +110,34 @@ class Throttle:
             self._take(f"tasks {caller.title}", number, rate, caller.title, "tasks")
 
     @contextmanager
-    def open(self, caller: Caller, peer: str) -> Iterator[None]:
-        """For as long as a stream or a wait is open; for those without an identity: any call.
+    def open(self, caller: Caller) -> Iterator[None]:
+        """For as long as a stream or a wait of a caller is open.
 
         Raises:
-            Busy: too many are open.
+            Busy: too many are.
         """
         if caller.kind is CallerKind.LOCAL:
             yield
             return
-        of = {caller.title: limits.STREAMS_PER_CALLER_MAX}
-        if caller.kind is CallerKind.NOBODY:
-            of = {f"guest {peer}": limits.GUEST_OPEN_MAX, "guests": limits.GUESTS_OPEN_MAX}
-        for key, limit in of.items():
-            if self._open[key] >= limit:
-                raise Busy(f"{caller.title} has {limit} calls open at this node", retry_after_s=1.0)
-        self._open.update(of.keys())
+        with self.place(f"stream {caller.title}", caller.title, limits.STREAMS_PER_CALLER_MAX):
+            yield
+
+    @contextmanager
+    def place(self, key: str, who: str, limit: int) -> Iterator[None]:
+        """One of `limit` places under `key`, for as long as the context lasts.
+
+        Raises:
+            Busy: all are taken.
+        """
+        if self._open[key] >= limit:
+            raise Busy(f"{who}: {limit} calls are open at this node", retry_after_s=1.0)
+        self._open[key] += 1
         try:
             yield
         finally:
-            self._open.subtract(of.keys())
-            for key in of:
-                if not self._open[key]:
-                    del self._open[key]
+            self._open[key] -= 1
+            if not self._open[key]:
+                del self._open[key]
 
     def _take(self, key: str, amount: float, rate: float, who: str, what: str) -> None:
         now_s = self._clock()
