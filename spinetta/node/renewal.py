@@ -84,6 +84,10 @@ class Source(Protocol):
         """Fresh certificates for the same keys. Raises as `look` does."""
         ...
 
+    async def close(self) -> None:
+        """Let go of connections. May be called twice."""
+        ...
+
 
 class VoterSource:
     """A voter looks into the store and signs for itself."""
@@ -117,6 +121,9 @@ class VoterSource:
             now_s=time.time(),
             lifetime_s=policy.node_certificate_s,
         )
+
+    async def close(self) -> None:
+        """Nothing of its own to let go of."""
 
 
 class WorkerSource:
@@ -219,7 +226,13 @@ class TrustKeeper:
         self._noticed.set()
 
     async def run(self) -> None:
-        """Keep the certificates good. Runs until it is cancelled."""
+        """Keep the certificates good. Runs until it is cancelled; then the source is closed."""
+        try:
+            await self._keep()
+        finally:
+            await self._source.close()
+
+    async def _keep(self) -> None:
         failures = 0
         while True:
             self._noticed.clear()

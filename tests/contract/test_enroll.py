@@ -289,6 +289,8 @@ def test_a_request_in_anothers_name_gives_a_certificate_in_ones_own(play: Callab
         ({"address": "nowhere"}, "address"),
         ({"csr": b"junk"}, "csr"),
         ({"csr": b""}, "csr"),
+        ({"csr": b"x" * 5000}, "csr"),
+        ({"etcd_csr": b"x" * 5000}, "etcd_csr"),
         ({"etcd_csr": b"junk"}, "csr"),
         ({"sealing_key": b"short"}, "sealing_key"),
         ({"version": "x" * 100}, "version"),

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 REQUESTS_MAX = 1000  # nodes that wait for approval: 2 KB each, and somebody has to look at every one
 VERSION_CHARS_MAX = 64
+CSR_BYTES_MAX = 4096  # ours have 400; those of nodes that wait are kept in the store
 _DECIDE = "an administrator has to decide about them first: spinetta node requests"
 _NODE_ROLES = {TokenRole.VOTER: NodeRole.VOTER, TokenRole.WORKER: NodeRole.WORKER}
 
@@ -111,6 +112,8 @@ class EnrollApi(rpc.EnrollServicer):
         token = tokens.parse(request.token)
         tokendesk.check_clocks(request.wall_ms, self._port.wall_ms(), self._port.name)
         check_version(request.version, self._port.version, self._port.name)
+        _check_size(request.csr, "csr")
+        _check_size(request.etcd_csr, "etcd_csr")
         if len(request.sealing_key) != sealing.KEY_BYTES:
             raise UserError(f"a sealing key has {sealing.KEY_BYTES} bytes", field="sealing_key")
         sealing.seal(b"", request.sealing_key, b"probe")
@@ -292,6 +295,11 @@ def check_version(theirs: str, ours: str, node: str) -> None:
             hint="use the cluster's version",
             reason="version",
         )
+
+
+def _check_size(csr: bytes, field: str) -> None:
+    if len(csr) > CSR_BYTES_MAX:
+        raise UserError(f"a signing request has at most {CSR_BYTES_MAX} bytes", field=field, reason="too-large")
 
 
 def _protocol(version: str) -> tuple[str, ...]:

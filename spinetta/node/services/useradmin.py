@@ -29,7 +29,7 @@ ISSUERS_MAX = 8  # asked for keys by every voter
 MAPPINGS_MAX = 100  # of one issuer
 URL_CHARS_MAX = 500
 _ISSUER_URLS = ("https://", "http://127.", "http://localhost")  # in clear on this machine only
-MEMBERS_MAX = 100  # of a group changed in one transaction; a larger group is changed in several
+MEMBERS_MAX = 100  # nodes that change with a group, and groups that it rests on: etcd takes 128 of each at once
 
 
 class UserAdmin:
@@ -55,17 +55,21 @@ class UserAdmin:
         names.check_owner(name, "user.name")
         asked.subject = f"user {name}"
         key = keys.acl_user(name)
+        made: UserAcl | None = None  # by an attempt whose answer may have been lost
 
         async def attempt() -> pb.SetUserResponse | None:
+            nonlocal made
             found = await read(self._port.store, [key])
             old = found.value(UserAcl, key)
             if request.create:
+                if old is not None and old == made:
+                    return pb.SetUserResponse(user=trustcodec.to_pb(old))
                 if old is not None:
                     raise AlreadyExists(f"there is a user {name} already", field="user.name")
                 await check_room(self._port.store, keys.ACL_USER, USERS_MAX, "users", "remove some")
             elif old is None:
                 raise NotFound(f"there is no user {name}", field="user.name", hint=f"spinetta user add {name}")
-            new = self._user(request, old, asked)
+            new = made = self._user(request, old, asked)
             also = []
             was_admin = old is not None and old.role is UserRole.ADMIN and not old.revoked
             if was_admin and (request.remove or new.revoked or new.role is not UserRole.ADMIN):
@@ -173,14 +177,15 @@ class UserAdmin:
             if changed != acl:
                 changes.append(Change(seen, trustcodec.encode(changed)))
                 used |= set(member_of)
-        if len(changes) > MEMBERS_MAX:
+        rests_on = [seen for g, seen in groups.values() if g.name in used and g.name != name]
+        if len(changes) + len(rests_on) > MEMBERS_MAX:
             raise UserError(
                 f"{len(changes)} nodes would change with the group, and at most {MEMBERS_MAX} can at once",
                 field="group",
                 hint="use smaller groups; or take nodes out of it first",
                 reason="too-many",
             )
-        return changes, [seen for g, seen in groups.values() if g.name in used and g.name != name]
+        return changes, rests_on
 
     # --- policy ---
 
