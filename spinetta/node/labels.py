@@ -25,6 +25,7 @@ from spinetta.trust.sealing import new_sealing_key, public_of
 
 log = logging.getLogger("spinetta.node")
 
+LOOK_AGAIN_S = 0.5  # while it is somebody else's turn, or nobody's yet; doubles up to LOOK_EVERY_S
 LOOK_EVERY_S = 5.0  # how long a newly cleared node waits for its keys, at the most; `Vault.open` waits longer
 STEPS_MAX = 50  # of one label in one look: 100 nodes each
 DROP_AFTER_S = 600.0  # submits under way when a key was replaced have ended by then, however slow
@@ -55,9 +56,10 @@ class LabelKeeper:
 
     async def run(self) -> None:
         """Look, for ever."""
+        unsettled = 0
         while True:
             try:
-                await self.look()
+                unsettled = 0 if await self.look() else min(unsettled + 1, 10)
             except (StoreUnavailable, OutcomeUnknown, Compacted) as e:
                 log.debug("the keys of labels are not looked at now: %s", e)
             except Denied as e:
@@ -65,38 +67,42 @@ class LabelKeeper:
             except UserError as e:
                 log.warning("the keys of labels: %s", e)
             # Apart from one another, so that the first to look has mostly done what the others would.
-            await asyncio.sleep(LOOK_EVERY_S * random.uniform(0.7, 1.3))  # noqa: S311 - no secret
+            wait_s = min(LOOK_AGAIN_S * 2 ** (unsettled - 1), LOOK_EVERY_S) if unsettled else LOOK_EVERY_S
+            await asyncio.sleep(wait_s * random.uniform(0.7, 1.3))  # noqa: S311 - no secret
 
-    async def look(self) -> None:
-        """Do all that it is this node's turn to do now.
+    async def look(self) -> bool:
+        """Do all that it is this node's turn to do now. True: nothing is left to be done, by whomever.
 
         Raises:
             StoreUnavailable, OutcomeUnknown: look again later.
         """
         labels = sorted({*self._clearances(), MEMBERS})
+        is_settled = True
         for state in await self._desk.states(labels):
             if state.key is not None:
                 self._vault.learn(state.key)
-            await self._settle(state)
+            is_settled = await self._settle(state) and is_settled
+        return is_settled
 
-    async def _settle(self, state: LabelState) -> None:
+    async def _settle(self, state: LabelState) -> bool:
         for _ in range(STEPS_MAX):
             step = labelkeys.plan(state.label, state.key, state.cleared, self._droppable(state))
             if step is None:
                 break
             if labelkeys.doer(step, state.key, state.cleared) != self._me:
-                return
+                return False
             made = self._made(step, state)
             if made is None or not await self._desk.update(made, state.revision):
-                return
+                return False
             log.info("label %s: %s", state.label, _told(step))
             fresh = await self._desk.states([state.label])
             if not fresh:
-                return
+                return False
             state = fresh[0]
             if state.key is not None:
                 self._vault.learn(state.key)
         await self._reseal(state)
+        return True
 
     def _made(self, step: Step, state: LabelState) -> LabelKey | None:
         """The record that a step leads to; None when this node cannot do it after all."""

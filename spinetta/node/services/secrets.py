@@ -20,6 +20,7 @@ from spinetta.node.services.sealing import check_fresh, label_keys, no_key, open
 from spinetta.rights import Call, CallerKind
 from spinetta.v1 import trust_pb2 as pb
 
+NAMED_MAX = 8  # labels in a line of the audit log
 PAGE_SECRETS = 50  # 3.5 MB of the store at the most in one message
 LISTED_MAX = 5000  # of all owners, without content: about 1 MB
 TRIES_MAX = 5
@@ -47,6 +48,7 @@ class SecretDesk:
             raise UserError(f"{len(labels)} labels", field="labels", hint=f"at most {LABELS_MAX}", reason="too-large")
         for label in labels:
             names.check_clearance(label, "labels")
+        asked.subject = f"labels {', '.join(labels[:NAMED_MAX])}"
         await asked.check(clearance=uncleared(labels, ()))
         known = await label_keys(self._port.store, labels)
         answer = pb.GetLabelKeysResponse()
