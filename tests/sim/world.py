@@ -7,25 +7,24 @@ import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 from unittest import mock
 
-from spinetta import accesstxn, claims, codec, holdings, keys, lifecycle, queue, recover, steal, trustcodec, txn
+from spinetta import claims, codec, holdings, keys, lifecycle, queue, recover, steal, txn
 from spinetta.access import NodeAcl, NodeRole
-from spinetta.events import LeaveWanted, SetDraining
-from spinetta.model import IncarnationId, NodeId, QueueHint, Revision, State, TaskId, TaskSpec
+from spinetta.events import SetDraining
+from spinetta.model import IncarnationId, NodeId, QueueHint, State, TaskId, TaskSpec
 from spinetta.session import Phase
 from spinetta.settings import AgentSettings
 from tests.builders import node_record
+from tests.sim.administrators import HEAL_LIMIT_S, Administrators
 from tests.sim.etcd_model import EtcdModel
-from tests.sim.faults import CANDIDATES, LABELS, Fault, Plan, Rates
+from tests.sim.faults import CANDIDATES, Fault, Plan, Rates
 from tests.sim.invariants import Ability, Checker
 from tests.sim.machine import Machine
 from tests.sim.shim_model import Script
 
 R = TypeVar("R")
-HEAL_LIMIT_S = 60.0  # after the last fault, besides the work itself: leases, a wait-out, rounds of claims
 LONGEST_S = 15.0  # a process by itself
 REST_S = 3.0
 REST_TURNS_MAX_HZ = 25.0  # a node at rest renews, keeps two leases alive and hears of its peers
@@ -56,7 +55,7 @@ class Wish:
     acknowledged: bool = False
 
 
-class World:
+class World(Administrators):
     """Runs one plan. Everything that happens goes through `step`."""
 
     def __init__(self, plan: Plan, *, trace: bool = False, mutate: Callable[[World], None] | None = None) -> None:
@@ -220,90 +219,9 @@ class World:
             case "runtime":
                 machine.disconnect(fault.for_s)
             case "admin":
-                self._administer(machine, fault)
+                self.administer(machine, fault)
             case "rights":
-                self._change_rights(machine, fault)
-
-    def _administer(self, machine: Machine, fault: Fault) -> None:
-        if fault.mode == "drain":
-            machine.tell(SetDraining(True))
-            self.after(fault.for_s, machine.tell, SetDraining(False))
-            return
-        if fault.mode == "stay":  # told to leave, with everything given back, and then to stay after all
-            self.checker.released.add(machine.name)
-            machine.tell(SetDraining(True, leaving=True, release=True))
-            self.after(fault.for_s, machine.tell, SetDraining(False))
-            return
-        if fault.mode == "release":
-            self.checker.released.add(machine.name)
-        machine.returning = True
-        machine.tell(LeaveWanted(release=fault.mode == "release"))
-        self.after(fault.for_s + 2.0, self._rejoin, machine)
-
-    # --- rights ---
-
-    def rights_of(self, node: NodeId) -> NodeAcl | None:
-        """What the store says of a node's rights; None in an open cluster."""
-        kv = self.model.get(keys.acl_node(node))
-        return None if kv is None else trustcodec.decode(NodeAcl, kv.value)
-
-    def rights_become(self, acl: NodeAcl) -> None:
-        """An administrator writes a node's rights."""
-        kv = self.model.get(keys.acl_node(NodeId(acl.name)))
-        seen = accesstxn.Seen(keys.acl_node(NodeId(acl.name)), kv.modified if kv is not None else Revision(0))
-        change = accesstxn.Change(seen, trustcodec.encode(acl))
-        if acl.revoked:
-            body = accesstxn.revoke_node(NodeId(acl.name), change, (), None, ())
-        else:
-            body = accesstxn.change((change,))
-        assert isinstance(self.on_store(lambda: self.model.commit(body)), txn.Committed)
-
-    def _change_rights(self, machine: Machine, fault: Fault) -> None:
-        if fault.mode in ("claim", "finish", "renew"):  # thrown out while just that is under way
-            machine.rights_change_on = fault.mode, partial(self.throw_out, machine, fault.for_s)
-            return
-        if fault.mode == "uncover":
-            machine.rights_change_on = "claim", partial(self._change_rights, machine, replace(fault, mode="withdraw"))
-            return
-        acl = self.rights_of(machine.name)
-        if acl is None or acl.revoked:
-            return
-        if fault.mode == "revoke":
-            self.throw_out(machine, fault.for_s)
-            return
-        cleared = {"withdraw": (), "grant": LABELS, "rewrite": acl.effective}[fault.mode]
-        self.rights_become(replace(acl, clearances=cleared, effective=cleared))
-        back = next(m.clearances for m in self.plan.machines if m.name == machine.name)
-        self.at(min(self.now + fault.for_s, self.plan.horizon_s), self._rights_again, machine, back)
-
-    def _rights_again(self, machine: Machine, cleared: tuple[str, ...]) -> None:
-        acl = self.rights_of(machine.name)
-        if acl is not None and not acl.revoked:
-            self.rights_become(replace(acl, clearances=cleared, effective=cleared))
-
-    def throw_out(self, machine: Machine, for_s: float) -> None:
-        """An administrator revokes a node's rights, and perhaps lets it in again."""
-        acl = self.rights_of(machine.name)
-        if acl is None or acl.revoked:
-            return
-        self.rights_become(replace(acl, revoked=True))
-        if for_s < float("inf"):
-            self.at(min(self.now + for_s, self.plan.horizon_s), self._let_in, machine)
-
-    def _let_in(self, machine: Machine) -> None:
-        acl = self.rights_of(machine.name)
-        assert acl is not None
-        if acl.revoked:
-            self.rights_become(replace(acl, revoked=False))
-
-    def _rejoin(self, machine: Machine) -> None:
-        """One that has left comes back; one that has not yet is told to stay."""
-        if machine.daemon is None or not machine.daemon.agent.leaving:
-            self.checker.released.discard(machine.name)
-            machine.returning = False
-            machine.start_daemon()
-        elif self.now < self.plan.horizon_s + HEAL_LIMIT_S / 2:
-            self.after(1.0, self._rejoin, machine)
+                self.change_rights(machine, fault)
 
     def _etcd_back(self) -> None:
         if self.now >= self.stalled_until_s:
@@ -414,7 +332,7 @@ class World:
                 machine.shim_moves()
                 machine.check_deadlines()
             revoked = machine.daemon is not None and machine.daemon.agent.session.revoked
-            if revoked and not self._thrown_out(machine):  # what was said to a daemon is final: it joins anew
+            if revoked and not self.is_thrown_out(machine):  # what was said to a daemon is final: it joins anew
                 machine.crash_daemon()
                 machine.start_daemon()
         self.after(0.25, self._look_round)
@@ -433,7 +351,7 @@ class World:
 
     def unsettled(self) -> str | None:
         """What has not come to its end yet; None when all has."""
-        alive = [m for m in self.machines.values() if not m.gone and not m.left and not self._thrown_out(m)]
+        alive = [m for m in self.machines.values() if not m.gone and not m.left and not self.is_thrown_out(m)]
         for spec_id in self.submitted:
             known = self.checker.tasks.get(spec_id)
             if known is None:
@@ -441,7 +359,7 @@ class World:
             task = known[0]
             if task.state is State.COMPLETE:
                 continue
-            if task.state is State.QUEUED and not any(self._may_run(task.spec, m) for m in alive):
+            if task.state is State.QUEUED and not any(self.may_run(task.spec, m) for m in alive):
                 continue
             return f"{spec_id} is {task.state.name}: {task}"
         for name, machine in self.machines.items():
@@ -461,7 +379,7 @@ class World:
         if machine.daemon is None:
             return "has no daemon"
         agent = machine.daemon.agent
-        thrown_out = self._thrown_out(machine)
+        thrown_out = self.is_thrown_out(machine)
         if agent.leaving and not thrown_out:
             return "has not left"
         if agent.session.phase is not (Phase.REVOKED if thrown_out else Phase.ACTIVE):
@@ -475,16 +393,3 @@ class World:
         if not agent.holdings.empty:
             return f"its holdings are {agent.holdings.held} {agent.holdings.processes}"
         return None
-
-    def _thrown_out(self, machine: Machine) -> bool:
-        acl = self.rights_of(machine.name)
-        return acl is not None and acl.revoked
-
-    def _may_run(self, spec: TaskSpec, machine: Machine) -> bool:
-        record, acl = machine.settings.record, self.rights_of(machine.name)
-        return (
-            spec.resources.fits_in(record.capacity)
-            and set(spec.tags_required) <= set(record.tags)
-            and not set(spec.tags_forbidden) & set(record.tags)
-            and set(spec.clearance) <= set(acl.effective if acl is not None else ())
-        )
