@@ -6,6 +6,9 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+import grpc
+import grpc.aio
+
 from spinetta import names
 from spinetta.errors import Denied, StoreUnavailable, UserError
 from spinetta.trust import certificates, guest
@@ -25,7 +28,7 @@ async def why(addresses: Sequence[str], dialer: Dialer, timeout_s: float) -> Use
     own = None if pems is None else own_certificate(pems, time.time())
     if own is not None:
         return own
-    looks = [asyncio.create_task(_look(a, pems, timeout_s)) for a in addresses[:ADDRESSES_MAX]]
+    looks = [asyncio.create_task(_look(a, dialer, pems, timeout_s)) for a in addresses[:ADDRESSES_MAX]]
     try:
         found = await asyncio.gather(*looks)
     finally:
@@ -51,9 +54,17 @@ def own_certificate(pems: Pems, now_s: float) -> UserError | None:
     return None
 
 
-async def _look(address: str, pems: Pems | None, timeout_s: float) -> UserError | None:
+async def _look(address: str, dialer: Dialer, pems: Pems | None, timeout_s: float) -> UserError | None:
     if pems is None:
         return await _look_in_the_clear(address, timeout_s)
+    if await _gets_in(dialer, address, timeout_s):
+        return None  # now it works: somebody was slow
+    if pems[1] != guest.guest_pair()[1] and await _gets_in(Dialer.guest(pems[0]), address, timeout_s):
+        return Denied(
+            f"the node at {address} does not believe your certificate: the cluster has changed its authority since",
+            hint=_LOGIN,
+            reason="unauthenticated",
+        )
     try:
         leaf = await fetch_leaf(address, timeout_s)
     except StoreUnavailable:
@@ -67,16 +78,15 @@ async def _look(address: str, pems: Pems | None, timeout_s: float) -> UserError 
             reason="not-tls",
         )
     authorities = certificates.split_pem(pems[0])
-    cluster = certificates.cluster_of(authorities[0])
-    if certificates.identity_of(leaf, authorities, cluster, now_s=time.time()) is not None:
-        return await _whether_it_refuses(address, pems, timeout_s)
-    theirs = certificates.describe(leaf).cluster
+    cluster, theirs = certificates.cluster_of(authorities[0]), certificates.describe(leaf).cluster
     if theirs != cluster:
         return UserError(
             f"the node at {address} is of cluster {theirs}, and your credentials are for cluster {cluster}",
             hint="name its nodes with --node, or other credentials with --credentials",
             reason="other-cluster",
         )
+    if certificates.identity_of(leaf, authorities, cluster, now_s=time.time()) is not None:
+        return None  # all is well with it: something else is the matter
     return UserError(
         f"the node at {address} has a certificate of an authority that your credentials do not know: "
         "the cluster has changed it, or somebody else answers",
@@ -85,21 +95,30 @@ async def _look(address: str, pems: Pems | None, timeout_s: float) -> UserError 
     )
 
 
-async def _whether_it_refuses(address: str, pems: Pems, timeout_s: float) -> UserError | None:
-    """All is well with the node's certificate. If a guest gets in where we do not, it is ours that it refuses."""
-    if pems[1] == guest.guest_pair()[1]:
-        return None
-    async with Dialer.guest(pems[0]).channel(address, ANY, _OPTIONS) as channel:
+async def _gets_in(dialer: Dialer, address: str, timeout_s: float) -> bool:
+    """Whether a connection stands, to whatever node of the cluster."""
+    async with dialer.channel(address, ANY, _OPTIONS) as channel:
+        try:
+            async with asyncio.timeout(timeout_s):
+                state = channel.get_state(try_to_connect=True)
+                while state is not grpc.ChannelConnectivity.READY:
+                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                        return False
+                    await channel.wait_for_state_change(state)
+                    state = channel.get_state(try_to_connect=True)
+        except TimeoutError:
+            return False
+    return True
+
+
+async def _gets_in(dialer: Dialer, address: str, timeout_s: float) -> bool:
+    async with dialer.channel(address, ANY, _OPTIONS) as channel:
         try:
             async with asyncio.timeout(timeout_s):
                 await channel.channel_ready()
         except TimeoutError:
-            return None
-    return Denied(
-        f"the node at {address} does not believe your certificate: the cluster has changed its authority since",
-        hint=_LOGIN,
-        reason="unauthenticated",
-    )
+            return False
+    return True
 
 
 async def _look_in_the_clear(address: str, timeout_s: float) -> UserError | None:
