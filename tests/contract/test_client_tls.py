@@ -16,12 +16,13 @@ import pytest
 
 from spinetta import tokens
 from spinetta.access import NodeRole, TokenRole
-from spinetta.client import AsyncClient, Client
+from spinetta.client import AsyncClient, Client, diagnose
 from spinetta.client.credentials import CredentialsFile, Stored, load, save
 from spinetta.client.login import renew, with_bearer, with_token
 from spinetta.errors import Denied, StoreUnavailable, UserError
 from spinetta.trust import certificates
 from spinetta.trust.contact import meet
+from spinetta.trust.dial import Dialer
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import trust_pb2 as trust
 from tests.contract.tls_world import HOUR_S, Stand, World, failing, serving
@@ -150,6 +151,33 @@ def test_credentials_that_the_cluster_does_not_know(world: World) -> None:
             error = await refused(client.admin.whoami())
         assert isinstance(error, Denied)
         assert error.reason == "unauthenticated"
+
+    run(story())
+
+
+def test_a_node_certified_by_the_heir_of_an_authority_is_believed(world: World) -> None:
+    """Who has been away while the authority was changed still gets in, as its predecessor speaks for the new one."""
+
+    async def story() -> None:
+        heir = World()
+        _, leaf, key = heir.node("n1")
+        heir_pem = certificates.cross_sign(world.authority, heir.ca_pem, now_s=time.time())
+        pems = (heir.ca_pem + world.ca_pem, leaf + heir_pem, key)
+        async with serving(Stand(WhoAmI=ANN), pems) as at, client_of(at, credentials=world.user()) as client:
+            assert (await client.admin.whoami()).name == "ann"
+
+    run(story())
+
+
+def test_nobody_is_blamed_for_a_connection_that_stands(world: World) -> None:
+    async def story() -> None:
+        own = world.user()
+        async with serving(Stand(), world.node("n1")) as at:
+            for dialer in (
+                Dialer.secured(lambda: (own.ca_pem, own.cert_pem, own.key_pem)),
+                Dialer.bearer(world.ca_pem, lambda: "abc"),
+            ):
+                assert await diagnose.why([at], dialer, 3.0) is None
 
     run(story())
 
