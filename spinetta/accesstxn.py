@@ -53,13 +53,14 @@ def change(changes: Sequence[Change], guards: Guards = (), seen: Sequence[Seen] 
     )
 
 
-def admit(token: Change, acl: Change, wraps: Sequence[Change], seen: Sequence[Seen]) -> Txn:
-    """A token is redeemed: one use less, the node's rights, and for a voter the authorities' keys sealed to it too.
+def admit(token: Change, acl: Change, more: Sequence[Change], seen: Sequence[Seen]) -> Txn:
+    """A token is redeemed: one use less, the node's rights, and `more`: its groups touched, and for a voter the
+    authorities' keys sealed to it too.
 
-    `seen` holds the request's key, the policy and the groups, so that none of them has changed. Conflict: somebody
-    has used the token, the name is taken, or the rules have changed.
+    `seen` holds the request's key and the policy, so that neither has changed. Conflict: somebody has used the token,
+    the name is taken, or the rules have changed.
     """
-    return change((token, acl, *wraps), seen=seen)
+    return change((token, acl, *more), seen=seen)
 
 
 def knock(token: Change, request: Change, seen: Sequence[Seen]) -> Txn:
@@ -67,9 +68,9 @@ def knock(token: Change, request: Change, seen: Sequence[Seen]) -> Txn:
     return change((token, request), seen=seen)
 
 
-def approve(request: Seen, acl: Change, wraps: Sequence[Change], seen: Sequence[Seen], guards: Guards) -> Txn:
-    """An administrator lets a node in."""
-    made = change((acl, *wraps), guards, (request, *seen))
+def approve(request: Seen, acl: Change, more: Sequence[Change], seen: Sequence[Seen], guards: Guards) -> Txn:
+    """An administrator lets a node in. `more`: as for `admit`."""
+    made = change((acl, *more), guards, (request, *seen))
     return Txn(when=made.when, then=(*made.then, Delete(request.key)))
 
 

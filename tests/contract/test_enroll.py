@@ -349,6 +349,71 @@ def test_of_two_for_one_name_one_wins(play: Callable[..., None]) -> None:
     play(story)
 
 
+@pytest.mark.parametrize("approval", [False, True])
+@pytest.mark.parametrize("is_made", [False, True])
+def test_an_answer_of_the_store_is_lost(play: Callable[..., None], approval: bool, is_made: bool) -> None:
+    async def story(w: World) -> None:
+        token = await w.token(approval=approval)
+        w.meddling.lost, w.meddling.undone = (2, 0) if is_made else (0, 2)
+        answer = await w.join(Newcomer("n2"), token)
+        assert answer.decision == (pb.JoinResponse.PENDING if approval else pb.JoinResponse.APPROVED)
+        record = await w.voter.record(TokenRecord, keys.token(tokens.parse(token).id))
+        assert record is not None
+        assert record.uses_left == 0
+
+    play(story)
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+def test_a_login_whose_answer_is_lost(play: Callable[..., None], is_made: bool) -> None:
+    async def story(w: World) -> None:
+        token = await w.token(CLIENT_ROLE, user="admin")
+        w.meddling.lost, w.meddling.undone = (1, 0) if is_made else (0, 1)
+        csr = certificates.csr(certificates.new_key(), "x")
+        request = pb.LoginRequest(token=token, csr=csr, wall_ms=time.time_ns() // 1_000_000)
+        assert (await (await w.voter.enroll()).Login(request)).user == "admin"
+
+    play(story)
+
+
+def test_the_token_is_revoked_in_the_middle(play: Callable[..., None]) -> None:
+    async def story(w: World) -> None:
+        token = await w.token()
+        key = keys.token(tokens.parse(token).id)
+        w.meddling.before.append(lambda: set_record(w.voter.store, key, TokenRecord, revoked=True))
+        assert (await refused(w, token)).detail.reason == "token-revoked"
+        assert await w.voter.record(NodeAcl, acl_key("n2")) is None
+
+    play(story)
+
+
+def test_approval_is_asked_for_in_the_middle(play: Callable[..., None]) -> None:
+    async def story(w: World) -> None:
+        token = await w.token()
+        w.meddling.before.append(lambda: set_record(w.voter.store, keys.POLICY, Policy, approval=True))
+        assert (await w.join(Newcomer("n2"), token)).decision == pb.JoinResponse.PENDING
+
+    play(story)
+
+
+def test_an_authority_is_exchanged_in_the_middle(play: Callable[..., None]) -> None:
+    async def story(w: World) -> None:
+        token, admin = await w.token(VOTER_ROLE), await w.admin()
+
+        async def rotate() -> None:
+            await admin.RotateAuthority(pb.RotateAuthorityRequest(kind="cluster"))
+
+        w.meddling.before.append(rotate)
+        newcomer = Newcomer("n2")
+        assert (await w.join(newcomer, token)).decision == pb.JoinResponse.APPROVED
+        found = await w.voter.record(Authorities, keys.authority("cluster"))
+        assert found is not None
+        assert all({x.node for x in e.wraps} == {"n1", "n2"} for e in found.entries)
+        assert len(found.entries) == 2
+
+    play(story)
+
+
 # --- approval ------------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,16 @@ from typing import Any
 import grpc
 import pytest
 
-from spinetta import keys, tokens
-from spinetta.access import GroupAcl, NodeAcl, Policy, TokenRecord, UserAcl, UserRole
+from spinetta import keys, tokens, trustcodec
+from spinetta.access import (
+    GroupAcl,
+    NodeAcl,
+    Policy,
+    TokenRecord,
+    UserAcl,
+    UserRole,
+    effective_clearances,
+)
 from spinetta.model import NodeId
 from spinetta.node.services import tokenadmin, trust, useradmin
 from spinetta.node.services.server import serve
@@ -242,6 +250,33 @@ def test_a_group_changed_while_nodes_join_it_leaves_nobody_with_more(play: Calla
     play(story)
 
 
+@pytest.mark.parametrize("what", ["join", "grant", "another group"])
+def test_a_group_is_changed_after_another_has_looked_at_it(play: Callable[..., None], what: str) -> None:
+    async def story(w: World) -> None:
+        admin = await w.admin()
+        for name in ("g", "h"):
+            await admin.SetGroup(pb.SetGroupRequest(group=records.GroupAcl(name=name, clearances=["a", "b"])))
+        await w.joined("n2", clearances=["a"], groups=["g", "h"])
+        token = await w.token(clearances=["a", "b"], groups=["g"])
+
+        async def meanwhile() -> None:
+            if what == "join":
+                await w.join(Newcomer("n3"), token)
+            elif what == "grant":
+                await set_node(w, "n2", grant=["b"])
+            else:
+                await admin.SetGroup(pb.SetGroupRequest(group=records.GroupAcl(name="h", clearances=["b"])))
+
+        w.meddling.before.append(meanwhile)
+        await admin.SetGroup(pb.SetGroupRequest(group=records.GroupAcl(name="g", clearances=["a"])))
+        for entry in (await w.voter.store.list(keys.ACL_NODE)).entries:
+            acl = trustcodec.decode(NodeAcl, entry.value)
+            groups = [await w.voter.record(GroupAcl, keys.acl_group(g)) for g in acl.groups]
+            assert acl.effective == effective_clearances(acl.clearances, tuple(g for g in groups if g is not None))
+
+    play(story)
+
+
 def test_a_revoked_node_is_out_and_its_registration_gone(play: Callable[..., None]) -> None:
     async def story(w: World) -> None:
         credentials = await w.joined("n2")
@@ -296,6 +331,64 @@ def test_users_are_made_changed_and_removed(play: Callable[..., None]) -> None:
         assert (await failure(admin.SetUser(missing))).code is grpc.StatusCode.NOT_FOUND
 
     play(story)
+
+
+def test_answers_of_the_store_are_lost(play: Callable[..., None]) -> None:
+    async def story(w: World) -> None:
+        admin = await w.admin()
+        await w.joined("n2")
+        ann = records.UserAcl(name="ann", role=records.USER_ROLE_USER)
+        group = records.GroupAcl(name="g", clearances=["a"])
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            lambda: admin.SetUser(pb.SetUserRequest(user=ann, create=True)),
+            lambda: admin.SetUser(pb.SetUserRequest(user=ann)),
+            lambda: admin.SetGroup(pb.SetGroupRequest(group=group)),
+            lambda: admin.SetNode(pb.SetNodeRequest(name="n2", grant=["a"], join_groups=["g"])),
+            lambda: admin.SetNode(pb.SetNodeRequest(name="n2", revoke=True)),
+            lambda: admin.CreateToken(pb.CreateTokenRequest(role=WORKER)),
+        ]
+        for call in calls:
+            w.meddling.lost = 1
+            await call()
+            w.meddling.lost = 0
+        assert (await failure(calls[0]())).code is grpc.StatusCode.ALREADY_EXISTS
+
+    play(story)
+
+
+def test_an_administrator_revoked_in_the_middle_of_a_call(play: Callable[..., None]) -> None:
+    async def story(w: World) -> None:
+        bob = await w.voter.trust(await user(w, "bob", records.USER_ROLE_ADMIN))
+        await w.joined("n2")
+        policy = records.Policy(node_certificate_s=60, user_certificate_s=60)
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            lambda: bob.CreateToken(pb.CreateTokenRequest(role=WORKER)),
+            lambda: bob.SetNode(pb.SetNodeRequest(name="n2", grant=["a"])),
+            lambda: bob.SetNode(pb.SetNodeRequest(name="n2", revoke=True)),
+            lambda: bob.SetUser(
+                pb.SetUserRequest(user=records.UserAcl(name="eve", role=records.USER_ROLE_VIEWER), create=True)
+            ),
+            lambda: bob.SetGroup(pb.SetGroupRequest(group=records.GroupAcl(name="g"))),
+            lambda: bob.SetPolicy(pb.SetPolicyRequest(policy=policy)),
+            lambda: bob.RotateAuthority(pb.RotateAuthorityRequest(kind="etcd")),
+        ]
+        for call in calls:
+            await set_record(w.voter.store, keys.acl_user("bob"), UserAcl, revoked=False)
+            await eventually(lambda: _is_known(w, "bob", is_revoked=False), what="the view has it")
+            before = {e.key: e.modified for e in (await w.voter.store.list("/", keys_only=True)).entries}
+            w.meddling.before.append(lambda: set_record(w.voter.store, keys.acl_user("bob"), UserAcl, revoked=True))
+            assert (await failure(call())).code is grpc.StatusCode.UNAUTHENTICATED
+            assert not w.meddling.before
+            after = {e.key: e.modified for e in (await w.voter.store.list("/", keys_only=True)).entries}
+            assert {k for k in after if after[k] != before.get(k)} == {keys.acl_user("bob")}
+
+    play(story)
+
+
+async def _is_known(w: World, name: str, *, is_revoked: bool) -> bool:
+    """Whether the node's own view of rights has caught up."""
+    found = await w.voter.acl.user(name)
+    return found is not None and found[0].revoked is is_revoked
 
 
 def test_a_certificate_of_an_earlier_user_of_the_name_does_not_count(play: Callable[..., None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spinetta import __version__, keys, trustcodec
 from spinetta.access import Policy
+from spinetta.errors import OutcomeUnknown
 from spinetta.model import NodeId
 from spinetta.node import founding
 from spinetta.node.keyring import Keyring
 from spinetta.node.services import trust
-from spinetta.node.services.server import serve
+from spinetta.node.services.server import ApiServer, serve
 from spinetta.node.services.tokendesk import TokenDesk
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
 from spinetta.trust import certificates, sealing
 from spinetta.trust.credentials import EtcdPems, NodeCredentials, UserCredentials
 from spinetta.trust.dial import VOTER, Dialer
+from spinetta.txn import Result, Txn
 from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1.trust_pb2_grpc import EnrollStub, TrustStub
 from tests.contract.api_world import Etcd, HandNode, announce, put
@@ -32,6 +34,28 @@ if TYPE_CHECKING:
     from spinetta.v1.trust_pb2_grpc import EnrollAsyncStub, TrustAsyncStub
 
 T = TypeVar("T")
+
+
+class Meddling(EtcdStore):
+    """Real etcd, with something that happens before a commit, or an answer that is lost after it."""
+
+    def __init__(self, endpoints: list[str]) -> None:
+        super().__init__(endpoints)
+        self.before: list[Callable[[], Awaitable[Any]]] = []  # each before one commit
+        self.lost = 0  # answers
+        self.undone = 0  # commits that are not made, of which that is not known
+
+    async def commit(self, txn: Txn, *, timeout_s: float = 5.0) -> Result:
+        if self.before:
+            await self.before.pop(0)()
+        if self.undone:
+            self.undone -= 1
+            raise OutcomeUnknown("not made")
+        result = await super().commit(txn, timeout_s=timeout_s)
+        if self.lost:
+            self.lost -= 1
+            raise OutcomeUnknown("made")
+        return result
 
 
 class Newcomer:
@@ -60,10 +84,11 @@ class Newcomer:
 class Voter:
     """A node under test, and calls to it by whoever."""
 
-    def __init__(self, port: HandNode, keyring: Keyring, address: str, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(self, port: HandNode, keyring: Keyring, server: ApiServer, stack: contextlib.AsyncExitStack) -> None:
         self.port = port
+        self.acl = server.desk.callers.acl
         self.keyring = keyring
-        self.address = address
+        self.address = server.addresses[0]
         self._stack = stack
 
     @property
@@ -94,7 +119,8 @@ class Voter:
 class World:
     """A cluster with one voter."""
 
-    def __init__(self, voter: Voter, admin: UserCredentials, directory: Path) -> None:
+    def __init__(self, voter: Voter, admin: UserCredentials, directory: Path, store: Meddling) -> None:
+        self.meddling = store
         self.voter = voter
         self.admin_credentials = admin
         self.directory = directory
@@ -157,7 +183,7 @@ async def voter_node(
         ) as server,
     ):
         port.voters = (server.addresses[0],)
-        yield Voter(port, keyring, server.addresses[0], stack)
+        yield Voter(port, keyring, server, stack)
 
 
 @asynccontextmanager
@@ -165,14 +191,14 @@ async def world(
     etcd: Etcd, directory: Path, *, policy: Policy | None = None, is_patient: bool = True
 ) -> AsyncIterator[World]:
     """A founded cluster with its first node, n1."""
-    store = EtcdStore([etcd.endpoint])
+    store = Meddling([etcd.endpoint])
     try:
         credentials = await founding.found_cluster(directory / "trust", "n1", "127.0.0.1:7220", policy=policy)
         assert await founding.commit(store, credentials)
         admin = UserCredentials.from_file(directory / founding.ADMIN_FILE)
         async with voter_node(store, directory / "n1", credentials, is_patient=is_patient) as voter:
             await announce(store, "n1", voter.address)
-            yield World(voter, admin, directory)
+            yield World(voter, admin, directory, store)
     finally:
         await store.close()
 

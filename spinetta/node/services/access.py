@@ -62,14 +62,38 @@ async def read_under(store: Store, prefix: str, kind: type[T], limit: int) -> di
     return {e.key: (trustcodec.decode(kind, e.value), Seen(e.key, e.modified)) for e in page.entries}
 
 
-async def read_groups(store: Store, wanted: Sequence[str]) -> tuple[tuple[GroupAcl, ...], list[Seen]]:
-    """The records of groups, and what was seen. A group without a record grants nothing."""
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Groups of a node, as they were read.
+
+    Attributes:
+        records: in the order asked for. A group without a record grants nothing.
+        touched: the records written again as they are. Whoever derives a node's rights from a group writes it, so that
+            a change of the group that has looked at its members before this node was one conflicts, and looks again.
+        absent: those without a record must still be without.
+    """
+
+    records: tuple[GroupAcl, ...] = ()
+    touched: tuple[Change, ...] = ()
+    absent: tuple[Seen, ...] = ()
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The names without a record."""
+        return tuple(s.key.removeprefix(keys.ACL_GROUP) for s in self.absent)
+
+
+async def read_groups(store: Store, wanted: Sequence[str]) -> Groups:
+    """The records of groups, and what guards a decision on them."""
     if not wanted:
-        return (), []
+        return Groups()
     of = {keys.acl_group(name): name for name in wanted}
     found = await read(store, list(of))
-    groups = tuple(found.value(GroupAcl, key) or GroupAcl(name) for key, name in of.items())
-    return groups, [found.seen(key) for key in of]
+    return Groups(
+        tuple(found.value(GroupAcl, key) or GroupAcl(name) for key, name in of.items()),
+        tuple(Change(found.seen(key), e.value) for key in of if (e := found.entries[key]) is not None),
+        tuple(found.seen(key) for key in of if found.entries[key] is None),
+    )
 
 
 async def check_room(store: Store, prefix: str, limit: int, what: str, hint: str) -> None:

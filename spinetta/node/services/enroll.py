@@ -158,13 +158,13 @@ class EnrollApi(rpc.EnrollServicer):
             txn = accesstxn.knock(token_change, request_change, [found.seen(acl_key), found.seen(keys.POLICY)])
             decided = pb.JoinResponse(decision=pb.JoinResponse.PENDING)
         else:
-            groups, groups_seen = await read_groups(self._port.store, token.groups)
+            groups = await read_groups(self._port.store, token.groups)
             acl = NodeAcl(
                 new.name,
                 role,
                 token.clearances,
                 token.groups,
-                effective_clearances(token.clearances, groups),
+                effective_clearances(token.clearances, groups.records),
                 new.key_hash,
                 new.sealing_key,
                 created_ms=self._port.wall_ms(),
@@ -174,8 +174,8 @@ class EnrollApi(rpc.EnrollServicer):
             txn = accesstxn.admit(
                 token_change,
                 Change(found.seen(acl_key), trustcodec.encode(acl)),
-                wraps,
-                [found.seen(request_key), found.seen(keys.POLICY), *groups_seen],
+                [*wraps, *groups.touched],
+                [found.seen(request_key), found.seen(keys.POLICY), *groups.absent],
             )
             decided = self._let_in(keyring, known, acl, new, policy)
         if not await committed(self._port.store, txn, asked):

@@ -87,23 +87,23 @@ class NodeAdmin:
                 txn = accesstxn.change((change,), asked.caller.guards)
             else:
                 granted = waiting.clearances if instead is None else instead
-                groups, seen = await access.read_groups(self._port.store, waiting.groups)
+                groups = await access.read_groups(self._port.store, waiting.groups)
                 new = NodeAcl(
                     name,
                     waiting.role,
                     granted,
                     waiting.groups,
-                    effective_clearances(granted, groups),
+                    effective_clearances(granted, groups.records),
                     waiting.key_hash,
                     waiting.sealing_key,
                     created_ms=self._port.wall_ms(),
                     created_by=asked.caller.title,
                 )
-                known, wraps = keyrings.known_of(found.entries), []
+                known, more = keyrings.known_of(found.entries), list(groups.touched)
                 if waiting.role is NodeRole.VOTER:
-                    wraps = keyring.shared_with(known, name, waiting.sealing_key)
+                    more += keyring.shared_with(known, name, waiting.sealing_key)
                 change = found.change(acl_key, new)
-                txn = accesstxn.approve(found.seen(request_key), change, wraps, seen, asked.caller.guards)
+                txn = accesstxn.approve(found.seen(request_key), change, more, groups.absent, asked.caller.guards)
             return pb.DecideJoinResponse() if await self._done(txn, asked) else None
 
         return await settle(attempt)
@@ -146,26 +146,26 @@ class NodeAdmin:
                 wraps = _withdrawn(known, name) if acl.role is NodeRole.VOTER else []
                 txn = accesstxn.revoke_node(name, found.change(acl_key, new), wraps, another, asked.caller.guards)
             else:
-                new, seen = await self._changed(acl, request)
+                new, groups = await self._changed(acl, request)
                 if new == acl:
                     return answer_of(acl)
-                txn = accesstxn.change((found.change(acl_key, new),), asked.caller.guards, seen)
+                changes = (found.change(acl_key, new), *groups.touched)
+                txn = accesstxn.change(changes, asked.caller.guards, groups.absent)
             return answer_of(new) if await self._done(txn, asked) else None
 
         return await settle(attempt)
 
-    async def _changed(self, acl: NodeAcl, request: pb.SetNodeRequest) -> tuple[NodeAcl, list[Seen]]:
+    async def _changed(self, acl: NodeAcl, request: pb.SetNodeRequest) -> tuple[NodeAcl, access.Groups]:
         granted = set(acl.clearances) | set(access.clearances(request.grant, "grant"))
         granted -= set(access.clearances(request.withdraw, "withdraw"))
-        groups = set(acl.groups) | set(access.groups(request.join_groups, "join_groups"))
-        groups -= set(access.groups(request.leave_groups, "leave_groups"))
-        clearances, member_of = access.clearances(granted, "grant"), access.groups(groups, "join_groups")
-        records_of, seen = await access.read_groups(self._port.store, member_of)
-        for name, one in zip(member_of, seen, strict=True):
-            if not one.revision and name not in acl.groups:
-                raise NotFound(f"there is no group {name}", field="join_groups", hint=f"spinetta group set {name}")
-        effective = effective_clearances(clearances, records_of)
-        return replace(acl, clearances=clearances, groups=member_of, effective=effective), seen
+        member_of = set(acl.groups) | set(access.groups(request.join_groups, "join_groups"))
+        member_of -= set(access.groups(request.leave_groups, "leave_groups"))
+        clearances, names_of = access.clearances(granted, "grant"), access.groups(member_of, "join_groups")
+        found = await access.read_groups(self._port.store, names_of)
+        for name in set(found.missing) - set(acl.groups):
+            raise NotFound(f"there is no group {name}", field="join_groups", hint=f"spinetta group set {name}")
+        effective = effective_clearances(clearances, found.records)
+        return replace(acl, clearances=clearances, groups=names_of, effective=effective), found
 
     async def _another_voter(self, acl: NodeAcl) -> Seen:
         """Some voter that stays."""

@@ -100,11 +100,10 @@ class Tokens:
             if acl is None or acl.revoked:
                 raise NotFound(f"there is no user {user}", field="user", hint=f"spinetta user add {user}")
             return []  # a change of the user's rights does not matter; they are looked at again at the login
-        _, seen = await access.read_groups(self._port.store, groups)
-        missing = [name for name, s in zip(groups, seen, strict=True) if not s.revision]
-        if missing:
-            raise NotFound(f"there is no group {missing[0]}", field="groups", hint="spinetta group set NAME")
-        return seen
+        there = await access.read_groups(self._port.store, groups)
+        if there.missing:
+            raise NotFound(f"there is no group {there.missing[0]}", field="groups", hint="spinetta group set NAME")
+        return [change.seen for change in there.touched]
 
     async def _make_room(self, now_ms: int, asked: Asked) -> None:
         """Remove tokens that have ended, when there are many."""

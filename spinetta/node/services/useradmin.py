@@ -160,8 +160,8 @@ class UserAdmin:
         return await settle(attempt)
 
     async def _members(self, new: GroupAcl | None, name: str) -> tuple[list[Change], list[Seen]]:
-        """The members' records, where they change with the group, and what that rests on. A node that joins the group
-        meanwhile has read the group, so that its own guard fails."""
+        """The members' records, where they change with the group, and what that rests on: their other groups. A node
+        that joins the group meanwhile, or is granted something, writes the group again, see `access.Groups`."""
         nodes = await read_under(self._port.store, keys.ACL_NODE, NodeAcl, NODES_MAX)
         groups = await read_under(self._port.store, keys.ACL_GROUP, GroupAcl, GROUPS_MAX)
         there = {g.name: g for g, _ in groups.values()}
@@ -176,7 +176,7 @@ class UserAdmin:
             changed = replace(acl, groups=member_of, effective=effective)
             if changed != acl:
                 changes.append(Change(seen, trustcodec.encode(changed)))
-                used |= set(member_of)
+            used |= set(member_of)  # also of those that stay as they are: another group may just be changing
         rests_on = [seen for g, seen in groups.values() if g.name in used and g.name != name]
         if len(changes) + len(rests_on) > MEMBERS_MAX:
             raise UserError(
