@@ -103,7 +103,7 @@ async def test_nobody_else_sees_them_and_nothing_is_left(state_dir: Path, isolat
         await rt.forget("t.1")
         fifo.unlink()
         assert in_files(state_dir, CONTENT) == []
-        assert mounted_for(where) == names_in(state_dir / "secrets") == []
+        assert (mounted_for(where), names_in(state_dir / "secrets")) == ([], [])
 
 
 async def until_ended(rt: ProcessRuntime, key: str) -> None:
