@@ -77,7 +77,7 @@ class Dialer:
 
     @classmethod
     def bearer(cls, ca_pem: bytes, token: Callable[[], str]) -> Dialer:
-        """With a bearer token, which is asked for at every call, in a thread of gRPC's.
+        """With a bearer token, which is asked for at every call; what `token` raises, the call raises.
 
         Only a node that has proved to be a voter is shown it: others could use it in their turn.
         """
@@ -124,15 +124,14 @@ class Dialer:
         address = names.check_address(address)  # nothing else that gRPC would understand, such as unix:/path
         if self._get is None:
             return grpc.aio.insecure_channel(names.require_loopback(address), options=list(options))
-        credentials = self._tls()
-        if self._token is not None and expect == VOTER:
-            credentials = grpc.composite_channel_credentials(
-                credentials, grpc.metadata_call_credentials(_Bearer(self._token), "bearer")
-            )
-        name = _EXPECTED.get(expect, expect)
-        return grpc.aio.secure_channel(
-            address, credentials, options=[*options, ("grpc.ssl_target_name_override", name)]
+        own = (
+            ("grpc.ssl_target_name_override", _EXPECTED.get(expect, expect)),
+            ("grpc.use_local_subchannel_pool", 1),  # a connection made with other certificates is never used again
         )
+        bearers: list[Any] = []
+        if self._token is not None and expect == VOTER:
+            bearers = [kind(self._token) for kind in _BEARERS]
+        return grpc.aio.secure_channel(address, self._tls(), options=[*options, *own], interceptors=bearers)
 
     def _tls(self) -> grpc.ChannelCredentials:
         _ = self.serial  # the latest ones
@@ -143,17 +142,44 @@ class Dialer:
         return self._credentials
 
 
-class _Bearer(grpc.AuthMetadataPlugin):
+class _Bearer:
+    """Puts the token of the moment into each call.
+
+    Not gRPC's own call credentials: their plug-in is called, and let go of, in threads of gRPC's, which wait for the
+    interpreter with a lock in hand. A server that stops in the same process waits for that lock: for ever.
+    """
+
     def __init__(self, token: Callable[[], str]) -> None:
         self._token = token
 
-    def __call__(self, _: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
-        try:
-            token = self._token()
-        except UserError as e:  # e.g. no file any more
-            callback((), e)
-            return
-        callback((("authorization", f"Bearer {token}"),), None)
+    async def pass_on(self, continuation: Any, details: Any, request: Any) -> Any:
+        others = [(k, v) for k, v in details.metadata or () if k != "authorization"]
+        metadata = grpc.aio.Metadata(*others, ("authorization", f"Bearer {self._token()}"))
+        return await continuation(details._replace(metadata=metadata), request)
+
+
+# A class for each kind of call: of one that is for several gRPC uses the first only.
+class _BearerUnaryUnary(_Bearer, grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self.pass_on(continuation, client_call_details, request)
+
+
+class _BearerUnaryStream(_Bearer, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self.pass_on(continuation, client_call_details, request)
+
+
+class _BearerStreamUnary(_Bearer, grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await self.pass_on(continuation, client_call_details, request_iterator)
+
+
+class _BearerStreamStream(_Bearer, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await self.pass_on(continuation, client_call_details, request_iterator)
+
+
+_BEARERS = (_BearerUnaryUnary, _BearerUnaryStream, _BearerStreamUnary, _BearerStreamStream)
 
 
 def server_credentials(get: Callable[[], Pems]) -> grpc.ServerCredentials:

@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from spinetta import names
 from spinetta.access import NodeRole
-from spinetta.errors import UserError
+from spinetta.errors import InvariantViolation, UserError
 from spinetta.trust.pem import (
     MALFORMED,
     PEM_BYTES_MAX,
@@ -107,6 +107,9 @@ def identity_of(pem: bytes, authorities: Sequence[bytes], cluster: str, *, now_s
 
     Returns:
         None for a guest, for whatever is foreign, expired, not good yet or malformed.
+
+    Raises:
+        InvariantViolation: the authorities cannot be read.
     """
     try:
         identity, since_s, until_s = _identity(pem, tuple(authorities), cluster)
@@ -118,11 +121,12 @@ def identity_of(pem: bytes, authorities: Sequence[bytes], cluster: str, *, now_s
 @lru_cache(maxsize=IDENTITIES_MAX)  # what raises is not kept: strangers cannot push out those who belong here
 def _identity(pem: bytes, authorities: tuple[bytes, ...], cluster: str) -> tuple[Identity, float, float]:
     """The identity, and when both its certificate and its authority's are good."""
+    issuers = _issuers(authorities)
     if len(pem) > PEM_BYTES_MAX:
         raise _NotOurs
     try:
         certificate = x509.load_pem_x509_certificate(pem)
-        for issuer in _issuers(authorities):
+        for issuer in issuers:
             if issuer.subject == certificate.issuer and _has_issued(issuer, certificate):
                 if cluster_of(issuer.public_bytes(Encoding.PEM), "cluster") != cluster:
                     raise _NotOurs
@@ -138,7 +142,10 @@ def _identity(pem: bytes, authorities: tuple[bytes, ...], cluster: str) -> tuple
 
 @lru_cache(maxsize=8)
 def _issuers(authorities: tuple[bytes, ...]) -> tuple[Certificate, ...]:
-    return tuple(x509.load_pem_x509_certificate(one) for bundle in authorities for one in split_pem(bundle))
+    try:
+        return tuple(load_certificate(one) for bundle in authorities for one in split_pem(bundle))
+    except UserError as e:  # our own: taking everybody for a guest would hide it
+        raise InvariantViolation(f"the authorities to believe cannot be read: {e}") from e
 
 
 def _has_issued(issuer: Certificate, certificate: Certificate) -> bool:

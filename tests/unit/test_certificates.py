@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinetta.access import NodeRole
-from spinetta.errors import UserError
+from spinetta.errors import InvariantViolation, UserError
 from spinetta.trust import certificates as c
 from spinetta.trust import guest
 from tests.unit.trust_world import CLUSTER, NODE_DNS, OTHER, World, forge, forged_by
@@ -365,6 +365,15 @@ def test_an_authority_that_is_believed_no_more_names_nobody() -> None:
     assert c.identity_of(pem, [new.certificate_pem + WORLD.ca], CLUSTER, now_s=NOW_S) is not None
     assert c.identity_of(pem, [new.certificate_pem], CLUSTER, now_s=NOW_S) is None
     assert c.identity_of(pem, [], CLUSTER, now_s=NOW_S) is None
+
+
+@pytest.mark.parametrize(
+    "damage", [WORLD.ca[:200] + WORLD.ca[-40:], WORLD.ca * (c.BUNDLE_MAX + 1)], ids=["cut", "huge"]
+)
+def test_authorities_that_cannot_be_read_make_nobody_a_guest(damage: bytes) -> None:
+    for bundle in ([damage], [WORLD.ca, damage]):
+        with pytest.raises(InvariantViolation):
+            c.identity_of(WORLD.node()[0], bundle, CLUSTER, now_s=NOW_S)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
