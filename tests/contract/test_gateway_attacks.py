@@ -1,4 +1,4 @@
-"""What a hostile worker tries at the gateway, over real TLS and a real etcd: all of it is refused, and changes nothing."""
+"""What a hostile worker tries at the gateway, over real TLS and a real etcd: all is refused, and changes nothing."""
 
 from __future__ import annotations
 
