@@ -84,8 +84,8 @@ class Played:
     async def usage(self, key: str) -> Usage | None:  # noqa: ARG002 - nobody asks
         return None
 
-    def log_path(self, task_id: str, attempt: int, stream: str) -> Path:
-        raise NotImplementedError(f"{task_id}.{attempt} has no {stream}")
+    def log_path(self, key: str, stream: str) -> Path:
+        raise NotImplementedError(f"{key} has no {stream}")
 
     async def events(self) -> AsyncIterator[Exited | ShimLost]:
         for key, (_, how) in list(self.ended.items()):
