@@ -20,6 +20,7 @@ RPCS_MAX = 4000  # calls at once; streams count too
 LOG_STREAMS_MAX = 500  # each reads a file and uses a thread now and then
 LOG_POLL_MIN_S = 0.02
 LOG_POLL_MAX_S = 0.25
+LOG_LOOK_S = 1.0  # between a worker's looks at a task whose log is followed: it may not watch
 LOG_RECONNECT_S = 30.0  # how long a followed log survives the restart of the daemon that has it
 FORWARD_TIMEOUT_S = 15.0  # of a call passed on to another node
 CHANNELS_MAX = 64  # to other nodes, kept open

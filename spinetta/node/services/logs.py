@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from spinetta.access import NodeRole
 from spinetta.errors import AskElsewhere, Denied, NotFound, UserError
 from spinetta.match import uncleared
 from spinetta.model import Attempt, Outcome, Reason, Revision, State, Task, TaskId
-from spinetta.node.hub import Hub, Listener, closing
+from spinetta.node.hub import Hub, Listener, News, closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
 from spinetta.node.services.desk import Asked, ask_a_voter
@@ -32,6 +33,21 @@ _LOST_LOG = frozenset({"no-log", "node-unreachable"})
 
 
 @dataclass(slots=True)
+class _Looks:
+    """In a listener's place on a worker, which may not watch all tasks: it looks at its own now and then."""
+
+    next_s: float = 0.0
+
+    async def news(self, timeout_s: float) -> News:
+        """Nothing, or that something may have been missed, so that the task is read."""
+        await asyncio.sleep(max(min(timeout_s, self.next_s - time.monotonic()), 0.0))
+        if time.monotonic() < self.next_s:
+            return News((), gap=False)
+        self.next_s = time.monotonic() + limits.LOG_LOOK_S
+        return News((), gap=True)
+
+
+@dataclass(slots=True)
 class _Followed:
     """A task and what becomes of it. Without a listener it stays as it was read."""
 
@@ -39,11 +55,11 @@ class _Followed:
     id: TaskId
     task: Task
     revision: Revision
-    listener: Listener | None
+    listener: Listener | _Looks | None
     reread_s: float
 
     @classmethod
-    async def begin(cls, port: NodePort, task_id: TaskId, listener: Listener | None) -> _Followed:
+    async def begin(cls, port: NodePort, task_id: TaskId, listener: Listener | _Looks | None) -> _Followed:
         """Read the task for the first time."""
         entry = await _read(port, task_id)
         reread_s = time.monotonic() + limits.REREAD_S
@@ -145,7 +161,12 @@ class Logs:
         task_id = await lookup.resolve_one(self._port, request.id)
         asked.subject = task_id
         async with contextlib.AsyncExitStack() as stack:
-            listener = await stack.enter_async_context(self._hub.listen([task_id])) if request.follow else None
+            listener: Listener | _Looks | None = None
+            if request.follow:
+                if self._is_worker:
+                    listener = _Looks()
+                else:
+                    listener = await stack.enter_async_context(self._hub.listen([task_id]))
             followed = await _Followed.begin(self._port, task_id, listener)
             spec = followed.task.spec
             await asked.check(owner=spec.owner, clearance=spec.clearance)
