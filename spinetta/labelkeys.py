@@ -18,6 +18,7 @@ from spinetta.access import MEMBERS, LabelGeneration, LabelKey, NodeAcl, NodeRol
 KEY_ID_BYTES = 8
 GENERATIONS_MAX = 32  # kept in one record; each is a wrap of about 100 bytes for each cleared node
 RECORD_BYTES_MAX = 1_000_000  # of a label's record: a write takes 1.5 MiB at most
+SEALED_BYTES_MAX = 256  # of one wrap; ours have 81
 WRAP_BYTES = 180  # of one wrap in the record at most: 81 sealed, the id, a name of 63, and framing
 
 
@@ -180,37 +181,71 @@ def without(key: LabelKey, numbers: Collection[int]) -> LabelKey:
     return replace(key, generations=kept)
 
 
-def why_not_update(old: LabelKey | None, new: LabelKey, caller: str, cleared: Sequence[Cleared]) -> str:
+def why_not_update(
+    old: LabelKey | None, new: LabelKey, caller: str, cleared: Sequence[Cleared], *, may_drop: bool = False
+) -> str:
     """Why a node may not make this the record of a label's key; empty: it may.
 
-    It must be cleared itself, may wrap for cleared nodes only, and can neither alter the public part of a generation
-    that is there nor put one in between. (It could wrap nonsense; then the others cannot open what they are cleared
-    for, which they say. Nobody can be kept from that who makes keys at all.)
+    It must be cleared itself and may wrap for cleared nodes only. It may neither alter the public part of a generation
+    that is there, nor what is wrapped for others who are cleared, nor make a new generation that the plan does not ask
+    for, nor drop one (unless `may_drop`: only who sees all that is stored knows that nothing needs it).
+
+    It could wrap nonsense in a new generation; then the others cannot open what they are cleared for, which they say.
+    Nobody can be kept from that who makes keys at all.
     """
     may = {n.name: key_id(n.sealing_key) for n in cleared}
     if caller not in may:
         return f"node {caller} is not cleared for the label"
-    if not new.generations or len(new.generations) > GENERATIONS_MAX:
-        return f"a label's key has 1 to {GENERATIONS_MAX} generations"
     known = {g.number: g for g in old.generations} if old is not None else {}
     newest = max(known, default=0)
     numbers = [g.number for g in new.generations]
-    if numbers != sorted(set(numbers)) or numbers[-1] not in (newest, newest + 1) or numbers[-1] < 1:
-        return "generations are numbered upwards, one by one"
+    why = _why_not_numbers(old, new, cleared, may_drop=may_drop)
+    if why:
+        return why
     for g in new.generations:
         before = known.get(g.number)
-        if before is None and g.number <= newest:
-            return f"there is no generation {g.number}"
-        if before is not None and before.public_key != g.public_key:
-            return f"generation {g.number} has another public key already"
-        if len(g.public_key) != 32 or len({w.node for w in g.wraps}) != len(g.wraps):
-            return f"generation {g.number} is malformed"
-        kept = {(w.node, w.key_id) for w in before.wraps} if before is not None else set()
+        why = _why_malformed(g) or (_why_altered(before, g, may) if before is not None else "")
+        if why:
+            return why
+        had = set(before.wraps) if before is not None else set()
         for w in g.wraps:
-            if may.get(w.node) != w.key_id and (w.node, w.key_id) not in kept:
+            if may.get(w.node) != w.key_id and w not in had:
                 return f"node {w.node} is not cleared for the label"
-            if len(w.sealed) > 256 or len(w.key_id) != KEY_ID_BYTES:
-                return f"generation {g.number} is malformed"
     if numbers[-1] == newest + 1 and not any(w.node == caller for w in new.latest.wraps):
         return "who makes a key must be able to open it"
     return ""
+
+
+def _why_not_numbers(old: LabelKey | None, new: LabelKey, cleared: Sequence[Cleared], *, may_drop: bool) -> str:
+    """Whether the generations are those that may be there."""
+    if not new.generations or len(new.generations) > GENERATIONS_MAX:
+        return f"a label's key has 1 to {GENERATIONS_MAX} generations"
+    before = [g.number for g in old.generations] if old is not None else []
+    after = [g.number for g in new.generations]
+    newest = max(before, default=0)
+    if after != sorted(set(after)) or after[-1] not in (newest, newest + 1) or after[-1] < 1:
+        return "generations are numbered upwards, one by one"
+    if after[-1] == newest + 1:
+        if not isinstance(plan(new.label, old, cleared), Create | Replace):
+            return "the label needs no new key"
+        expected = replaced(old, new.latest, cleared).generations if old is not None else new.generations[-1:]
+        return "" if after == [g.number for g in expected] else "a new key is added to those that are there"
+    if not set(after) <= set(before):
+        return "generations are numbered upwards, one by one"
+    return "" if may_drop or after == before else "a generation is missing"
+
+
+def _why_malformed(g: LabelGeneration) -> str:
+    lawful = (
+        len(g.public_key) == 32
+        and len({w.node for w in g.wraps}) == len(g.wraps)
+        and all(len(w.sealed) <= SEALED_BYTES_MAX and len(w.key_id) == KEY_ID_BYTES for w in g.wraps)
+    )
+    return "" if lawful else f"generation {g.number} is malformed"
+
+
+def _why_altered(before: LabelGeneration, after: LabelGeneration, may: Mapping[str, bytes]) -> str:
+    if before.public_key != after.public_key:
+        return f"generation {after.number} has another public key already"
+    lost = [w.node for w in before.wraps if may.get(w.node) == w.key_id and w not in after.wraps]
+    return f"generation {after.number} is taken from {', '.join(sorted(lost))}" if lost else ""

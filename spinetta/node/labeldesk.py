@@ -82,9 +82,9 @@ class DirectDesk:
 
     async def update(self, key: LabelKey, revision: Revision) -> bool:
         """Write a record, as this node."""
-        return await self.update_for(self._me, key, revision)
+        return await self.update_for(self._me, key, revision, may_drop=True)
 
-    async def update_for(self, caller: str, key: LabelKey, revision: Revision) -> bool:
+    async def update_for(self, caller: str, key: LabelKey, revision: Revision, *, may_drop: bool = False) -> bool:
         """Write a record on behalf of a node, if it may; its own rights and those of newly given ones are guards."""
         acls, revisions = await self._rights()
         cleared = labelkeys.cleared_for(key.label, acls, ())
@@ -92,7 +92,7 @@ class DirectDesk:
         if (entry.modified if entry is not None else 0) != revision:
             return False
         old = trustcodec.decode(LabelKey, entry.value) if entry is not None else None
-        refused = labelkeys.why_not_update(old, key, caller, cleared)
+        refused = labelkeys.why_not_update(old, key, caller, cleared, may_drop=may_drop)
         if refused:
             raise Denied(f"the key of label {key.label}: {refused}")
         new = newly_given(old, key)

@@ -34,9 +34,9 @@ class Launch:
     """
 
     key: AttemptKey
-    argv: Sequence[str]
-    env: Mapping[str, str]
-    working_directory: str
+    argv: Sequence[str] = field(repr=False)
+    env: Mapping[str, str] = field(repr=False)
+    working_directory: str = field(repr=False)
     cpu_millis: int
     memory_bytes: int
     pids_max: int

@@ -287,9 +287,16 @@ def test_a_worker_may_write_what_it_should_only(etcd: Etcd) -> None:
             with pytest.raises(Denied, match="another public key"):
                 await desk.update_for("a", other, state.revision)
             assert not await desk.update_for("a", key, Revision(state.revision - 1))
+            alone = replace(key, generations=(replace(key.latest, wraps=key.latest.wraps[:1]),))
+            with pytest.raises(Denied, match="taken from b"):
+                await desk.update_for("a", alone, state.revision)
             private2 = new_sealing_key()
             wraps = (wrap_for("phi", 2, private2, "a", a.acl.sealing_key),)
             more = replace(key, generations=(*key.generations, LabelGeneration(2, public_of(private2), wraps)))
+            with pytest.raises(Denied, match="needs no new key"):
+                await desk.update_for("a", more, state.revision)
+            await world.grant("b")
+            more = replace(more, generations=(replace(key.latest, wraps=key.latest.wraps[:1]), *more.generations[1:]))
             assert await desk.update_for("a", more, state.revision)
             assert await world.key("phi") == more
 

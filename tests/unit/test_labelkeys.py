@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -140,35 +141,53 @@ def test_a_withdrawn_node_loses_its_wraps_of_older_generations() -> None:
 
 
 GOOD = key([A, B])
+WITHDRAWN = key([A, B, C])
+OTHER = replace(wrap(B), sealed=b"nonsense")
+
+
+def with_first(**changes: Any) -> LabelKey:
+    return replace(GOOD, generations=(replace(GOOD.latest, **changes),))
+
+
 NEXT = LabelGeneration(2, b"2" * 32, (wrap(A), wrap(B)))
+
+AFTER = labelkeys.replaced(WITHDRAWN, NEXT, [A, B])
 
 
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
         (None, GOOD, ""),
-        (GOOD, replace(GOOD, generations=(*GOOD.generations, NEXT)), ""),
-        (GOOD, replace(GOOD, generations=(NEXT,)), ""),
+        (GOOD, GOOD, ""),
+        (WITHDRAWN, AFTER, ""),
+        (GOOD, replace(GOOD, generations=(*GOOD.generations, NEXT)), "needs no new key"),
+        (WITHDRAWN, replace(AFTER, generations=AFTER.generations[1:]), "added to those that are there"),
+        (AFTER, replace(AFTER, generations=AFTER.generations[1:]), "a generation is missing"),
+        (key([A]), GOOD, ""),
+        (GOOD, key([A]), "taken from b"),
+        (GOOD, replace(GOOD, generations=(replace(GOOD.latest, wraps=(wrap(A), OTHER)),)), "taken from b"),
         (None, replace(GOOD, generations=()), "1 to 32"),
         (None, replace(GOOD, generations=(NEXT,)), "one by one"),
         (GOOD, replace(GOOD, generations=(replace(GOOD.latest, public_key=b"x" * 32),)), "another public key"),
-        (GOOD, replace(GOOD, generations=(replace(GOOD.latest, wraps=(wrap(C),)),)), "c is not cleared"),
+        (GOOD, key([A, B, C]), "c is not cleared"),
         (GOOD, replace(GOOD, generations=(*GOOD.generations, replace(NEXT, number=3))), "one by one"),
         (GOOD, replace(GOOD, generations=(NEXT, *GOOD.generations)), "one by one"),
-        (GOOD, replace(GOOD, generations=(replace(NEXT, public_key=b"x"),)), "malformed"),
-        (GOOD, replace(GOOD, generations=(replace(NEXT, wraps=(wrap(A), wrap(A))),)), "malformed"),
-        (GOOD, replace(GOOD, generations=(replace(NEXT, wraps=(replace(wrap(A), sealed=b"x" * 999),)),)), "malformed"),
-        (GOOD, replace(GOOD, generations=(replace(NEXT, wraps=(wrap(B),)),)), "able to open"),
-        (
-            GOOD,
-            replace(GOOD, generations=(replace(NEXT, wraps=(wrap(A), wrap(node("b", machine=7)))),)),
-            "b is not cleared",
-        ),
+        (None, with_first(public_key=b"x"), "malformed"),
+        (None, with_first(wraps=(wrap(A), wrap(A))), "malformed"),
+        (None, with_first(wraps=(replace(wrap(A), sealed=b"x" * 999),)), "malformed"),
+        (None, with_first(wraps=(replace(wrap(A), key_id=b""),)), "malformed"),
+        (None, with_first(wraps=(wrap(B),)), "able to open"),
+        (None, with_first(wraps=(wrap(A), wrap(node("b", machine=7)))), "b is not cleared"),
     ],
 )
 def test_what_a_node_may_write(old: LabelKey | None, new: LabelKey, why: str) -> None:
     said = labelkeys.why_not_update(old, new, "a", [A, B])
     assert (why in said) if why else said == ""
+
+
+def test_only_who_sees_all_may_drop() -> None:
+    less = replace(AFTER, generations=AFTER.generations[1:])
+    assert labelkeys.why_not_update(AFTER, less, "a", [A, B], may_drop=True) == ""
 
 
 def test_who_is_not_cleared_writes_nothing() -> None:
