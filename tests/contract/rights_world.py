@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from spinetta import keys, trustcodec
@@ -26,7 +27,8 @@ from spinetta.trust.dial import Dialer, node_name
 from spinetta.trust.sealing import new_sealing_key, public_of
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
-from tests.contract.api_world import Etcd, HandNode, Node, announce, put
+from spinetta.v1 import record_pb2 as pb
+from tests.contract.api_world import Etcd, HandNode, Node, announce, new_id, put
 from tests.unit.trust_world import World
 
 Pair = tuple[bytes, bytes]  # certificate, key
@@ -186,3 +188,22 @@ async def all_of(stream: Any) -> list[Any]:
 def log_request(task_id: str, **fields: Any) -> api.LogRequest:
     """A request for a log."""
     return api.LogRequest(id=task_id, **fields)
+
+
+def sealed(clearance: list[str]) -> pb.TaskSpec:
+    """A labelled task, sealed as far as a node that is not cleared can tell."""
+    envelope = pb.Envelope(
+        shares=[pb.SealedKeyShare(label=label, generation=1, sealed=b"s" * 80) for label in clearance],
+        nonce=b"n" * 12,
+        ciphertext=b"c" * 64,
+    )
+    return pb.TaskSpec(id=new_id(), clearance=clearance, sealed=envelope)
+
+
+async def fails(call: Awaitable[Any], code: grpc.StatusCode) -> bool:
+    """Whether a call ends with this status."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as e:
+        return e.code() is code
+    return False

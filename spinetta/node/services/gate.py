@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from spinetta.errors import Busy, UserError
 from spinetta.node.port import NodePort
@@ -123,6 +124,8 @@ class Gate(grpc.aio.ServerInterceptor):
                 return await anext(requests)
         except StopAsyncIteration:
             error = UserError("the call has no request", field="request")
+        except DecodeError:
+            error = UserError("this is no request of this kind", field="request", hint="see the .proto files")
         except TimeoutError:
             error = Busy(f"the request has not arrived within {limits.REQUEST_S:g} s", retry_after_s=1.0)
         return await refuse(context, error)
