@@ -109,7 +109,7 @@ def policy() -> None:
     Examples:
       spinetta policy show
       spinetta policy set --approval yes --calls-per-s 200
-      spinetta policy issuer add https://login.example.org --audience spinetta --map staff=user:genomes
+      spinetta policy issuer add https://login.example.org --audience spinetta --prefix uni- --map staff=user:genomes
     """
 
 
@@ -236,7 +236,7 @@ def issuer() -> None:
     "--map", "mappings", multiple=True, required=True, metavar="GROUP=ROLE[:PROJECT,…[:LABEL,…]]",
     help="What members of an issuer's group may do; may be repeated.",
 )  # fmt: skip
-@click.option("--prefix", default="", metavar="TEXT", help="Before its users' names, e.g. 'uni:'.")
+@click.option("--prefix", required=True, metavar="TEXT", help="Before its users' names, so that they are nobody else's.")
 @click.option("--name-claim", default="sub", show_default=True, help="Where the name is.")
 @click.option("--groups-claim", default="groups", show_default=True, help="Where the groups are.")
 @click.option("--ca-file", metavar="FILE", help="To verify the issuer's certificate with, instead of the system's.")
@@ -262,7 +262,8 @@ def add(
 
     \b
     Examples:
-      spinetta policy issuer add https://login.example.org --audience spinetta --map staff=user --map ops=operator
+      spinetta policy issuer add https://login.example.org --audience spinetta --prefix uni- \\
+          --map staff=user --map ops=operator
       spinetta policy issuer add https://id.site-b.org --audience spinetta --prefix site-b- \\
           --name-claim preferred_username --map genomics=user:genomes:internal
     """

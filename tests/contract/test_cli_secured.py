@@ -297,8 +297,8 @@ def test_policy(play: Callable[..., None], tmp_path: Path) -> None:
         await admin.good("policy", "issuer", "remove", url)
         assert (await admin.json("policy", "show"))["issuers"] == []
         await admin.refused(3, "policy", "issuer", "remove", url)
-        await admin.refused(2, "policy", "issuer", "add", "ftp://x", "--audience", "a", "--map", "a=user")
-        await admin.refused(2, "policy", "issuer", "add", url, "--audience", "a", "--map", "a=king")
+        await admin.refused(2, "policy", "issuer", "add", "ftp://x", "--audience", "a", "--prefix", "p-", "--map", "a=user")
+        await admin.refused(2, "policy", "issuer", "add", url, "--audience", "a", "--prefix", "p-", "--map", "a=king")
 
     play(story)
 
