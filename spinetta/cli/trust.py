@@ -236,7 +236,7 @@ def issuer() -> None:
     "--map", "mappings", multiple=True, required=True, metavar="GROUP=ROLE[:PROJECT,…[:LABEL,…]]",
     help="What members of an issuer's group may do; may be repeated.",
 )  # fmt: skip
-@click.option("--prefix", required=True, metavar="TEXT", help="Before its users' names, so that they are nobody else's.")
+@click.option("--prefix", required=True, metavar="TEXT", help="Before its users' names: they are nobody else's.")
 @click.option("--name-claim", default="sub", show_default=True, help="Where the name is.")
 @click.option("--groups-claim", default="groups", show_default=True, help="Where the groups are.")
 @click.option("--ca-file", metavar="FILE", help="To verify the issuer's certificate with, instead of the system's.")

@@ -297,7 +297,9 @@ def test_policy(play: Callable[..., None], tmp_path: Path) -> None:
         await admin.good("policy", "issuer", "remove", url)
         assert (await admin.json("policy", "show"))["issuers"] == []
         await admin.refused(3, "policy", "issuer", "remove", url)
-        await admin.refused(2, "policy", "issuer", "add", "ftp://x", "--audience", "a", "--prefix", "p-", "--map", "a=user")
+        await admin.refused(
+            2, "policy", "issuer", "add", "ftp://x", "--audience", "b", "--prefix", "p", "--map", "a=user"
+        )
         await admin.refused(2, "policy", "issuer", "add", url, "--audience", "a", "--prefix", "p-", "--map", "a=king")
 
     play(story)

@@ -82,7 +82,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("policy issuer add https://x --audience a --prefix p- --map a=king", "not GROUP=ROLE"),
         ("policy issuer add https://x --audience a --prefix p- --map a=user::PHI", "not a clearance label"),
         ("policy issuer add https://x --audience a --prefix p- --map a=user --ca-file absent", "absent cannot be read"),
-        ("policy issuer add https://x --audience a --prefix p- --map a=user --ca-file /dev/null", "no certificate in PEM"),
+        ("policy issuer add https://x --audience a --prefix p- --map a=user --ca-file /dev/null", "no certificate"),
         ("cluster rotate-ca --kind mine", "'mine' is not one of"),
         ("cluster rotate-ca --overlap 1d --retire-now", "give one of the two"),
         ("cluster rotate-ca --retire-now", "Nobody is here to say so"),
