@@ -62,7 +62,9 @@ def queued_clearance(value: bytes) -> tuple[str, ...] | None:
 
 def covers(acl: NodeAcl, clearance: Iterable[str] | None) -> bool:
     """Whether the node is cleared for all of these labels; None: it is not known which."""
-    return clearance is not None and set(clearance) - {MEMBERS} <= set(acl.effective)
+    if not clearance:  # most tasks have no label, and this is asked for each of them, for each worker
+        return clearance is not None
+    return set(clearance) <= {*acl.effective, MEMBERS}
 
 
 def secrets_of(node: NodeId, tasks: Iterable[Task]) -> frozenset[str]:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from spinetta import gatewaycodec, keys, visibility
+from spinetta.access import NodeAcl
 from spinetta.errors import Compacted, SpinettaError, StoreUnavailable
 from spinetta.model import NodeId, Revision
 from spinetta.store.protocol import Change, Store
@@ -28,7 +29,7 @@ BACK_REVISIONS_MAX = 10_000  # how far back a feed begins for the first who asks
 LINGER_S = 30.0  # a feed that nobody listens to goes on for so long
 MESSAGES_PER_S = 2000.0  # to all who listen to one prefix: some 200 µs each; past it changes are gathered
 PAUSE_MAX_S = 0.2  # … for so long at most; the first change after a quiet time never waits
-STAND_S = 5.0  # from asking for a feed to its standing
+STAND_S = 4.0  # from asking for a feed to its standing; who asks waits 5 s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,15 +40,14 @@ class Item:
     revision: Revision
     data: bytes
     deleted: bool
-    clearance: frozenset[str] | None = None
+    clearance: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, change: Change) -> Item:
         """Take in a change."""
-        labels: frozenset[str] | None = None
+        labels: tuple[str, ...] | None = None
         if change.value is not None and change.key.startswith(keys.QUEUED):
-            found = visibility.queued_clearance(change.value.value)
-            labels = None if found is None else frozenset(found)
+            labels = visibility.queued_clearance(change.value.value)
         data = gatewaycodec.change_bytes(change.key, change.value, change.revision)
         return cls(change.key, change.revision, data, change.value is None, labels)
 
@@ -257,11 +257,10 @@ class Fanout:
             return StoreUnavailable("the watch ended")
 
 
-def sees_for(node: NodeId, clearances: Iterable[str], prefix: str) -> Sees:
+def sees_for(node: NodeId, acl: NodeAcl, prefix: str) -> Sees:
     """Which changes of a prefix that it may watch a worker may see. Deletions tell no more than that a key is gone."""
     if prefix == keys.QUEUED:
-        covered = frozenset(clearances)
-        return lambda item: item.deleted or (item.clearance is not None and item.clearance <= covered)
+        return lambda item: item.deleted or visibility.covers(acl, item.clearance)
     if prefix == keys.LEADER:
         return lambda item: item.key == keys.OFFICE
     if prefix in (keys.NODE, keys.running_on(node)):

@@ -255,7 +255,7 @@ class GatewayService:
     ) -> AsyncGenerator[bytes, None]:
         now = asyncio.get_running_loop().time
         checked_s = now()
-        sees = sees_for(caller.node, caller.acl.effective, prefix)
+        sees = sees_for(caller.node, caller.acl, prefix)
         async with self.fanout.subscribe(prefix, start, sees) as subscriber:
             yield gc.watch_response(Revision(start - 1))
             while True:
