@@ -111,16 +111,6 @@ async def _gets_in(dialer: Dialer, address: str, timeout_s: float) -> bool:
     return True
 
 
-async def _gets_in(dialer: Dialer, address: str, timeout_s: float) -> bool:
-    async with dialer.channel(address, ANY, _OPTIONS) as channel:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await channel.channel_ready()
-        except TimeoutError:
-            return False
-    return True
-
-
 async def _look_in_the_clear(address: str, timeout_s: float) -> UserError | None:
     if not names.is_loopback(address):
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -39,7 +39,7 @@ class Met:
 
     Attributes:
         cluster: the trust domain.
-        ca_bundle: its authorities' certificates.
+        ca_bundle: its authorities' certificates; if verified, only the one with that hash.
         ca_hash: of the authority that was believed, or (`verified` False) that is to be compared.
         voters: API addresses of nodes that answer Join and Login; where it was met, when none is known.
         wall_ms: its clock.
@@ -102,7 +102,7 @@ async def _meet(address: str, ca_hash: bytes | None, timeout_s: float) -> Met:
             "token with `spinetta token create`; if neither is so, somebody stands in between",
             reason="other-cluster",
         )
-    # The other authorities that were offered may be anybody's: they count only once told over a verified connection.
+    # The other authorities that were offered may be anybody's.
     answer = await _ask(Dialer.guest(b"".join(believed)), address, timeout_s)
     if answer is None:
         raise UserError(
@@ -110,7 +110,9 @@ async def _meet(address: str, ca_hash: bytes | None, timeout_s: float) -> Met:
             hint="somebody may stand in between; if the authority was changed a moment ago: make a new token",
             reason="impostor",
         )
-    met = _met(address, answer, ca_hash, verified=True)
+    # Whoever has answered may be a worker, and a hostile one: what else it offers is still not believed. A voter tells
+    # of the other authorities, with the certificate that it gives.
+    met = replace(_met(address, answer, ca_hash, verified=True), ca_bundle=b"".join(believed))
     apart_s = abs(met.wall_ms / 1000 - time.time())
     if apart_s > CLOCKS_APART_S:
         raise UserError(
