@@ -19,7 +19,7 @@ import tenacity
 
 from spinetta import names
 from spinetta.client import diagnose
-from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, Redirected, from_rpc
+from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, UNIMPLEMENTED, Redirected, from_rpc
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer
 from spinetta.v1 import api_pb2 as api
@@ -40,6 +40,7 @@ ATTEMPT_TIMEOUT_S = 10.0  # of one call at one node, so that a frozen one leaves
 RETRY_WAIT_MAX_S = 1.0
 HOPS_MAX = 8  # addresses followed within one call: there are five voters at most
 LEARNED_MAX = 16  # voters remembered beside the addresses that were given
+OPEN_CLUSTER = "open-cluster"
 RETIRED_MAX = 8  # connections with an older certificate, kept for the streams on them
 
 _OPTIONS: Sequence[tuple[str, int]] = (
@@ -224,10 +225,25 @@ class Nodes:
         writes: bool = False,
         timeout_s: float | None = None,
     ) -> A:
-        """As `call`, of the service Trust."""
-        return await self._call(
-            lambda link: method(link.trust), request, writes=writes, timeout_s=timeout_s, attempt_s=ATTEMPT_TIMEOUT_S
-        )
+        """As `call`, of the service Trust.
+
+        Raises:
+            UserError: also when the cluster is an open one, which has no such service (reason ``open-cluster``).
+        """
+
+        def pick(link: Link) -> grpc.aio.UnaryUnaryMultiCallable[Q, A]:
+            return method(link.trust)
+
+        try:
+            return await self._call(pick, request, writes=writes, timeout_s=timeout_s, attempt_s=ATTEMPT_TIMEOUT_S)
+        except UserError as e:
+            if e.reason != UNIMPLEMENTED or self.dialer.is_secured:
+                raise
+            raise UserError(
+                "this is an open cluster: everybody may do everything; there are no users, tokens, labels or secrets",
+                hint="found a secured one: spinetta node join --tls on",
+                reason=OPEN_CLUSTER,
+            ) from None
 
     async def enroll(
         self,

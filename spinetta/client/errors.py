@@ -22,6 +22,7 @@ from spinetta.v1 import api_pb2 as api
 DETAIL_KEY = "spinetta-error-bin"
 # What is asked for is on a node that does not answer: asking other nodes again at once would not help.
 NODE_UNREACHABLE = "node-unreachable"
+UNIMPLEMENTED = "unimplemented"
 ASK_A_VOTER = "ask-a-voter"  # a worker serves no users
 ASK_NODE = "ask-node"  # only the node that has it can show it
 _Code = grpc.StatusCode
@@ -108,5 +109,9 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> Spin
     if code is _Code.RESOURCE_EXHAUSTED:
         return UserError(f"{where}: {text}", hint="send less at once", reason="too-large")
     if code is _Code.UNIMPLEMENTED:
-        return UserError(f"{where} does not know this call: {text}", hint="is it a Spinetta node, of the same version?")
+        return UserError(
+            f"{where} does not know this call: {text}",
+            hint="is it a Spinetta node, of the same version?",
+            reason=UNIMPLEMENTED,
+        )
     return InvariantViolation(f"{where} failed: {text}")

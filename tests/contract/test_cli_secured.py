@@ -205,6 +205,29 @@ def test_a_client_token_is_spent_once(play: Callable[..., None], tmp_path: Path)
     play(story)
 
 
+def test_a_bearer_token_is_kept_for_a_cluster_whose_authority_was_compared(
+    play: Callable[..., None], tmp_path: Path
+) -> None:
+    async def story(w: World, admin: Shell) -> None:
+        ann = Shell(w, tmp_path / "ann")
+        (ann.home / "jwt").write_text("abc.def.ghi")
+        keep = ("login", "--bearer-file", "jwt", "--keep-bearer")
+        [right] = [
+            a["hash"] for a in (await admin.json("cluster", "authorities"))["authorities"] if a["kind"] == "cluster"
+        ]
+        assert "--ca-hash" in await ann.refused(2, *keep)
+        assert "somebody stands in between" in await ann.refused(2, *keep, "--ca-hash", "00" * 32)
+        assert "not the hash of an authority" in await ann.refused(2, *keep, "--ca-hash", "12")
+        assert not ann.credentials.exists()
+        await ann.good(*keep, "--ca-hash", right)
+        stored = load(ann.credentials)
+        assert (stored.credentials, stored.nodes) == (None, (w.voter.address,))
+        assert stored.bearer_file == str(ann.home / "jwt")
+        await ann.refused(8, "whoami")  # no issuer is believed here
+
+    play(story)
+
+
 def test_a_lost_laptop(play: Callable[..., None], tmp_path: Path) -> None:
     async def story(w: World, admin: Shell) -> None:
         ann = await login(w, admin, "ann", tmp_path / "ann")

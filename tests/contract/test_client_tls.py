@@ -242,6 +242,16 @@ def test_a_good_node_beside_an_impostor_is_enough(world: World) -> None:
     run(story())
 
 
+def test_an_open_cluster_has_nothing_of_the_kind() -> None:
+    async def story() -> None:
+        async with serving(Stand(), None) as at, client_of(at) as client:
+            assert (await client.admin.whoami()).kind == "local"
+            for call in (client.admin.tokens(), client.admin.policy(), client.put_secret("a", b"x", owner="me")):
+                assert (await refused(call)).reason == "open-cluster"
+
+    run(story())
+
+
 # --- workers ----------------------------------------------------------------------------------------------------
 
 
