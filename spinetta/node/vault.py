@@ -140,7 +140,7 @@ class Vault:
         try:
             whole = spec if spec.sealed is None else await self._open_payload(spec)
             return Opened(whole, await self._open_secrets(spec), private=spec.sealed is not None)
-        except StoreUnavailable as e:
+        except (StoreUnavailable, UserError) as e:  # the latter: the gateway shows a worker what concerns it only
             raise CannotOpen(Reason.NODE_UNFIT, f"the keys or secrets cannot be read now: {e}") from None
 
     async def _open_payload(self, spec: TaskSpec) -> TaskSpec:
