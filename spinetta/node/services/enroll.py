@@ -32,6 +32,7 @@ from spinetta.node.services.certify import needs_keyring, node_certificates, ope
 from spinetta.node.services.desk import Asked, Desk
 from spinetta.node.services.tokendesk import TokenDesk
 from spinetta.rights import Call, Caller, CallerKind
+from spinetta.store.protocol import KeyValue
 from spinetta.trust import certificates, sealing
 from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1 import trust_pb2_grpc as rpc
@@ -245,6 +246,17 @@ class EnrollApi(rpc.EnrollServicer):
         user_key = keys.acl_user(record.user)
         user = await read(self._port.store, [user_key])
         acl = self._check_user(user.value(UserAcl, user_key), record.user)
+        if _is_older(found.entries[token_key], user.entries[user_key]):
+            raise Denied(
+                f"the join token was made for an earlier user {record.user}",
+                field="token",
+                hint="ask an administrator for a new one",
+                reason="token-revoked",
+            )
+        if again and (record.expires_ms <= self._port.wall_ms() or record.created_ms < acl.issued_after_ms):
+            # A lost answer is repeated; certificates that were called back are not given again, nor are old ones.
+            again = False
+            tokendesk.check_usable(record, (TokenRole.CLIENT,), self._port.wall_ms())
         if not again:
             spent = replace(record, uses_left=record.uses_left - 1, last_key_hash=key_hash)
             change = Change(found.seen(token_key), trustcodec.encode(spent))
@@ -305,6 +317,11 @@ def _check_size(csr: bytes, field: str) -> None:
 def _protocol(version: str) -> tuple[str, ...]:
     parts = version.split(".")
     return tuple(parts[:2]) if parts[0] == "0" else tuple(parts[:1])
+
+
+def _is_older(one: KeyValue | None, other: KeyValue | None) -> bool:
+    """By the store's count: clocks of nodes differ."""
+    return one is not None and other is not None and one.created < other.created
 
 
 def _check_is_own(acl: NodeAcl, new: _Newcomer) -> None:

@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from spinetta.node.hub import closing
-from spinetta.node.services.desk import Desk
+from spinetta.node.services.desk import Asked, Desk
 from spinetta.rights import Call
 
 
@@ -24,6 +24,13 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc] # has no types
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
         check = super().Check
         return await self._desk.answer(context, Call.HEALTH, lambda _: check(request, context))
+
+    async def List(self, request: health_pb2.HealthListRequest, context: Any) -> health_pb2.HealthListResponse:  # noqa: ARG002
+        async def all_of_them(_: Asked) -> health_pb2.HealthListResponse:
+            known = {name: health_pb2.HealthCheckResponse(status=s) for name, s in self._server_status.items()}
+            return health_pb2.HealthListResponse(statuses=known)
+
+        return await self._desk.answer(context, Call.HEALTH, all_of_them)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
         watch = super().Watch
