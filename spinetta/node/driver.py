@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spinetta.agent import Agent
-from spinetta.errors import Compacted, OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
+from spinetta.errors import Compacted, Denied, OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.events import (
     AttemptEnded,
     Change,
@@ -36,6 +36,7 @@ from spinetta.events import (
     Read,
     ReadDone,
     Reading,
+    Refused,
     Remember,
     Remembered,
     RenewRuntime,
@@ -257,11 +258,19 @@ class Driver:
         except (OutcomeUnknown, StoreUnavailable) as e:
             self._remark("no answer to a write", e)
             result = None
+        except Denied as e:
+            await self._refused(e)
+            result = None
         except UserError as e:  # the store refuses: out of space, too large
             log.error("the store refuses %s: %s", effect.tag, e)
             await asyncio.sleep(1.0)
             result = None
         await self.tell(CommitDone(effect.tag, result))
+
+    async def _refused(self, error: Denied) -> None:
+        """The gateway does not let this node in: no answer to what was asked. The agent decides what follows."""
+        self._remark("the cluster does not let this node in", error)
+        await self.tell(Refused(error.message))
 
     async def _read(self, effect: Read) -> None:
         try:
@@ -270,13 +279,17 @@ class Driver:
             self._remark("no answer to a read", e)
             await self.tell(ReadDone(effect.tag, None))
             return
+        except Denied as e:
+            await self._refused(e)
+            await self.tell(ReadDone(effect.tag, None))
+            return
         entries = {k: entry_of(v) for k, v in snapshot.entries.items()}
         await self.tell(ReadDone(effect.tag, Reading(snapshot.revision, entries)))
 
     async def _list(self, effect: List) -> None:
         try:
             page = await self._store.list(effect.prefix, after=effect.after, limit=effect.limit)
-        except (StoreUnavailable, Compacted) as e:  # a long list is read in pages, all at one revision
+        except (StoreUnavailable, Compacted, Denied) as e:  # a long list is read in pages, all at one revision
             self._remark("no answer to a list", e)
             await self.tell(ListDone(effect.tag, None))
             return
@@ -289,14 +302,14 @@ class Driver:
                 told = tuple(Change(c.key, entry_of(c.value), c.revision) for c in changes.events)
                 if told:
                     await self.tell(Changed(effect.tag, effect.serial, told, changes.revision))
-        except (Compacted, StoreUnavailable) as e:
+        except (Compacted, StoreUnavailable, Denied) as e:
             self._remark("a watch ended and begins again", e)
         await self.tell(WatchLost(effect.tag, effect.serial))
 
     async def _grant(self, effect: GrantLease) -> None:
         try:
             lease = await self._store.grant_lease(effect.ttl_s)
-        except (OutcomeUnknown, StoreUnavailable) as e:
+        except (OutcomeUnknown, StoreUnavailable, Denied) as e:
             self._remark("no lease", e)
             lease = None
         await self.tell(LeaseGranted(effect.tag, lease))
@@ -305,7 +318,7 @@ class Driver:
         ttl_s: float | NoAnswer | None
         try:
             ttl_s = await self._store.keep_alive(effect.lease, timeout_s=self._busy_s)
-        except (OutcomeUnknown, StoreUnavailable) as e:
+        except (OutcomeUnknown, StoreUnavailable, Denied) as e:
             self._remark("no answer to keeping a lease alive", e)
             ttl_s = NoAnswer.UNKNOWN
         await self.tell(KeptAlive(effect.tag, effect.lease, ttl_s))
@@ -313,7 +326,7 @@ class Driver:
     async def _revoke(self, effect: RevokeLease) -> None:
         try:
             await self._store.revoke_lease(effect.lease)
-        except (OutcomeUnknown, StoreUnavailable) as e:
+        except (OutcomeUnknown, StoreUnavailable, Denied) as e:
             self._remark("a lease was not revoked and will run out", e)
 
     async def _write_down(self, effect: Remember) -> None:
