@@ -18,7 +18,7 @@ from spinetta.access import MEMBERS, LabelKey, NodeRole, SecretRecord
 from spinetta.access import Envelope as Sealed
 from spinetta.errors import Compacted, Denied, OutcomeUnknown, StoreUnavailable
 from spinetta.model import Exit, LeaseId, NodeId, Outcome, Reason, Revision, State, Task
-from spinetta.node.gateway import fanout, server
+from spinetta.node.gateway import fanout, service, watches
 from spinetta.node.port import Member, Membership
 from spinetta.store import gateway
 from spinetta.store.protocol import Changes, KeyValue, Store
@@ -291,8 +291,8 @@ def test_secrets_are_there_only_while_a_task_that_needs_them_runs_here() -> None
 
 
 def test_a_long_queue_that_is_mostly_hidden_is_listed_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "SCAN_KEYS_MAX", 20)
-    monkeypatch.setattr(server, "SCAN_PAGE_KEYS", 10)
+    monkeypatch.setattr(service, "SCAN_KEYS_MAX", 20)
+    monkeypatch.setattr(service, "SCAN_PAGE_KEYS", 10)
 
     async def scenario() -> None:
         async with fresh() as world:
@@ -326,14 +326,15 @@ def test_one_watch_at_etcd_serves_all_workers_each_with_what_it_may_see() -> Non
             await submit(world, 1)
             await submit(world, 2, clearance=("red",))
             await submit(world, 3, clearance=("blue",))
-            q1, q2, q3 = (keys.queued(builders.task_id(n)) for n in (1, 2, 3))
+            await submit(world, 4, clearance=(MEMBERS,))
+            q1, q2, q3, q4 = (keys.queued(builders.task_id(n)) for n in (1, 2, 3, 4))
             for n, queue in enumerate(queues):
-                expected = [q1, q2] if n % 2 else [q1]
+                expected = [q1, q2, q4] if n % 2 else [q1, q4]
                 await queue.shows(expected)
             assert await workers[4].claim(1) == (True,)
             await world.etcd.commit(Txn(then=(Delete(q3),)))
             for n, queue in enumerate(queues):  # that something is gone is told of what was hidden, too
-                expected = [q1, q2, q1, q3] if n % 2 else [q1, q1, q3]
+                expected = [q1, q2, q4, q1, q3] if n % 2 else [q1, q4, q1, q3]
                 await queue.shows(expected)
             await eventually(lambda: mine[4].keys == [keys.running(NodeId("w4"), builders.task_id(1))], within_s=10)
             assert not any(each.keys for n, each in enumerate(mine) if n != 4)
@@ -417,7 +418,7 @@ def test_a_slow_reader_is_cut_and_lists_again(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_quiet_watch_is_told_that_it_still_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BEAT_S", 0.2)
+    monkeypatch.setattr(watches, "BEAT_S", 0.2)
     monkeypatch.setattr(gateway, "SILENT_S", 1.0)
 
     async def scenario() -> None:
@@ -431,7 +432,7 @@ def test_a_quiet_watch_is_told_that_it_still_stands(monkeypatch: pytest.MonkeyPa
             ]
             await asyncio.sleep(3)  # not for something to happen, but for nothing to
             assert [f.error for f in followers] == [None, None]
-            monkeypatch.setattr(server, "BEAT_S", 60)
+            monkeypatch.setattr(watches, "BEAT_S", 60)
             await eventually(lambda: all(f.error is not None for f in followers), within_s=10)
             assert all("fallen silent" in str(f.error) for f in followers)
 
