@@ -13,7 +13,9 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from spinetta import trustcodec
 from spinetta.access import MEMBERS, LabelGeneration, LabelKey, NodeAcl, NodeRole, Wrap
+from spinetta.errors import CorruptRecord
 
 KEY_ID_BYTES = 8
 GENERATIONS_MAX = 32  # kept in one record; each is a wrap of about 100 bytes for each cleared node
@@ -72,6 +74,19 @@ Step = Create | HandOn | Replace | Drop
 def key_id(sealing_key: bytes) -> bytes:
     """Tells one sealing key of a node from another."""
     return hashlib.sha256(sealing_key).digest()[:KEY_ID_BYTES]
+
+
+def stored(label: str, value: bytes) -> LabelKey:
+    """The key of a label, as it is stored.
+
+    Raises:
+        CorruptRecord: it cannot be read, or is another's.
+    """
+    key = trustcodec.decode(LabelKey, value)
+    numbers = [g.number for g in key.generations]
+    if key.label != label or not numbers or numbers != sorted(set(numbers)):
+        raise CorruptRecord(f"the key of label {label} cannot be read: it is another's, or has no generations in order")
+    return key
 
 
 def cleared_for(label: str, nodes: Iterable[NodeAcl], live: Collection[str]) -> tuple[Cleared, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,8 @@ from spinetta.model import NodeId, Revision
 from spinetta.store.protocol import READ_KEYS_MAX, KeyValue, Store
 from spinetta.v1 import record_pb2 as record
 from spinetta.v1 import trust_pb2 as pb
+
+log = logging.getLogger("spinetta.node")
 
 GUARDED_MAX = 100  # nodes newly given a key in one write: the rights of each are a guard, and etcd takes 128 in all
 PAGE_KEYS = 500  # of rights; about 150 KB
@@ -73,9 +76,11 @@ class DirectDesk:
         states = []
         for name in wanted:
             entry = found[keys.label(name)]
-            key = trustcodec.decode(LabelKey, entry.value) if entry is not None else None
-            if key is not None and (key.label != name or not key.generations):
-                raise CorruptRecord(f"the key of label {name} cannot be read: it is another's, or has no generations")
+            try:
+                key = labelkeys.stored(name, entry.value) if entry is not None else None
+            except CorruptRecord as e:  # left as it is, and no reason to leave the other labels alone
+                log.warning("%s", e)
+                continue
             revision = entry.modified if entry is not None else Revision(0)
             states.append(LabelState(name, key, revision, labelkeys.cleared_for(name, acls, live)))
         return states
@@ -91,7 +96,7 @@ class DirectDesk:
         entry = (await self._store.read([keys.label(key.label)])).entries[keys.label(key.label)]
         if (entry.modified if entry is not None else 0) != revision:
             return False
-        old = trustcodec.decode(LabelKey, entry.value) if entry is not None else None
+        old = labelkeys.stored(key.label, entry.value) if entry is not None else None
         refused = labelkeys.why_not_update(old, key, caller, cleared, may_drop=may_drop)
         if refused:
             raise Denied(f"the key of label {key.label}: {refused}")

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from spinetta import keys, payload, trustcodec, validate
+from spinetta import keys, labelkeys, payload, trustcodec, validate
 from spinetta.access import Envelope, LabelGeneration, LabelKey, SecretRecord, Wrap
 from spinetta.errors import CorruptRecord, SpinettaError, StoreUnavailable, UserError
 from spinetta.labelkeys import key_id
@@ -121,12 +121,12 @@ class Vault:
             if entry is None:
                 continue
             try:
-                key = trustcodec.decode(LabelKey, entry.value)
+                key = labelkeys.stored(entry.key.removeprefix(keys.LABEL), entry.value)
             except CorruptRecord as e:
                 log.warning("%s: %s", entry.key, e)
                 continue
             self.learn(key)
-            found[entry.key.removeprefix(keys.LABEL)] = key
+            found[key.label] = key
         return found
 
     # --- opening ---------------------------------------------------------------------------------------------------

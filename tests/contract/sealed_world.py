@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spinetta import codec, keys, lifecycle, payload, trustcodec, txn
 from spinetta.access import LabelKey, NodeAcl, NodeRole, SecretRecord
+from spinetta.errors import StoreUnavailable
 from spinetta.model import NodeId, QueueHint, Revision, Task, TaskSpec
 from spinetta.node.labeldesk import DirectDesk
 from spinetta.node.labels import LabelKeeper
@@ -19,7 +20,7 @@ from spinetta.store.protocol import Store
 from spinetta.trust.credentials import NodeCredentials
 from spinetta.trust.envelope import LabelPublicKey, seal_envelope
 from spinetta.trust.sealing import new_sealing_key, public_of
-from tests.contract.api_world import Etcd, put
+from tests.contract.api_world import Etcd, eventually, put
 from tests.unit.trust_world import World
 
 
@@ -123,10 +124,20 @@ class Sealed:
         return await put(self.store, keys.secret(owner, name), trustcodec.encode(record))
 
 
+async def _answers(store: Store) -> bool:
+    """On a busy machine a first connection may take longer than a node waits for it."""
+    try:
+        await store.read(["/"])
+    except StoreUnavailable:
+        return False
+    return True
+
+
 @asynccontextmanager
 async def sealed_world(etcd: Etcd) -> AsyncIterator[Sealed]:
     store = EtcdStore([etcd.endpoint])
     try:
+        await eventually(lambda: _answers(store), what="an etcd that answers")
         yield Sealed(store)
     finally:
         await store.close()

@@ -326,6 +326,22 @@ def test_nonsense_instead_of_a_wrap_is_no_key(etcd: Etcd) -> None:
     run(scenario())
 
 
+def test_a_record_that_cannot_be_read_stops_no_other(etcd: Etcd) -> None:
+    async def scenario() -> None:
+        async with sealed_world(etcd) as world:
+            await put(world.store, keys.label("bad"), b"\xff")
+            await put(world.store, keys.label("empty"), b"")
+            await put(world.store, keys.acl_node(NodeId("x")), b"\xff")
+            a = await world.join("a", "bad", "empty", "phi")
+            await world.settle()
+            spec = secret_task("phi")
+            assert await opens(a, await world.submit(spec)) == spec
+            found = (await world.store.read([keys.label("bad"), keys.label("empty")])).entries
+            assert [e.value for e in found.values() if e is not None] == [b"\xff", b""]
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("part", ["moved", "altered", "dropped", "payload"])
 def test_what_was_tampered_with_in_the_store_is_not_run(etcd: Etcd, part: str) -> None:
     async def scenario() -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinetta import labelkeys
+from spinetta import labelkeys, trustcodec
 from spinetta.access import MEMBERS, LabelGeneration, LabelKey, NodeAcl, NodeRole, Wrap
+from spinetta.errors import CorruptRecord
 from spinetta.labelkeys import Cleared, Create, Drop, HandOn, Replace, doer, key_id, plan
 
 
@@ -183,6 +184,22 @@ AFTER = labelkeys.replaced(WITHDRAWN, NEXT, [A, B])
 def test_what_a_node_may_write(old: LabelKey | None, new: LabelKey, why: str) -> None:
     said = labelkeys.why_not_update(old, new, "a", [A, B])
     assert (why in said) if why else said == ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"\xff",
+        trustcodec.encode(key([A], label="other")),
+        trustcodec.encode(key(label="phi")),
+        trustcodec.encode(replace(GOOD, generations=GOOD.generations * 2)),
+    ],
+)
+def test_a_record_that_is_none(value: bytes) -> None:
+    with pytest.raises(CorruptRecord):
+        labelkeys.stored("phi", value)
+    assert labelkeys.stored("phi", trustcodec.encode(AFTER)) == AFTER
 
 
 def test_only_who_sees_all_may_drop() -> None:

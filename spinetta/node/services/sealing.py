@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from spinetta import confidential, keys, names, payload, trustcodec, validate
+from spinetta import confidential, keys, labelkeys, names, payload, validate
 from spinetta.access import Envelope, LabelKey
 from spinetta.errors import UserError
 from spinetta.match import uncleared
@@ -93,7 +93,7 @@ def _sealed(spec: TaskSpec, known: dict[str, LabelKey], port: NodePort, index: i
 async def label_keys(store: Store, labels: Iterable[str]) -> dict[str, LabelKey]:
     """The keys of those labels that have one."""
     found = await lookup.read_all(store, [keys.label(label) for label in labels])
-    return {k.removeprefix(keys.LABEL): trustcodec.decode(LabelKey, entry.value) for k, entry in found.items()}
+    return {(label := k.removeprefix(keys.LABEL)): labelkeys.stored(label, entry.value) for k, entry in found.items()}
 
 
 def check_fresh(envelope: Envelope, known: dict[str, LabelKey], field: str) -> None:
