@@ -67,7 +67,7 @@ def test_a_submit_beyond_the_policys_rate_writes_nothing(etcd: Etcd, tmp_path: P
 def test_refusals_use_up_what_one_may_ask_for(etcd: Etcd, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with secured(etcd, tmp_path) as cluster, cluster.serving() as a:
-            eve = await cluster.user("eve", UserRole.VIEWER, limits=Limits(calls_per_s=1.0))
+            eve = await cluster.user("eve", UserRole.VIEWER, limits=Limits(calls_per_s=0.01))
             async with cluster.as_(a, eve) as hers:
                 codes = [(await failure(hers.Drain(api.DrainRequest()))).code for _ in range(3)]
                 assert codes == [DENIED, BUSY, BUSY]
