@@ -120,7 +120,7 @@ def _credentials(
 
 @click.command()
 @click.argument("key", required=False)
-@click.option("--type", "type_", metavar="TYPE", help="task, queued, running, node, incarnation, office or generation.")
+@click.option("--type", "type_", metavar="TYPE", help="task, node, running, user-acl, policy, …")
 @json_option
 @data_dir_option
 @client_options

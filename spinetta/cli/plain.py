@@ -22,6 +22,15 @@ _BY_PREFIX: tuple[tuple[str, Callable[[], Message]], ...] = (
     (keys.INCARNATION, pb.Incarnation),
     (keys.OFFICE, pb.Office),
     (keys.GENERATION, pb.Generation),
+    (keys.ACL_NODE, pb.NodeAcl),
+    (keys.ACL_USER, pb.UserAcl),
+    (keys.ACL_GROUP, pb.GroupAcl),
+    (keys.TOKEN, pb.TokenRecord),
+    (keys.REQUEST, pb.JoinRequestRecord),
+    (keys.POLICY, pb.Policy),
+    (keys.AUTHORITY, pb.Authorities),
+    (keys.LABEL, pb.LabelKey),
+    (keys.SECRET, pb.SecretRecord),  # sealed
 )
 TYPES: dict[str, Callable[[], Message]] = {
     "task": pb.Task,
@@ -31,6 +40,15 @@ TYPES: dict[str, Callable[[], Message]] = {
     "incarnation": pb.Incarnation,
     "office": pb.Office,
     "generation": pb.Generation,
+    "node-acl": pb.NodeAcl,
+    "user-acl": pb.UserAcl,
+    "group-acl": pb.GroupAcl,
+    "token": pb.TokenRecord,
+    "request": pb.JoinRequestRecord,
+    "policy": pb.Policy,
+    "authority": pb.Authorities,
+    "label": pb.LabelKey,
+    "secret": pb.SecretRecord,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spinetta import codec, keys
+from spinetta import access, codec, keys, trustcodec
 from spinetta.cli import plain
 from spinetta.errors import UserError
 from spinetta.model import NodeId, Resources
@@ -23,6 +23,18 @@ def test_for_people() -> None:
     assert gpu["capacity"]["countables"] == {"gpu": 2}
     held = plain.to_dict(keys.running(NodeId("n1"), task_id(1)), codec.encode_holding(holding(3)))
     assert held == {"attempt": 3, "incarnation": "life", "grace_s": 8.0}
+
+
+def test_records_of_trust() -> None:
+    ann = access.UserAcl("ann", access.UserRole.OPERATOR, ("genomes",), created_ms=5)
+    shown = plain.to_dict(keys.acl_user("ann"), trustcodec.encode(ann))
+    assert (shown["name"], shown["projects"], shown["created_ms"]) == ("ann", ["genomes"], 5)
+    assert "OPERATOR" in shown["role"]
+    policy = plain.to_dict(keys.POLICY, trustcodec.encode(access.Policy(approval=True)))
+    assert policy["approval"] is True
+    wrap = access.LabelGeneration(1, b"p" * 32, (access.Wrap("n1", b"s"),))
+    label = plain.to_dict(keys.label("phi"), trustcodec.encode(access.LabelKey("phi", (wrap,))))
+    assert label["generations"][0]["wraps"][0]["node"] == "n1"
 
 
 @pytest.mark.parametrize("key", ["/elsewhere", "", "tasks"])
