@@ -48,7 +48,7 @@ def check_may_begin(authorities: Authorities) -> None:
             f"a rotation of the {authorities.kind} authority is under way",
             field="kind",
             reason="rotation-under-way",
-            hint="see `spinetta authority list`; `spinetta authority rotate --retire-now` ends an overlap early",
+            hint="see: spinetta cluster authorities; spinetta cluster rotate-ca --retire-now ends an overlap early",
         )
 
 

@@ -10,21 +10,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from spinetta import keys
-from spinetta.access import Authorities, NodeAcl, NodeRole, Policy
-from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable
+from spinetta.access import Authorities, NodeAcl, NodeRole, Policy, UserAcl, UserRole
+from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import NodeId
 from spinetta.node import founding, renewal
 from spinetta.node.keyring import Keyring
 from spinetta.node.renewal import Report, TrustKeeper, VoterSource, WorkerSource
+from spinetta.node.rescue import make_administrator, rescue
 from spinetta.node.revival import have_ended, revive
 from spinetta.node.services.authorities import RotationKeeper
 from spinetta.rotation import under_way
 from spinetta.store.etcd import EtcdStore
 from spinetta.trust import certificates
-from spinetta.trust.credentials import NodeCredentials
+from spinetta.trust.credentials import NodeCredentials, UserCredentials
 from spinetta.trust.dial import VOTER, Dialer
 from spinetta.v1 import record_pb2 as records
 from spinetta.v1 import trust_pb2 as pb
@@ -347,6 +349,57 @@ def test_who_was_away_while_it_was_exchanged_comes_back(etcd: Etcd, tmp_path: Pa
 def _is_by(pem: bytes, authority: bytes) -> bool:
     cluster = certificates.cluster_of(authority)
     return certificates.identity_of(pem, (authority,), cluster, now_s=time.time()) is not None
+
+
+def test_who_ends_an_overlap_is_not_shut_out_by_it(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        admin, rotation = await w.admin(), RotationKeeper(w.voter.store, w.voter.port.wall_ms)
+        retire = pb.RotateAuthorityRequest(kind="cluster", retire_now=True)
+        assert (await failure(admin.RotateAuthority(retire))).detail.reason == "no-rotation"
+        await admin.RotateAuthority(pb.RotateAuthorityRequest(kind="cluster"))
+        assert (await failure(admin.RotateAuthority(retire))).detail.reason == "not-signing-yet"
+        async with kept(w, w.voter.credentials, w.voter.address):
+
+            async def stepped_to(generation: int) -> bool:
+                await rotation.step()
+                return (await authorities(w, "cluster")).generation == generation
+
+            await eventually(lambda: stepped_to(3), what="the new one signs")
+            assert (await failure(admin.RotateAuthority(retire))).detail.reason == "would-shut-out"
+            key = certificates.new_key()
+            made = (await admin.Renew(pb.RenewRequest(csr=certificates.csr(key, "x")))).certificates
+            leaf = certificates.split_pem(made.certificate)[0]
+            fresh = UserCredentials.create(made.ca_bundle, leaf, certificates.key_pem(key))
+            again = await w.voter.trust(fresh)
+            await again.RotateAuthority(retire)
+            await eventually(lambda: stepped_to(4), what="the old one is gone")
+            assert (await (await w.voter.trust(fresh)).WhoAmI(pb.WhoAmIRequest())).name == "admin"
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_an_administrator_is_made_on_a_voters_machine(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        store, mine = w.voter.store, w.voter.credentials
+        await set_record(store, keys.acl_user("admin"), UserAcl, revoked=True, role=UserRole.VIEWER)
+        for name in ("admin", "bob", "bob"):
+            made = await make_administrator(store, mine, name, now_s=time.time())
+            await eventually(lambda made=made: is_admin(w, made), what="it counts")  # type: ignore[misc]
+        worker = await w.joined("n2")
+        with pytest.raises(UserError):
+            await make_administrator(store, worker, "eve", now_s=time.time())
+        assert await w.voter.record(UserAcl, keys.acl_user("eve")) is None
+        with pytest.raises(UserError):
+            await rescue(tmp_path / "nowhere")
+
+    scenario(etcd, tmp_path, story)
+
+
+async def is_admin(w: World, credentials: UserCredentials) -> bool:
+    try:
+        return (await (await w.voter.trust(credentials)).WhoAmI(pb.WhoAmIRequest())).role == "admin"
+    except grpc.aio.AioRpcError:
+        return False
 
 
 def test_a_rotation_waits_for_every_live_node_and_no_other(etcd: Etcd, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from spinetta.node import founding
 from spinetta.node.keyring import Keyring
 from spinetta.node.services import trust
 from spinetta.node.services.server import ApiServer, serve
+from spinetta.node.services.throttle import Throttle
 from spinetta.node.services.tokendesk import TokenDesk
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
@@ -165,20 +166,22 @@ def saved(directory: Path, newcomer: Newcomer, made: pb.Certificates) -> NodeCre
 async def voter_node(
     store: Store, directory: Path, credentials: NodeCredentials, *, is_patient: bool = True
 ) -> AsyncIterator[Voter]:
-    """A voter's server. `is_patient`: it does not count wrong tokens."""
+    """A voter's server. `is_patient`: nothing is too often."""
     directory.mkdir(exist_ok=True)  # noqa: ASYNC240 - a test
     port = HandNode(credentials.name, store, directory)
     port.version = __version__
     port.credentials = credentials
     port.dialer = Dialer.secured(credentials.pems)
     keyring = Keyring(store, credentials)
-    checker = TokenDesk((lambda: time.monotonic() * 1e6) if is_patient else time.monotonic)
+    clock = (lambda: time.monotonic() * 1e6) if is_patient else time.monotonic
+    checker = TokenDesk(clock)
 
     async with (
         contextlib.AsyncExitStack() as stack,
         serve(
             port,
             ["127.0.0.1:0"],
+            throttle=Throttle(clock),
             extra=[lambda server, desk: trust.register(server, port, desk, keyring, checker)],
         ) as server,
     ):

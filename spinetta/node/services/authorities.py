@@ -7,16 +7,18 @@ import math
 from collections.abc import Callable
 
 from spinetta import accesstxn, codec, keys, rotation
-from spinetta.access import Authorities, NodeAcl, NodeRole, Policy
+from spinetta.access import Authorities, AuthorityState, NodeAcl, NodeRole, Policy
 from spinetta.errors import UserError
 from spinetta.model import IncarnationId, NodeId, NodeRecord, Resources
 from spinetta.node import keyring as keyrings
 from spinetta.node.keyring import KINDS, Keyring, Kind, Known
 from spinetta.node.port import NodePort
 from spinetta.node.services.access import committed, read, read_under, settle
+from spinetta.node.services.callers import certificate
 from spinetta.node.services.certify import needs_keyring
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.nodeadmin import NODES_MAX
+from spinetta.node.services.renew import is_certified
 from spinetta.node.services.useradmin import OVERLAP_MAX_S
 from spinetta.rotation import NodeTrust
 from spinetta.store.protocol import Store
@@ -54,6 +56,7 @@ class AuthorityAdmin:
             known = keyrings.known_of(found.entries)
             old, now_ms = known.authorities[kind], self._port.wall_ms()
             if request.retire_now:
+                check_may_retire(old, asked)
                 new = rotation.retire_now(old, now_ms=now_ms)
             else:
                 overlap_s = request.overlap_s or (found.value(Policy, keys.POLICY) or Policy()).overlap_s
@@ -81,6 +84,32 @@ class AuthorityAdmin:
         live = await live_nodes(self._port.store)
         return pb.ListAuthoritiesResponse(
             authorities=[one for kind in KINDS for one in _shown(known.authorities[kind], trusts_of(kind, live))]
+        )
+
+
+def check_may_retire(authorities: Authorities, asked: Asked) -> None:
+    """See that the overlap may be ended early, and that whoever asks for it does not shut themselves out.
+
+    Raises:
+        UserError: the new authority does not sign yet, or the caller's own certificate is by the old one.
+    """
+    if any(e.state is AuthorityState.NEXT for e in authorities.entries):
+        raise UserError(
+            f"the new {authorities.kind} authority does not sign yet: some live node does not believe it",
+            hint="see: spinetta cluster authorities; try again in a minute",
+            reason="not-signing-yet",
+        )
+    if authorities.kind != "cluster" or not is_certified(asked):
+        return
+    pem, active = certificate(asked.context), authorities.active.certificate_pem
+    by_active = certificates.identity_of(
+        pem, (active,), certificates.cluster_of(active), now_s=certificates.expiry(pem)[1]
+    )
+    if by_active is None:
+        raise UserError(
+            "your own certificate is by the old authority: without that one you would be shut out",
+            hint="log in anew, then again; other people will have to log in, too",
+            reason="would-shut-out",
         )
 
 

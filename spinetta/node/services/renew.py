@@ -52,7 +52,7 @@ class Renewer:
         """
         keyring = needs_keyring(self._keyring, self._port)
         key_hash = certificates.csr_key_hash(request.csr)
-        if asked.caller.kind is CallerKind.USER and certificate_is_shown(asked):
+        if asked.caller.kind is CallerKind.USER and is_certified(asked):
             return await self._renew_user(keyring, request, asked)
         if asked.caller.kind is not CallerKind.NODE:
             raise Denied("only a certificate can be renewed", hint="for one: spinetta login", reason="unauthenticated")
@@ -134,8 +134,8 @@ def with_key(acl: NodeAcl, *, shown: bytes, wanted: bytes) -> NodeAcl:
     return replace(acl, key_hash=shown, next_key_hash=wanted)
 
 
-def certificate_is_shown(asked: Asked) -> bool:
-    """Whether the caller is known by a certificate, not by a bearer token."""
+def is_certified(asked: Asked) -> bool:
+    """Whether the caller is a person known by a certificate, not by a bearer token."""
     try:
         return certificates.describe(certificate(asked.context)).kind == "user"
     except UserError:
