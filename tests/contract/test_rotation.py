@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from spinetta.node.revival import have_ended, revive
 from spinetta.node.services.authorities import RotationKeeper
 from spinetta.rotation import under_way
 from spinetta.store.etcd import EtcdStore
+from spinetta.store.offline import read_offline
+from spinetta.store.protocol import Snapshot
 from spinetta.trust import certificates
 from spinetta.trust.credentials import NodeCredentials, UserCredentials
 from spinetta.trust.dial import VOTER, Dialer
 from spinetta.v1 import record_pb2 as records
 from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1.trust_pb2_grpc import TrustStub
+from tests.contract import etcds
 from tests.contract.api_world import Etcd, delete, etcd, etcd_member, eventually, failure, run
 from tests.contract.trust_world import World, acl_key, report, set_record, voter_node, world
 
@@ -242,6 +245,27 @@ def test_a_voter_that_was_off_for_too_long_makes_itself_new_certificates(etcd: E
                 await revive(mine, store.read, "127.0.0.1:7220", now_s=time.time() + 100 * 86400)
         finally:
             await store.close()
+
+    run(main())
+
+
+def test_it_does_so_from_its_own_data_while_no_etcd_runs(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with etcds.etcd() as member:
+            store = EtcdStore([member.client])
+            try:
+                long_ago_s = time.time() - 100 * 86400
+                mine = await founding.found_cluster(tmp_path / "trust", "n1", "127.0.0.1:7220", now_s=long_ago_s)
+                await founding.commit(store, mine)
+            finally:
+                await store.close()
+            member.kill()
+
+            async def read_own(those: Sequence[str]) -> Snapshot:
+                return await read_offline(member.settings, those)
+
+            assert await revive(mine, read_own, "127.0.0.1:7220", now_s=time.time())
+            assert not have_ended(mine, time.time())
 
     run(main())
 
