@@ -45,7 +45,14 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 async def fresh(gates: int = 1, **more: Any) -> AsyncIterator[GateWorld]:
     """A world over an etcd of its own, with a generation."""
     async with etcd() as server_, gate_world(server_.client, gates, **more) as world:
-        await put(world.etcd, keys.GENERATION, codec.encode_generation("g"))
+
+        async def begun() -> bool:
+            with contextlib.suppress(StoreUnavailable, OutcomeUnknown):  # a machine too busy to connect in a second
+                await put(world.etcd, keys.GENERATION, codec.encode_generation("g"))
+                return True
+            return False
+
+        await eventually(begun)
         yield world
 
 
