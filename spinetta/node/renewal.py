@@ -43,7 +43,7 @@ LOOK_S = 5.0  # between looks at the cluster's authorities: a rotation waits for
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 30.0
 CALL_S = 10.0
 LAST_PART = 0.2  # of a certificate's life left: from then on each failure is told loudly
-RESTART_LEASE_S = 180  # a restart takes 5 to 10 s, on a bad disk a minute; one that dies meanwhile holds the others up so long
+RESTART_LEASE_S = 180  # a restart takes 5 to 10 s, on a bad disk a minute; who dies in it holds the others up so long
 RESTART_FILE = "etcd-restart-wanted"
 
 
@@ -247,7 +247,9 @@ class TrustKeeper:
             except (StoreUnavailable, OutcomeUnknown, RuntimeUnavailable, UserError) as e:
                 failures += 1
                 self._tell_failure(e)
-                wait_s = min(RETRY_MIN_S * 2 ** min(failures - 1, 8), RETRY_MAX_S, max(self._left_s() / 10, 0.2))
+                left_s = self._left_s()
+                soon_s = max(left_s / 10, 0.2) if left_s else LOOK_S
+                wait_s = min(RETRY_MIN_S * 2 ** min(failures - 1, 8), RETRY_MAX_S, soon_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s * random.uniform(0.8, 1.0)):  # noqa: S311 - spreads the load
                     await self._noticed.wait()
