@@ -60,7 +60,8 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
     if not prefix:
         return ALL_KEYS, ALL_KEYS
     low = encode(prefix)
-    return low, low[:-1] + bytes((low[-1] + 1,))
+    kept = low.rstrip(b"\xff")  # bytes that have no successor
+    return low, kept[:-1] + bytes((kept[-1] + 1,)) if kept else ALL_KEYS
 
 
 # --- transactions ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -243,16 +243,16 @@ class Stage:
     """A loop that many short scenarios share, with a fortress that stands meanwhile."""
 
     def __init__(self, etcd: Etcd, directory: Path) -> None:
-        self._make = lambda: fortress(etcd, directory)
+        self._etcd, self._directory = etcd, directory
         self._stack = contextlib.ExitStack()
         self._done = asyncio.Event()
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Self:
         self.runner = self._stack.enter_context(asyncio.Runner())
         ready: asyncio.Future[Fortress] = self.runner.get_loop().create_future()
 
         async def hold() -> None:
-            async with self._make() as made:
+            async with fortress(self._etcd, self._directory) as made:
                 ready.set_result(made)
                 await self._done.wait()
 

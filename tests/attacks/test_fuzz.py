@@ -14,7 +14,7 @@ import grpc
 import hypothesis.strategies as st
 import psutil
 import pytest
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -38,7 +38,7 @@ from tests.attacks.fortress import (
 )
 from tests.contract.api_world import eventually, new_id
 
-EXAMPLES = 80  # for each caller, of up to five calls at once
+EXAMPLES = int(os.environ.get("SPINETTA_FUZZ_EXAMPLES", "80"))  # for each caller, of up to five calls at once
 GROWTH_BYTES_MAX = 48 << 20
 IDLE_S = 0.05  # what may be asked to wait is not waited for any longer
 WAITS = {"Spinetta.Watch", "Spinetta.Wait", "Spinetta.Log", "Gateway.Watch", "Health.Watch"}
@@ -58,15 +58,13 @@ WORDS = (
     "../../trust/node.key", "/etc/passwd", "a\nb", "\x1b[31mred\x1b[0m", "\x00", "ä" * 40, "x" * 300, "true",
     "00000000", "127.0.0.1:1", "10.0.0.1:7220", "https://issuer.example", "sub", "SPTK", "0.test", "\u202e", "-1",
 )  # fmt: skip
-KEYS = tuple(
-    key.encode()
-    for key in (
-        "", "/", "/acl/", "/acl/policy", "/acl/user/ann", "/acl/user/root", "/acl/node/w1", "/acl/node/n1", "/trust/",
-        "/trust/label/members", keys.authority("cluster"), "/secret/ann/db", "/secret/bob/db", "/node/", "/node/w1",
-        "/node/n1", "/incarnation/w1", "/incarnation/n1", "/generation", "/leader/", "/status/queued/",
-        "/status/running/w1/", "/status/running/", "/task/", "/acl/token/",
-    )
-) + (b"\xff\xfe", b"\x00")  # fmt: skip
+TEXT_KEYS = (
+    "", "/", "/acl/", "/acl/policy", "/acl/user/ann", "/acl/user/root", "/acl/node/w1", "/acl/node/n1", "/trust/",
+    "/trust/label/members", keys.authority("cluster"), "/secret/ann/db", "/secret/bob/db", "/node/", "/node/w1",
+    "/node/n1", "/incarnation/w1", "/incarnation/n1", "/generation", "/leader/", "/status/queued/",
+    "/status/running/w1/", "/status/running/", "/task/", "/acl/token/",
+)  # fmt: skip
+KEYS = (*(key.encode() for key in TEXT_KEYS), b"\xff\xfe", b"\x00")
 BYTES = (b"", _CSR, _SEALING, bytes(32), b"-----BEGIN CERTIFICATE-----\n", b"x" * 2000, *KEYS)
 NUMBERS = (0, 1, 2, 3, 5, 100, 2**31 - 1, 2**32 - 1, 2**63 - 1)
 DEPTH_MAX = 3
@@ -77,7 +75,7 @@ doubles = st.sampled_from((0.0, 0.01, 1.0, 3600.0, -1.0, 1e18, float("inf"), flo
 _T = FieldDescriptor
 
 
-def scalars(field: FieldDescriptor, ids: tuple[str, ...]) -> st.SearchStrategy[Any]:
+def scalars(field: Any, ids: tuple[str, ...]) -> st.SearchStrategy[Any]:
     match field.cpp_type:
         case _T.CPPTYPE_STRING:
             return st.sampled_from(ids) | texts if field.type == _T.TYPE_STRING else binaries
@@ -100,16 +98,14 @@ def scalars(field: FieldDescriptor, ids: tuple[str, ...]) -> st.SearchStrategy[A
 @st.composite
 def messages(draw: st.DrawFn, made: Message, ids: tuple[str, ...], depth: int = 0) -> Message:
     """One that its service can read; mostly of values that mean something here."""
-    descriptor: Descriptor = made.DESCRIPTOR
-    for field in descriptor.fields:
+    for field in made.DESCRIPTOR.fields:
         if not draw(st.integers(0, 3)):
             continue
-        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        if is_map:
-            value = field.message_type.fields_by_name["value"]
+        inner = field.message_type
+        if inner is not None and inner.GetOptions().map_entry:
             for key in draw(st.lists(texts, max_size=2)):
-                getattr(made, field.name)[key] = draw(scalars(value, ids))
-        elif field.message_type is not None:
+                getattr(made, field.name)[key] = draw(scalars(inner.fields_by_name["value"], ids))
+        elif inner is not None:
             if depth >= DEPTH_MAX:
                 continue
             if field.is_repeated:
@@ -212,7 +208,7 @@ def test_whatever_is_sent_has_a_clear_answer_and_changes_only_ones_own(
 
     @settings(
         max_examples=EXAMPLES,
-        derandomize=True,
+        derandomize="SPINETTA_FUZZ_EXAMPLES" not in os.environ,
         deadline=None,
         database=None,
         phases=(Phase.generate, Phase.shrink),

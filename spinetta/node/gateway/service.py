@@ -211,12 +211,14 @@ class GatewayService:
     async def watch(self, context: Any, caller: Caller, request: Any) -> AsyncIterator[bytes]:
         prefix, start = gc.key_from_pb(request.prefix), Revision(request.start)
         with self.quota.watch(caller.node, is_voter=caller.is_voter):
+            if start < 0:
+                raise UserError("a watch begins at a revision")
             if caller.is_voter:
                 messages = self._watches.own(context, caller, prefix, start)
             else:
                 if not visibility.watchable(caller.node, prefix):
                     raise self._denied_range(caller, "Watch", prefix)
-                if start <= 0:
+                if not start:
                     raise UserError("a watch begins at a revision")
                 messages = self._watches.shared(context, caller, prefix, start)
             async with contextlib.aclosing(messages):

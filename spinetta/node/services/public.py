@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from spinetta.errors import UserError
 from spinetta.node.hub import closing
 from spinetta.node.services.desk import Asked, Desk
 from spinetta.rights import Call
@@ -46,6 +48,15 @@ class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc] # has
 
     async def ServerReflectionInfo(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         tell = super().ServerReflectionInfo
-        async with closing(self._desk.stream(context, Call.REFLECTION, lambda _: tell(requests, context))) as answers:
+        read = _read(requests)
+        async with closing(self._desk.stream(context, Call.REFLECTION, lambda _: tell(read, context))) as answers:
             async for each in answers:
                 yield each
+
+
+async def _read(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    try:
+        async for request in requests:
+            yield request
+    except DecodeError:
+        raise UserError("the request cannot be read", field="request", reason="invalid") from None
