@@ -29,7 +29,7 @@ from spinetta.access import (
 )
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import NodeId
-from spinetta.node.keyring import KINDS, host_of, known_of, wrap
+from spinetta.node.keyring import ETCD_LIFETIMES, KINDS, host_of, known_of, wrap
 from spinetta.store.protocol import Store
 from spinetta.trust import certificates, sealing
 from spinetta.trust.credentials import EtcdPems, NodeCredentials, UserCredentials
@@ -96,7 +96,7 @@ def new_cluster(name: str, address: str, *, now_s: float, chance: bytes, policy:
         name=name,
         address=host_of(address),
         now_s=now_s,
-        lifetime_s=policy.node_certificate_s,
+        lifetime_s=policy.node_certificate_s * ETCD_LIFETIMES,
     )
     admin_pem = certificates.issue_user(
         made["cluster"],

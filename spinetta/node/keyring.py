@@ -20,6 +20,10 @@ from spinetta.trust.credentials import NodeCredentials
 Kind = Literal["cluster", "etcd"]
 KINDS: tuple[Kind, ...] = ("cluster", "etcd")
 KEYS = tuple(keys.authority(kind) for kind in KINDS)
+# Etcd's certificates live longer than the nodes' by this factor. A voter whose etcd certificate has ended while it was
+# cut off could never take part again: the key to renew it with is in etcd. Their length protects nothing: a voter knows
+# the authorities' keys, so it is shut out by removing its member and by new authorities, not by a certificate's end.
+ETCD_LIFETIMES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +105,17 @@ class Signer:
     def sign_etcd(
         self, known: Known, csr_pem: bytes, *, name: str, address: str, now_s: float, lifetime_s: float
     ) -> bytes:
-        """The certificate of a voter's etcd. `address`: HOST or HOST:PORT. Raises as `sign_node` does."""
+        """The certificate of a voter's etcd, for `ETCD_LIFETIMES` times `lifetime_s`; `address`: HOST or HOST:PORT.
+
+        Raises as `sign_node` does.
+        """
         return certificates.issue_etcd(
             self._signer(known.etcd),
             csr_pem,
             name=name,
             address=host_of(address),
             now_s=now_s,
-            lifetime_s=lifetime_s,
+            lifetime_s=lifetime_s * ETCD_LIFETIMES,
         )
 
     def shared_with(self, known: Known, node: str, sealing_key: bytes) -> list[Change]:

@@ -43,7 +43,7 @@ LOOK_S = 5.0  # between looks at the cluster's authorities: a rotation waits for
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 30.0
 CALL_S = 10.0
 LAST_PART = 0.2  # of a certificate's life left: from then on each failure is told loudly
-RESTART_LEASE_S = 180  # a restart takes 5 to 10 s, on a bad disk a minute; who dies in it holds the others up so long
+RESTART_LEASE_S = 180  # a restart takes 5 to 10 s, on a bad disk a minute; one that dies meanwhile holds up the others
 RESTART_FILE = "etcd-restart-wanted"
 
 
