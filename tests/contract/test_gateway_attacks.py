@@ -20,6 +20,7 @@ from spinetta import codec, gatewaycodec, keys, txn
 from spinetta.access import NodeRole
 from spinetta.errors import Denied, InvariantViolation, SpinettaError, StoreUnavailable, UserError
 from spinetta.model import LeaseId, NodeId, Revision
+from spinetta.node.gateway import service
 from spinetta.node.gateway.quota import GatewayLimits
 from spinetta.store.protocol import KeyValue
 from spinetta.trust import guest
@@ -410,6 +411,27 @@ async def _is_served(worker: Worker) -> bool:
     return True
 
 
+def test_a_hostile_worker_does_not_fill_the_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with fresh() as world:
+            s = await scene(world)
+
+            async def attack(count: int) -> None:
+                for _ in range(count):
+                    with pytest.raises(Denied):
+                        await s.evil.store.commit(Txn(then=(Put("/x"),)))
+
+            await attack(50)
+            told = world.gates[0].refused
+            assert len(told) == service.REFUSALS_TOLD
+            monkeypatch.setattr(service, "REFUSALS_EVERY_S", 0.0)
+            await attack(1)
+            assert len(told) == service.REFUSALS_TOLD + 1
+            assert "20 more" in told[-1][2]
+
+    run(scenario())
+
+
 def test_too_many_bytes() -> None:
     async def scenario() -> None:
         async with fresh(limits=LIMITS) as world:
@@ -430,7 +452,7 @@ def test_streams_that_are_opened_and_left_by_the_hundred_leave_nothing() -> None
         async with fresh() as world:
             s = await scene(world)
             start = Revision((await world.etcd.read([])).revision + 1)
-            service = world.gates[0].service
+            gateway = world.gates[0].service
 
             async def open_and_leave() -> None:
                 follower = await Follower(s.evil.store, keys.QUEUED, start).stands()
@@ -438,8 +460,8 @@ def test_streams_that_are_opened_and_left_by_the_hundred_leave_nothing() -> None
 
             for _ in range(30):
                 await asyncio.gather(*(open_and_leave() for _ in range(10)))
-            await eventually(lambda: service.quota.watching == 0)
-            assert not service.fanout._feeds[keys.QUEUED].listeners
+            await eventually(lambda: gateway.quota.watching == 0)
+            assert not gateway.fanout._feeds[keys.QUEUED].listeners
 
     run(scenario())
 

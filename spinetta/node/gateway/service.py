@@ -42,6 +42,7 @@ PORTION_KEYS = 2048  # of a list in one message …
 PORTION_BYTES = 1 << 20  # … whichever is first; one value may be larger
 SCAN_PAGE_KEYS = 1024
 SCAN_KEYS_MAX = 16_384  # looked at for one portion, when most may not be seen: some 50 ms at etcd and as much here
+REFUSALS_TOLD, REFUSALS_EVERY_S = 30, 60.0  # of each node: a hostile one must not fill the logs
 RIGHTS_TRIES = 2  # of a commit, when the caller's rights were changed meanwhile
 
 
@@ -57,7 +58,7 @@ class GatewayService:
         who: tells the caller of a gRPC context.
         membership: what etcd says of itself, as ``NodePort.membership``.
         serves: whether this node has a seat now; without one it would pass calls on, perhaps in a circle.
-        refused: told of each transaction that a worker may not commit, e.g. for the audit log: node, call, reason.
+        refused: told of what a worker tried and may not, e.g. for the audit log: node, call, reason; some a minute.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class GatewayService:
         self._refused = refused
         self.quota = Quota(limits or GatewayLimits())
         self.leases = Leases()
+        self._refusals: dict[NodeId, tuple[float, int]] = {}  # of approved nodes only: since when, and how many
         self.fanout = Fanout(store)
         self._watches = Watches(store, self.fanout, self.called)
 
@@ -140,6 +142,15 @@ class GatewayService:
         return revision, known
 
     def _refuse(self, caller: Caller, call: str, reason: str) -> None:
+        now_s = asyncio.get_running_loop().time()
+        since_s, count = self._refusals.get(caller.node, (now_s, 0))
+        if now_s - since_s >= REFUSALS_EVERY_S:
+            if count > REFUSALS_TOLD:
+                reason = f"{reason} (and {count - REFUSALS_TOLD} more since the last that was told)"
+            since_s, count = now_s, 0
+        self._refusals[caller.node] = (since_s, count + 1)
+        if count >= REFUSALS_TOLD:
+            return
         log.warning("refused to node %s: %s: %s", caller.node, call, reason)
         if self._refused is not None:
             self._refused(caller.node, call, reason)
