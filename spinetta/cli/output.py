@@ -20,6 +20,8 @@ COLOURS = {
     "bold": "1",
 }
 
+# What steers a terminal and JSON does not escape by itself: controls of eight bits, ends of lines, directions of text.
+_STEERING = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _STRANGE_ESCAPE = re.compile(r"\x1b(?!\[\d{1,2}m)")
 
 
@@ -41,13 +43,18 @@ def tell(text: str) -> None:
 def put_json(document: object) -> None:
     """One JSON document, on a line of its own when piped, indented for people."""
     indent = 2 if sys.stdout.isatty() else None
-    sys.stdout.write(json.dumps(document, indent=indent, ensure_ascii=False) + "\n")
+    sys.stdout.write(_json(document, indent) + "\n")
 
 
 def put_json_line(document: object) -> None:
     """One line of a stream of JSON documents, sent at once."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    sys.stdout.write(_json(document) + "\n")
     sys.stdout.flush()
+
+
+def _json(document: object, indent: int | None = None) -> str:
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def in_colour(stream: Any = None) -> bool:

@@ -356,7 +356,10 @@ def _faulty(count: int, first_seq: int, head: tuple[int, str], fault: str) -> Ve
 def _parse(raw: bytes) -> Entry:
     if len(raw) > LINE_BYTES_MAX:
         raise ValueError("too long")
-    found = json.loads(raw)
+    try:
+        found = json.loads(raw)
+    except RecursionError:  # brackets in brackets in brackets …
+        raise ValueError("not an entry") from None
     if not isinstance(found, dict) or set(found) != set(Entry.__slots__):
         raise ValueError("not an entry")
     for name, value in found.items():

@@ -242,7 +242,10 @@ async def _tasks(_: Fortress) -> int:
 
 
 async def _rested(tasks: int) -> None:
-    await eventually(lambda: len(asyncio.all_tasks()) <= tasks, within_s=15, what="the calls leave no task behind")
+    try:
+        await eventually(lambda: len(asyncio.all_tasks()) <= tasks, within_s=15, what="the calls leave no task behind")
+    except AssertionError:
+        raise AssertionError([repr(t) for t in asyncio.all_tasks()]) from None
 
 
 async def _still_answers(f: Fortress) -> str:
