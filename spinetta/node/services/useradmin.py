@@ -248,9 +248,16 @@ def check_policy(policy: Policy) -> Policy:
             names.check_owner(issuer.prefix, f"{where}.prefix")
         elif len(policy.issuers) > 1:
             raise UserError("of several issuers each needs a prefix of its own", field=f"{where}.prefix")
-        if issuer.url in seen or (issuer.prefix and issuer.prefix in seen):
-            raise UserError("two issuers have the same address or prefix", field=where)
-        seen |= {issuer.url, issuer.prefix}
+        if issuer.url in seen:
+            raise UserError("two issuers have the same address", field=where)
+        seen.add(issuer.url)
+        others = (other.prefix for other in policy.issuers[:i])
+        if any(p.startswith(issuer.prefix) or issuer.prefix.startswith(p) for p in others):
+            raise UserError(
+                "an issuer's prefix begins with that of another, which could then name its users",
+                field=f"{where}.prefix",
+                hint="let prefixes end with a sign that does not occur in them, e.g. uni-",
+            )
         if len(issuer.groups) > MAPPINGS_MAX:
             raise UserError(f"at most {MAPPINGS_MAX} groups", field=f"{where}.groups", reason="too-many")
         for mapping in issuer.groups:
