@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spinetta.cli import exits, output
-from spinetta.cli.base import client_options, json_option, with_client
+from spinetta.cli.base import client_options, config_option, json_option, with_client
 from spinetta.cli.who import confirm, document, done, role_word
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def cluster() -> None:
       spinetta cluster authorities
       spinetta cluster rotate-ca --kind cluster --overlap 7d
       spinetta cluster rotate-ca --kind cluster --retire-now
+      spinetta cluster rescue                        # nobody has an administrator's credentials any more
     """
 
 
@@ -107,3 +108,29 @@ def rotate_ca(
         "the old authority is dropped" if retire_now else "a new authority has begun; see: spinetta cluster authorities"
     )
     done(f"{kind}: {what} (generation {generation})", {"kind": kind, "generation": generation}, as_json=as_json)
+
+
+@cluster.command()
+@click.option("--data-dir", metavar="PATH", help="Of this machine's node, a voter [SPINETTA_DATA_DIR].")
+@click.option("--user", default="admin", show_default=True, help="Who is made administrator.")
+@json_option
+@config_option
+def rescue(data_dir: str | None, user: str, as_json: bool, config_file: str | None) -> None:
+    """Make an administrator's credentials on a voter's machine, when nobody has any left.
+
+    For root, or the user of the node. The cluster must be up; this machine's node need not. Writes DATA/admin.pem.
+
+    \b
+    Example:
+      spinetta cluster rescue --data-dir /var/lib/spinetta
+      SPINETTA_CREDENTIALS=/var/lib/spinetta/admin.pem spinetta whoami
+    """
+    import asyncio
+    from pathlib import Path
+
+    from spinetta.cli.node import resolved_node
+    from spinetta.node.rescue import rescue as make
+
+    directory = Path(resolved_node({"data_dir": data_dir}, config_file).settings.data_dir)
+    path = asyncio.run(make(directory, user))
+    done(f"credentials of administrator {user}: {path}", {"user": user, "path": str(path)}, as_json=as_json)

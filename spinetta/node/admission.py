@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from spinetta import names
+from spinetta.access import NodeRole
 from spinetta.config import Settings
 from spinetta.errors import UserError
 from spinetta.node.enlist import enlist
 from spinetta.node.founding import ADMIN_FILE, found_cluster
 from spinetta.store.identity import Identity
+from spinetta.trust import certificates
 from spinetta.trust.credentials import NodeCredentials
 
 log = logging.getLogger("spinetta.node")
@@ -32,6 +35,8 @@ async def admit(settings: Settings, data_dir: Path, known: Identity | None) -> N
     found = NodeCredentials.load(directory)
     if found is not None:
         _check_same(settings, data_dir, found)
+        if found.role is NodeRole.WORKER and certificates.expiry(found.node_pem)[1] <= time.time():
+            return await _join_again(settings, found)
         return found
     off_loopback = [a for a in (settings.address, *settings.peers) if not names.is_loopback(a)]
     token = _token(settings)
@@ -64,6 +69,27 @@ async def admit(settings: Settings, data_dir: Path, known: Identity | None) -> N
         )
     return await enlist(
         settings.peers, token, name=settings.name, address=settings.address, directory=directory, say=log.warning
+    )
+
+
+async def _join_again(settings: Settings, found: NodeCredentials) -> NodeCredentials:
+    """A worker that was off until its certificate had ended is let in again as the node that it was, by a token."""
+    token = _token(settings)
+    if not token or not settings.peers:
+        raise UserError(
+            f"the certificate of node {found.name} has ended while it was off",
+            field="node.token",
+            hint="join again, with --peers and a token (spinetta token create --role worker): it stays the same node",
+            reason="expired",
+        )
+    return await enlist(
+        settings.peers,
+        token,
+        name=settings.name,
+        address=settings.address,
+        directory=found.directory,
+        say=log.warning,
+        own=found,
     )
 
 

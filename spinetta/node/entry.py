@@ -6,22 +6,26 @@ import logging
 import shutil
 import socket
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spinetta.access import NodeRole
 from spinetta.config import Settings
-from spinetta.errors import Fenced, UserError
+from spinetta.errors import Fenced, StoreUnavailable, UserError
 from spinetta.model import IncarnationId
 from spinetta.node.driver import wall_ms
 from spinetta.node.join import UNREACHABLE, introduce
+from spinetta.node.revival import have_ended, revive
 from spinetta.node.seats import OwnSeat
 from spinetta.store import identity as identities
 from spinetta.store.identity import Identity
-from spinetta.store.process import EtcdTls, check_version, etcd_version, find_etcd, parse_version
-from spinetta.store.supervisor import Services
+from spinetta.store.offline import read_offline
+from spinetta.store.process import EtcdTls, Version, check_version, etcd_version, find_etcd, parse_version
+from spinetta.store.protocol import Snapshot
+from spinetta.store.supervisor import EtcdSupervisor, Services
 from spinetta.trust.credentials import EtcdFiles, NodeCredentials
 from spinetta.trust.dial import Dialer
 
@@ -126,7 +130,8 @@ async def enter(
     warnings += _runc(settings)
     _choose_ports(settings, memory)
     identity = memory.identity
-    tls = credentials and credentials.etcd and etcd_tls(credentials.etcd)
+    files = None if credentials is None else credentials.etcd
+    tls = None if files is None else etcd_tls(files)
     scheme = "http" if credentials is None else "https"
     seat = OwnSeat(
         services,
@@ -139,6 +144,7 @@ async def enter(
         identity=lambda: memory.identity,
         update=memory.update,
         tls=None if tls is None else lambda: tls,
+        before_resuming=None if credentials is None else _reviver(settings, credentials, version),
     )
     if worker:
         await _find_gateways(settings, memory, dialer)
@@ -147,6 +153,27 @@ async def enter(
     endpoints = await _find_cluster(settings, memory, seat, dialer)
     memory.update(address=settings.address, endpoints=tuple(endpoints))
     return Entrance(memory, seat, endpoints, warnings)
+
+
+def _reviver(
+    settings: Settings, credentials: NodeCredentials, version: Version
+) -> Callable[[EtcdSupervisor], Awaitable[None]]:
+    """For a voter that was off until its certificates had ended: new ones from its own data, before etcd starts."""
+
+    async def revive_if_needed(supervisor: EtcdSupervisor) -> None:
+        if not have_ended(credentials, time.time()):
+            return
+        await supervisor.stop()  # it may run on under the shim; its data is read
+
+        async def read_own(keys: Sequence[str]) -> Snapshot:
+            return await read_offline(supervisor.settings, keys, version=version)
+
+        try:
+            await revive(credentials, read_own, settings.address, now_s=time.time())
+        except StoreUnavailable as e:
+            log.warning("this node's certificates have ended, and new ones cannot be made now: %s", e)
+
+    return revive_if_needed
 
 
 def etcd_tls(files: EtcdFiles) -> EtcdTls:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from uuid import uuid4
 
@@ -42,6 +42,7 @@ class OwnSeat:
         identity: Callable[[], Identity],
         update: Callable[..., None],
         tls: Callable[[], EtcdTls] | None = None,
+        before_resuming: Callable[[EtcdSupervisor], Awaitable[None]] | None = None,
     ) -> None:
         self._services = services
         self._name = name
@@ -54,6 +55,7 @@ class OwnSeat:
         self._identity = identity
         self._update = update
         self._tls = tls
+        self._before_resuming = before_resuming
         self._members: Members | None = None
         self._supervisor: EtcdSupervisor | None = None
         self._changing = asyncio.Lock()
@@ -101,8 +103,12 @@ class OwnSeat:
             UserError: its data is gone or of something else.
             Fenced: it has been removed meanwhile; the seat has been given up.
         """
+        cluster = self._identity().initial_cluster
+        if self._before_resuming is not None:
+            check_data_dir(self._identity(), self._etcd_dir)
+            await self._before_resuming(self._supervisor_of(cluster, existing=True, token=JOINING))
         try:
-            await self._start(self._identity().initial_cluster, existing=True)
+            await self._start(cluster, existing=True)
         except StoreUnavailable as e:
             log.warning("etcd is not ready yet and goes on trying (a majority of the voters must be up): %s", e)
         except Fenced:
@@ -144,18 +150,7 @@ class OwnSeat:
 
     async def _start(self, cluster: str, *, existing: bool, member_id: str = "", token: str = JOINING) -> None:
         check_data_dir(self._identity(), self._etcd_dir)
-        settings = EtcdSettings(
-            program=self._program,
-            name=self._name,
-            data_dir=self._etcd_dir,
-            client_url=self.client_url,
-            peer_url=self.peer_url,
-            initial_cluster=cluster,
-            existing=existing,
-            token=token,
-            tls=None if self._tls is None else self._tls(),
-        )
-        supervisor = EtcdSupervisor(self._services, settings, log_path=self._log_path, version=self._version)
+        supervisor = self._supervisor_of(cluster, existing=existing, token=token)
         if self._identity().has_joined:
             self._seat(supervisor)  # to be kept running even when it is not ready in time
         status: MemberStatus = await supervisor.start(timeout_s=START_S)
@@ -168,6 +163,20 @@ class OwnSeat:
             has_joined=True,
         )
         self._seat(supervisor)
+
+    def _supervisor_of(self, cluster: str, *, existing: bool, token: str) -> EtcdSupervisor:
+        settings = EtcdSettings(
+            program=self._program,
+            name=self._name,
+            data_dir=self._etcd_dir,
+            client_url=self.client_url,
+            peer_url=self.peer_url,
+            initial_cluster=cluster,
+            existing=existing,
+            token=token,
+            tls=None if self._tls is None else self._tls(),
+        )
+        return EtcdSupervisor(self._services, settings, log_path=self._log_path, version=self._version)
 
     async def _put_away(self) -> None:
         """Stop the member for good. Its data is kept once, under another name, for a person to look at."""

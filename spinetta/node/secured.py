@@ -135,7 +135,7 @@ class Secured:
     async def _who(self, context: Any) -> tuple[NodeId, NodeAcl, Revision]:
         """The node that calls the gateway."""
         if self._desk is None:
-            raise Denied("this node is not ready", reason="unauthenticated")
+            raise StoreUnavailable("this node is not ready")
         caller = await self._desk.callers.of(context)
         if caller.kind is not CallerKind.NODE:
             raise Denied(f"{caller.title} is no node: only nodes use the gateway")
