@@ -10,8 +10,9 @@ import pytest
 from spinetta.node import founding
 from spinetta.node.entry import etcd_tls
 
-NOT_SHUT_OUT = """etcd can refuse single certificates (EtcdTls.crl_file, shown in test_store_tls.py), but no node gives it
-a list: a revoked voter reads and writes all of etcd until the etcd authority has been exchanged and the old one retired."""
+NOT_SHUT_OUT = """etcd can refuse single certificates (EtcdTls.crl_file, shown in test_store_tls.py), but no node gives
+it a list: a revoked voter reads and writes all of etcd until the etcd authority has been exchanged, and the old one
+retired."""
 
 
 @pytest.mark.xfail(strict=True, reason=NOT_SHUT_OUT)
