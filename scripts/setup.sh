@@ -80,6 +80,8 @@ missing_packages() {
         has shellcheck || echo shellcheck
         has git || echo git
         has ps || echo procps
+        { has ip && has ss; } || echo iproute2
+        has nsenter || echo util-linux
     fi
 }
 

@@ -6,18 +6,19 @@
 #   scripts/test.sh unit [ARGS…]       pure modules; seconds
 #   scripts/test.sh sim [ARGS…]        many nodes in a simulated world
 #   scripts/test.sh contract [ARGS…]   the same tests against models and the real thing
+#   scripts/test.sh attacks [ARGS…]    what must not work, tried against a secured cluster
 #   scripts/test.sh cluster [ARGS…]    real nodes on this machine
 #   scripts/test.sh demo               the demonstration on a cluster of its own
 #
 # ARGS go to pytest. Several names may follow each other. Root (or a machine that lets you use cgroups and PID
-# namespaces) is needed for all of contract and cluster; without, the tests that need it are skipped and say so.
+# namespaces) is needed for all of contract, attacks and cluster; without, the tests that need it are skipped and say so.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 export SPINETTA_VENV=${SPINETTA_VENV:-$root/.venv}
 bin=$SPINETTA_VENV/bin
-names="lint unit sim contract cluster demo"
+names="lint unit sim contract attacks cluster demo"
 section_limit_s=1800 # none takes a third of it; past it something hangs
 
 reports=$(mktemp -d "${TMPDIR:-/tmp}/spinetta-test.XXXXXX")
@@ -84,7 +85,7 @@ PYTHON
 }
 
 case ${1:-} in -h | --help)
-    sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
     ;;
 esac
@@ -96,7 +97,7 @@ while [ $# -gt 0 ] && [[ " $names all " == *" $1 "* ]]; do
 done
 if [ ${#wanted[@]} -eq 0 ]; then
     [ $# -eq 0 ] || { echo "test.sh: no part $1; there are: $names" >&2 && exit 2; }
-    read -ra wanted <<<"lint demo unit sim contract cluster"
+    read -ra wanted <<<"lint demo unit sim contract attacks cluster"
 fi
 
 scripts/setup.sh --dev || exit 1

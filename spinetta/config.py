@@ -98,8 +98,8 @@ class ClientSettings:
     """What a client needs: addresses of nodes, tried in this order, and the time one call may take.
 
     Attributes:
-        credentials: file of a secured cluster's credentials; ``none``: plain text; empty: the command line takes the usual
-            file, if it is there.
+        credentials: file of a secured cluster's credentials; ``none``: plain text; empty: the command line takes the
+            usual file, if it is there.
         bearer_file: file with a bearer token, which then says who is calling.
     """
 

@@ -75,14 +75,23 @@ def test_tasks_spread_over_idle_nodes(trio: Cluster) -> None:
     assert nodes == {"n1", "n2", "n3"}
 
 
-def test_a_daemon_restarted_under_running_tasks_loses_nothing(trio: Cluster) -> None:
-    tasks = [submit(trio, "sh", "-c", f"sleep 4; exit {i}", options=("--cpus", "0.5")) for i in range(6)]
+def until(file: Path, code: int) -> list[str]:
+    """A command that ends with this code once the file is there, however long the machine takes."""
+    return ["sh", "-c", f"while [ ! -e '{file}' ]; do sleep 0.1; done; exit {code}"]
+
+
+def test_a_daemon_restarted_under_running_tasks_loses_nothing(trio: Cluster, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    lines = [json.dumps({"command": until(go, i), "cpus": 0.5}) for i in range(6)]
+    submitted = trio.cli("submit", "--json", "--file", "-", "--format", "jsonl", stdin="\n".join(lines))
+    tasks = [t["id"] for t in json.loads(submitted.stdout)["tasks"]]
     eventually(lambda: all(states(trio)[t] == "running" for t in tasks), within_s=20, what="all run")
     for node in trio.nodes:
         node.kill_daemon()
     for node in trio.nodes:
         node.start(trio.peers_of(node))
     trio.wait_ready()
+    go.touch()
     trio.cli("wait", *tasks, check=False)
     for i, seen in enumerate(trio.json("status", *tasks)["tasks"]):
         assert len(seen["attempts"]) == 1, seen
@@ -141,8 +150,9 @@ def test_drain_and_undrain(trio: Cluster) -> None:
     assert listed["n2"] == "ready"
 
 
-def test_the_daemon_ends_on_sigterm_and_tasks_go_on(trio: Cluster) -> None:
-    task = submit(trio, "sh", "-c", "sleep 3; exit 5", options=("--cpus", "0.1"))
+def test_the_daemon_ends_on_sigterm_and_tasks_go_on(trio: Cluster, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    task = submit(trio, *until(go, 5), options=("--cpus", "0.1"))
     eventually(lambda: states(trio)[task] == "running", within_s=15, what="it runs")
     name = trio.json("status", task)["tasks"][0]["node"]
     node = next(n for n in trio.nodes if n.name == name)
@@ -152,6 +162,7 @@ def test_the_daemon_ends_on_sigterm_and_tasks_go_on(trio: Cluster) -> None:
     node.start(trio.peers_of(node))
     other = next(i for i, n in enumerate(trio.nodes) if n is not node)
     trio.wait_ready(node=other)
+    go.touch()
     trio.cli("wait", task, node=other, check=False)
     seen = trio.json("status", task, node=other)["tasks"][0]
     assert (len(seen["attempts"]), seen["attempts"][0]["exit_code"]) == (1, 5)

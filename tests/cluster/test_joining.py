@@ -19,6 +19,7 @@ import pytest
 
 from spinetta.errors import UserError
 from spinetta.node.join import CLOCK_SKEW_MAX_S, introduce
+from spinetta.trust.dial import Dialer
 from tests.cluster.harness import API_PORT, CLIENT_PORT, Cluster, Node, alive, eventually, free_base, running_cluster
 from tests.cluster.history import check_history
 
@@ -112,7 +113,9 @@ def test_a_data_directory_of_another_node_or_cluster_is_refused(single: Cluster,
 def test_clocks_that_are_apart_are_refused(single: Cluster) -> None:
     late_ms = int((time.time() + CLOCK_SKEW_MAX_S + 60) * 1000)
     with pytest.raises(UserError, match=r"this machine's clock and that of n1 .* are 1m\d+s apart|NTP"):
-        asyncio.run(introduce([single.nodes[0].address], name="new", returning=False, wall_ms=late_ms))
+        asyncio.run(
+            introduce([single.nodes[0].address], name="new", returning=False, wall_ms=late_ms, dialer=Dialer.open())
+        )
 
 
 @pytest.mark.parametrize(("missing", "says"), [("etcd", "etcd-server"), ("runc", "apt install runc")])

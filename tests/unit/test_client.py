@@ -99,7 +99,7 @@ async def serving(stand: Stand) -> AsyncIterator[str]:
         await server.stop(0)
 
 
-def failing(code: grpc.StatusCode, reason: str = "", **detail: str) -> Answer:
+def failing(code: grpc.StatusCode, reason: str = "", **detail: Any) -> Answer:
     async def answer(request: Any, context: Any) -> Any:
         metadata: tuple[tuple[str, bytes], ...] = ()
         if reason:

@@ -126,7 +126,5 @@ def test_the_documentation_has_this_very_table() -> None:
         if (cells := [c.strip() for c in line.strip().strip("|").split("|")]) and re.fullmatch(r"`[a-z-]+`", cells[0])
     }
     columns = [*(user(r) for r in UserRole), *(node(r) for r in NodeRole), Caller.nobody()]
-    words = {Reach.NONE: "–", Reach.OWN: "own", Reach.ANY: "yes"}
-    assert told == {
-        c.value: [rights.DOING[c], *(words[rights.reach(who, c)] for who in columns)] for c in Call
-    }
+    words = {Reach.NONE: "\N{EN DASH}", Reach.OWN: "own", Reach.ANY: "yes"}
+    assert told == {c.value: [rights.DOING[c], *(words[rights.reach(who, c)] for who in columns)] for c in Call}
