@@ -160,16 +160,24 @@ def revoke(
 ) -> None:
     """Shut a node out: from the next transaction on it claims and finishes nothing, and its tasks run elsewhere.
 
-    What it has seen it has seen: change secrets that it could open. A voter should leave first, if it still can, so
-    that its seat is free (`spinetta node leave`).
+    What it has seen it has seen: change secrets that it could open. A voter loses its seat, and etcd gets a new
+    authority, so that its certificate is worthless there. It knew the keys of both authorities: after a theft exchange
+    the cluster's as well (`spinetta cluster rotate-ca`, then `--retire-now`).
 
     \b
     Example:
       spinetta node revoke n7 --reason "stolen from room 12"
     """
     confirm(f"Revoke node {name}? Its running tasks start again elsewhere.", yes=yes, as_json=as_json)
+    from spinetta.access import NodeRole
+
     found = _set(name, (node, timeout, config_file), revoke=True, reason=reason)
     done(f"node {name} is revoked", document(found), as_json=as_json)
+    if found is not None and found.role is NodeRole.VOTER:
+        output.tell("it knew the authorities' keys: etcd's is being exchanged now; was it stolen, or worse, then")
+        output.tell(
+            "exchange the cluster's as well: spinetta cluster rotate-ca, and when all nodes have moved --retire-now"
+        )
 
 
 @click.command()

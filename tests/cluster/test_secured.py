@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -306,6 +307,32 @@ def test_a_revoked_worker_is_out_and_its_tasks_run_elsewhere(net: NetCluster) ->
     eventually(
         lambda: re.search(r"revoked", net.nodes[4].tail(200)), within_s=60, what=f"w2 says so\n{net.nodes[4].tail()}"
     )
+
+
+def test_a_revoked_voter_is_out_of_etcd_too(net: NetCluster, tmp_path: Path) -> None:
+    """Etcd looks at certificates only, and a voter's opens everything: it gets a new authority."""
+    stolen = tmp_path / "stolen"
+    shutil.copytree(net.nodes[2].data_dir / "trust" / "current", stolen)
+    key = [f"--cacert={stolen / 'etcd-ca.pem'}", f"--cert={stolen / 'etcd.pem'}", f"--key={stolen / 'etcd.key'}"]
+
+    def gets_in(node: Node) -> bool:
+        asked = ["etcdctl", f"--endpoints=https://{node.host}:{CLIENT_PORT}", "--command-timeout=3s", *key]
+        done = subprocess.run(
+            [*asked, "get", "/acl/policy", "--keys-only", "--consistency=s"],
+            capture_output=True, timeout=30, check=False, env={**os.environ, "ETCDCTL_API": "3"},
+        )  # fmt: skip
+        return b"/acl/policy" in done.stdout
+
+    assert gets_in(net.nodes[0])
+    net.cli("node", "revoke", "v3", "--yes", "--reason", "stolen")
+    eventually(
+        lambda: not any(gets_in(n) for n in net.nodes[:2]), within_s=150, what=f"etcd shuts it out\n{net.tails()}",
+        every_s=1,
+    )  # fmt: skip
+    os.utime(net.admin_pem, (0, 0))
+    found = ended(net, *many(net, 6, "sleep 0.2"), within_s=90)
+    assert Counter(t["outcome"] for t in found) == {"succeeded": 6}
+    assert "v3" not in {t["node"] for t in found}
 
 
 def test_the_audit_log_of_each_node_is_whole_and_tells_of_what_was_done(net: NetCluster) -> None:

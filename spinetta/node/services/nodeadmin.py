@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from spinetta import accesstxn, keys, names, trustcodec
 from spinetta.access import (
-    Authorities,
     GroupAcl,
     JoinRequest,
     NodeAcl,
@@ -26,7 +25,7 @@ from spinetta.node.services.access import committed, read, read_under, settle
 from spinetta.node.services.certify import needs_keyring
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.enroll import REQUESTS_MAX
-from spinetta.rotation import without_node
+from spinetta.rotation import begin, under_way, without_node
 from spinetta.txn import Txn
 from spinetta.v1 import record_pb2 as records
 from spinetta.v1 import trust_pb2 as pb
@@ -117,7 +116,7 @@ class NodeAdmin:
             NotFound: there is no such node, or group.
             UserError: what is asked for cannot be, or would leave the cluster without a voter.
         """
-        needs_keyring(self._keyring, self._port)
+        keyring = needs_keyring(self._keyring, self._port)
         name = NodeId(names.check_node_name(request.name, "name"))
         asked.subject = f"node {name}"
         reason = check_reason(request.reason)
@@ -141,9 +140,12 @@ class NodeAdmin:
                 )
             if request.revoke:
                 new = replace(acl, revoked=True, reason=reason)
-                another = await self._another_voter(acl) if acl.role is NodeRole.VOTER else None
-                known = keyrings.known_of(found.entries)
-                wraps = _withdrawn(known, name) if acl.role is NodeRole.VOTER else []
+                another, wraps = None, []
+                if acl.role is NodeRole.VOTER:
+                    stay = await self._other_voters(acl)
+                    another = min(stay, key=lambda s: (s[0].name == self._port.name, s[0].name))[1]
+                    nodes = [(n.name, n.sealing_key) for n, _ in stay]
+                    wraps = self._shut_out(keyring, keyrings.known_of(found.entries), name, nodes)
                 txn = accesstxn.revoke_node(name, found.change(acl_key, new), wraps, another, asked.caller.guards)
             else:
                 new, groups = await self._changed(acl, request)
@@ -167,13 +169,11 @@ class NodeAdmin:
         effective = effective_clearances(clearances, found.records)
         return replace(acl, clearances=clearances, groups=names_of, effective=effective), found
 
-    async def _another_voter(self, acl: NodeAcl) -> Seen:
-        """Some voter that stays."""
+    async def _other_voters(self, acl: NodeAcl) -> list[tuple[NodeAcl, Seen]]:
+        """Those that stay when this one goes."""
         nodes = await read_under(self._port.store, keys.ACL_NODE, NodeAcl, NODES_MAX)
         stay = [
-            (n.name != self._port.name, seen.key, seen)
-            for n, seen in nodes.values()
-            if n.role is NodeRole.VOTER and not n.revoked and n.name != acl.name
+            (n, seen) for n, seen in nodes.values() if n.role is NodeRole.VOTER and not n.revoked and n.name != acl.name
         ]
         if not stay:
             raise UserError(
@@ -182,7 +182,24 @@ class NodeAdmin:
                 hint="let another voter join first: without one the cluster could never let anybody in again",
                 reason="last-voter",
             )
-        return min(stay)[2]
+        return stay
+
+    def _shut_out(self, keyring: Keyring, known: Known, node: str, voters: Sequence[tuple[str, bytes]]) -> list[Change]:
+        """The authorities' records with nothing sealed to this voter, and a new authority of etcd begun.
+
+        Etcd asks for a certificate only, not for rights: until its authority is another one, whoever has a voter's
+        certificate reads and writes everything.
+        """
+        now_ms = self._port.wall_ms()
+        changes = []
+        for kind, old in known.authorities.items():
+            new = without_node(old, node)
+            if kind == "etcd" and not under_way(old):
+                entry = keyring.successor(known, "etcd", voters, now_s=now_ms / 1000)
+                new = begin(new, entry, now_ms=now_ms, overlap_s=0.0)
+            if new != old:
+                changes.append(known.change(new))
+        return changes
 
     async def _remove(self, acl: NodeAcl, seen: Seen, asked: Asked) -> pb.SetNodeResponse | None:
         if not acl.revoked:
@@ -210,12 +227,6 @@ class NodeAdmin:
             return True
         await asked.again()  # it may be the caller's rights that have changed
         return False
-
-
-def _withdrawn(known: Known, node: str) -> Sequence[Change]:
-    """The authorities' records with nothing sealed to this node."""
-    changed: list[tuple[Authorities, Authorities]] = [(a, without_node(a, node)) for a in known.authorities.values()]
-    return [known.change(new) for old, new in changed if new != old]
 
 
 def answer_of(acl: NodeAcl) -> pb.SetNodeResponse:
