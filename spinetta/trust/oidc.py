@@ -93,7 +93,7 @@ class OidcVerifier:
             raise _unknown("the bearer token is for another audience", f"ask for {issuer.audience!r}") from None
         except jwt.ImmatureSignatureError:
             raise _unknown("the bearer token is not valid yet", "set both clocks by NTP") from None
-        except jwt.PyJWTError:
+        except (jwt.PyJWTError, TypeError, OverflowError):  # the latter two: claims of an unexpected type
             raise _unknown("the bearer token is not good: its signature or form is wrong") from None
         return _identity(issuer, claims)
 
@@ -146,7 +146,8 @@ def _pick(keys: jwt.PyJWKSet, kid: str, alg: str) -> Any:
         return None
     usable = [k for k in keys.keys if k.public_key_use in (None, "sig")]
     named = [k for k in usable if k.key_id == kid] if kid else usable
-    fitting = [k for k in named if k.algorithm_name == alg or k.algorithm_name is None or k.key_type == "RSA"]
+    # An RSA key may sign by all of RSA's algorithms, whichever of them it is listed with.
+    fitting = [k for k in named if k.algorithm_name == alg or (k.key_type == "RSA" and alg.startswith(("RS", "PS")))]
     return fitting[0].key if len(fitting) == 1 else None
 
 

@@ -243,6 +243,8 @@ def test_a_good_token_of_the_small_issuer_is_believed(forge: Forge) -> None:
         ({"aud": None}, "is not good"),
         ({"aud": ["a", "b"]}, "another audience"),
         ({"exp": "soon"}, "is not good"),
+        ({"exp": [1]}, "is not good"),
+        ({"exp": float("inf")}, "is not good"),
         ({"sub": None}, "no claim 'sub'"),
         ({"sub": ""}, "no claim 'sub'"),
         ({"sub": "x" * 300}, "cannot be the name of a user"),
@@ -271,6 +273,14 @@ def test_a_public_key_is_no_shared_secret(forge: Forge) -> None:
     forged = f"{header}.{claims}.{base64.urlsafe_b64encode(mac).decode().rstrip('=')}"
     with pytest.raises(Denied):
         verify(forged, issuer(forge.url))
+
+
+@pytest.mark.parametrize("alg", ["ES256", "ES384", "ES512", "EdDSA"])
+def test_a_key_is_not_used_with_an_algorithm_of_another_kind(forge: Forge, alg: str) -> None:
+    _, claims, signature = forge.token().split(".")
+    header = base64.urlsafe_b64encode(json.dumps({"alg": alg, "kid": "k1"}).encode()).decode().rstrip("=")
+    with pytest.raises(Denied, match="a key that its issuer does not have"):
+        verify(f"{header}.{claims}.{signature}", issuer(forge.url))
 
 
 @pytest.mark.parametrize("header", [{"jku": "http://127.0.0.1:1/keys"}, {"jwk": {"kty": "RSA"}}, {"x5u": "http://x"}])

@@ -17,7 +17,7 @@ from spinetta.node.services.access import check_room, committed, read, read_unde
 from spinetta.node.services.certify import needs_keyring
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.nodeadmin import GROUPS_MAX, NODES_MAX, USERS_MAX, check_reason
-from spinetta.trust import certificates
+from spinetta.trust import certificates, oidc
 from spinetta.txn import Txn
 from spinetta.v1 import trust_pb2 as pb
 
@@ -28,7 +28,6 @@ OVERLAP_MAX_S = 365 * 86400.0
 ISSUERS_MAX = 8  # asked for keys by every voter
 MAPPINGS_MAX = 100  # of one issuer
 URL_CHARS_MAX = 500
-_ISSUER_URLS = ("https://", "http://127.", "http://localhost")  # in clear on this machine only
 MEMBERS_MAX = 100  # nodes that change with a group, and groups that it rests on: etcd takes 128 of each at once
 
 
@@ -236,18 +235,17 @@ def check_policy(policy: Policy) -> Policy:
     seen: set[str] = set()
     for i, issuer in enumerate(policy.issuers):
         where = f"policy.issuers[{i}]"
-        if (
-            not issuer.url.startswith(("https://", "http://127.", "http://localhost"))
-            or len(issuer.url) > URL_CHARS_MAX
-        ):
-            raise UserError("an issuer's address begins with https://", field=f"{where}.url")
         names.check_printable(issuer.url, "the address", f"{where}.url")
+        _check_issuer_url(issuer.url, f"{where}.url")
         if not issuer.audience:
             raise UserError("without an audience, tokens meant for others would be taken", field=f"{where}.audience")
-        if issuer.prefix:
-            names.check_owner(issuer.prefix, f"{where}.prefix")
-        elif len(policy.issuers) > 1:
-            raise UserError("of several issuers each needs a prefix of its own", field=f"{where}.prefix")
+        if not issuer.prefix:
+            raise UserError(
+                "without a prefix an issuer could name the cluster's own users, its administrators too",
+                field=f"{where}.prefix",
+                hint="e.g. uni-; its user ann is then uni-ann here",
+            )
+        names.check_owner(issuer.prefix, f"{where}.prefix")
         if issuer.url in seen:
             raise UserError("two issuers have the same address", field=where)
         seen.add(issuer.url)
@@ -266,6 +264,15 @@ def check_policy(policy: Policy) -> Policy:
         if issuer.ca_pem:
             certificates.load_certificate(issuer.ca_pem)
     return policy
+
+
+def _check_issuer_url(url: str, where: str) -> None:
+    try:
+        if len(url) > URL_CHARS_MAX:
+            raise ValueError("too long")
+        oidc.check_url(url)
+    except ValueError as e:
+        raise UserError("an issuer's address begins with https://", field=where) from e
 
 
 def check_limits(limits: Limits, where: str) -> Limits:
