@@ -28,7 +28,7 @@ from spinetta.store.protocol import Store
 from spinetta.trust import certificates
 from spinetta.trust.credentials import EtcdPems, NodeCredentials
 from spinetta.trust.dial import VOTER, Dialer
-from spinetta.trust.files import write_private
+from spinetta.trust.files import unwritable, write_private
 from spinetta.txn import Committed
 from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1.trust_pb2_grpc import TrustStub
@@ -280,6 +280,18 @@ class TrustKeeper:
     def _marker(self) -> Path:
         return self._credentials.directory / RESTART_FILE
 
+    def _mark(self) -> None:
+        try:
+            write_private(self._marker, b"")
+        except OSError as e:
+            raise unwritable(self._marker, e) from e
+
+    def _unmark(self) -> None:
+        try:
+            self._marker.unlink(missing_ok=True)
+        except OSError as e:
+            raise unwritable(self._marker, e) from e
+
     def _certificates(self) -> list[bytes]:
         etcd = self._credentials.etcd_pems
         return [self._credentials.node_pem, *([etcd.cert_pem] if etcd is not None else [])]
@@ -291,7 +303,7 @@ class TrustKeeper:
         if old is not None and trust.etcd_ca_bundle and trust.etcd_ca_bundle != old.ca_pem:
             if _those(trust.etcd_ca_bundle) != _those(old.ca_pem) and self._restart_etcd is not None:
                 # Before the change: a crash in between must not leave etcd with authorities it has not read.
-                await asyncio.to_thread(write_private, self._marker, b"")
+                await asyncio.to_thread(self._mark)
             etcd = EtcdPems(trust.etcd_ca_bundle, old.cert_pem, old.key_pem)
         if await asyncio.to_thread(self._credentials.update, ca_pem=trust.ca_bundle, etcd=etcd):
             log.info("the cluster's certificate authorities have changed (generation %d)", trust.generation)
@@ -320,7 +332,7 @@ class TrustKeeper:
     async def _restart(self) -> None:
         """Restart etcd, one voter at a time. Left for the next look when another one restarts now."""
         if self._restart_etcd is None or self._store is None:
-            self._marker.unlink(missing_ok=True)
+            await asyncio.to_thread(self._unmark)
             return
         lease = await self._store.grant_lease(RESTART_LEASE_S)
         try:
@@ -328,7 +340,7 @@ class TrustKeeper:
             if isinstance(await self._store.commit(txn), Committed):
                 log.info("restarting etcd: its certificate authorities have changed")
                 await self._restart_etcd()
-                self._marker.unlink(missing_ok=True)
+                await asyncio.to_thread(self._unmark)
         finally:
             with contextlib.suppress(StoreUnavailable, OutcomeUnknown):  # then it ends by itself
                 await self._store.revoke_lease(lease)

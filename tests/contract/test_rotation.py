@@ -466,6 +466,26 @@ def test_a_voter_that_joins_during_a_rotation_can_sign_with_both(etcd: Etcd, tmp
     scenario(etcd, tmp_path, story)
 
 
+def test_a_disk_that_takes_nothing_does_not_end_the_keeper(
+    etcd: Etcd, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="spinetta.node")
+
+    async def story(w: World) -> None:
+        async with kept(w, w.voter.credentials, w.voter.address) as node:
+            await eventually(lambda: bool(node.reports), what="the first look")
+            in_the_way = w.voter.credentials.directory / renewal.RESTART_FILE
+            in_the_way.mkdir()  # the marker can be neither written nor removed
+            await eventually(lambda: renewal.RESTART_FILE in caplog.text, what="it cannot be removed")
+            await (await w.admin()).RotateAuthority(pb.RotateAuthorityRequest(kind="etcd"))
+            caplog.clear()
+            await eventually(lambda: caplog.text.count(renewal.RESTART_FILE) >= 2, what="it goes on trying")
+            in_the_way.rmdir()
+            await eventually(lambda: node.reports[-1].etcd_trust_generation == 2, what="it believes the new authority")
+
+    scenario(etcd, tmp_path, story)
+
+
 def test_one_voter_restarts_at_a_time(etcd: Etcd, tmp_path: Path) -> None:
     async def story(w: World) -> None:
         others = [await w.joined(f"n{i}", role=1) for i in (2, 3)]
