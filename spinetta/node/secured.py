@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc.aio
 
-from spinetta.access import NodeAcl, NodeRole
+from spinetta.access import Limits, NodeAcl, NodeRole
 from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import NodeId, Revision
 from spinetta.node.acl import AclView
@@ -22,6 +23,7 @@ from spinetta.node.port import NodePort
 from spinetta.node.renewal import Report, TrustKeeper, VoterSource, WorkerSource
 from spinetta.node.resealing import Resealer
 from spinetta.node.services.authorities import RotationKeeper
+from spinetta.node.services.callers import peer_address
 from spinetta.node.services.desk import Desk
 from spinetta.node.services.enroll import EnrollApi
 from spinetta.node.services.server import Register
@@ -136,9 +138,14 @@ class Secured:
         """The node that calls the gateway."""
         if self._desk is None:
             raise StoreUnavailable("this node is not ready")
-        caller = await self._desk.callers.of(context)
-        if caller.kind is not CallerKind.NODE:
-            raise Denied(f"{caller.title} is no node: only nodes use the gateway")
+        throttle, peer = self._desk.throttle, peer_address(context)
+        caller = await self._desk.callers.of(context, before_no=partial(throttle.refusal, peer))
+        if caller.kind is not CallerKind.NODE:  # nodes have a quota; the others are counted as at the desk
+            throttle.call(caller, peer, Limits())
+            throttle.denied(caller, peer)
+            words = f"{caller.title} is no node: only nodes use the gateway"
+            self._port.audit(Call.GATEWAY.value, caller.title, "", f"denied: {words}", 0)
+            raise Denied(words)
         name = NodeId(caller.name)
         found = await self.acl.node(name) or await self.acl.node(name, fresh=True)  # approved a moment ago
         if found is None or found[0].revoked:

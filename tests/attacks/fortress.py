@@ -151,8 +151,11 @@ class Fortress:
 
 
 @asynccontextmanager
-async def fortress(etcd: Etcd, directory: Path) -> AsyncIterator[Fortress]:
-    """Founded, with everybody in it and two tasks and secrets, ann's and bob's; nothing changes by itself any more."""
+async def fortress(etcd: Etcd, directory: Path, *, throttle: Throttle | None = None) -> AsyncIterator[Fortress]:
+    """Founded, with everybody in it and two tasks and secrets, ann's and bob's; nothing changes by itself any more.
+
+    `throttle`: None: one that lets everything through.
+    """
     store = EtcdStore([etcd.endpoint])
     credentials = await founding.found_cluster(directory / "trust", "n1", "127.0.0.1:7220")
     assert await founding.commit(store, credentials)
@@ -164,7 +167,7 @@ async def fortress(etcd: Etcd, directory: Path) -> AsyncIterator[Fortress]:
     hooks = Hooks(_nothing, _nothing, lambda: True, lambda: False, lambda: labels)
     vault = Vault(store, NodeId("n1"), lambda: credentials.sealing_private)
     secured = Secured(port, credentials, store, vault, hooks, "127.0.0.1:7220")
-    patient = Throttle(lambda: time.monotonic() * 1e6)
+    throttle = throttle or Throttle(lambda: time.monotonic() * 1e6)
     try:
         async with (
             serve(
@@ -172,7 +175,7 @@ async def fortress(etcd: Etcd, directory: Path) -> AsyncIterator[Fortress]:
                 ["127.0.0.1:0"],
                 acl=secured.acl,
                 tokens=secured.tokens,
-                throttle=patient,
+                throttle=throttle,
                 extra=secured.services,
             ) as server,
             asyncio.TaskGroup() as group,
