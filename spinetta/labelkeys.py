@@ -121,18 +121,22 @@ def plan(label: str, key: LabelKey | None, cleared: Sequence[Cleared], unused: C
     latest = key.latest
     withdrawn = _withdrawn(latest, cleared)
     # Without a holder among the cleared nobody could hand the key on, and the label would be dead for ever.
-    if withdrawn or not any(has_wrap(latest, n) for n in cleared):
+    if withdrawn or len(_lacking(latest, cleared)) == len(nodes):
         return Replace(label, latest.number + 1, nodes, withdrawn)
     missing = tuple(
         (g.number, lacking)
         for g in key.generations
-        if (lacking := tuple(n for n in cleared if not has_wrap(g, n)))
-        and any(has_wrap(g, n) for n in cleared)  # what nobody can open is nobody's to hand on
+        if len(lacking := _lacking(g, cleared)) not in (0, len(nodes))  # what nobody can open is nobody's to hand on
     )
     if missing:
         return HandOn(label, missing)
     old = tuple(g.number for g in key.generations[:-1] if g.number in unused)
     return Drop(label, old) if old else None
+
+
+def _lacking(generation: LabelGeneration, cleared: Sequence[Cleared]) -> tuple[Cleared, ...]:
+    have = {(w.node, w.key_id) for w in generation.wraps}
+    return tuple(n for n in cleared if (n.name, key_id(n.sealing_key)) not in have)
 
 
 def _withdrawn(generation: LabelGeneration, cleared: Sequence[Cleared]) -> tuple[str, ...]:
