@@ -43,6 +43,7 @@ def node() -> None:
     Examples:
       spinetta node join --address 127.0.0.1:7220
       spinetta node join --address 127.0.0.2:7220 --peers 127.0.0.1:7220 --tags ssd
+      spinetta node join --address 10.0.0.6:7220 --peers 10.0.0.5:7220 --token-file worker.token
       spinetta node list
       spinetta node drain n2 && spinetta node leave n2
     """
@@ -61,8 +62,9 @@ def resolved_node(flags: dict[str, str | None], config_file: str | None) -> Reso
     from spinetta.config import resolve
     from spinetta.names import node_name_from_host
 
-    if flags.get("data_dir"):  # what is typed is meant from here; files and variables are read anywhere
-        flags = {**flags, "data_dir": os.path.abspath(str(flags["data_dir"]))}  # noqa: PTH100 - keeps symbolic links
+    for path in ("data_dir", "token_file"):  # what is typed is meant from here; files and variables are read anywhere
+        if flags.get(path):
+            flags = {**flags, path: os.path.abspath(str(flags[path]))}  # noqa: PTH100 - keeps symbolic links
     defaults = {"name": node_name_from_host(socket.gethostname()), "data_dir": default_data_dir()}
     return resolve(flags, os.environ, config_files(config_file), defaults)
 
@@ -84,6 +86,7 @@ def join(config_file: str | None, **flags: str | None) -> None:
     Examples:
       spinetta node join
       spinetta node join --name n2 --address 127.0.0.2:7220 --data-dir /tmp/n2 --peers 127.0.0.1:7220
+      spinetta node join --address 10.0.0.6:7220 --peers 10.0.0.5:7220 --token-file worker.token
       spinetta node join --cpus 8 --memory 32GiB --countables gpu=2 --tags ssd,site-a
     """
     resolved = resolved_node(flags, config_file)
