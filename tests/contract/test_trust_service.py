@@ -13,6 +13,7 @@ import pytest
 
 from spinetta import keys, tokens, trustcodec
 from spinetta.access import (
+    Authorities,
     GroupAcl,
     NodeAcl,
     Policy,
@@ -312,6 +313,30 @@ def test_the_last_voter_stays(play: Callable[..., None]) -> None:
     play(story)
 
 
+def test_a_revoked_voter_is_shut_out_of_etcd_by_a_new_authority(play: Callable[..., None]) -> None:
+    async def story(w: World) -> None:
+        await w.joined("n3", role=1)
+        before = await _authorities(w, "etcd")
+        assert {x.node for x in before.active.wraps} == {"n1", "n3"}
+        await set_node(w, "n3", revoke=True)
+        after = await _authorities(w, "etcd")
+        assert [e.state.name for e in sorted(after.entries, key=lambda e: e.state)] == ["NEXT", "ACTIVE"]
+        assert {x.node for e in after.entries for x in e.wraps} == {"n1"}, "nothing is sealed to it any more"
+        assert after.active.retire_at_ms <= time.time() * 1000, "and the old one goes as soon as all have moved"
+        assert len((await _authorities(w, "cluster")).entries) == 1, "people keep their certificates"
+        await w.joined("n4", role=1)
+        again = await set_node(w, "n4", revoke=True)
+        assert again.revoked, "also while an exchange is under way"
+
+    play(story)
+
+
+async def _authorities(w: World, kind: str) -> Authorities:
+    entry = (await w.voter.store.read([keys.authority(kind)])).entries[keys.authority(kind)]
+    assert entry is not None
+    return trustcodec.decode(Authorities, entry.value)
+
+
 # --- users ---------------------------------------------------------------------------------------------------------
 
 
@@ -479,7 +504,7 @@ def test_the_policy_is_checked(play: Callable[..., None]) -> None:
             ({"issuers": [records.Issuer(url="http://issuer", audience="x")]}, "policy.issuers[0].url"),
             ({"issuers": [records.Issuer(url="https://issuer")]}, "policy.issuers[0].audience"),
             ({"issuers": [good, good]}, "policy.issuers[0].prefix"),
-            ({"issuers": [records.Issuer(url="https://i", audience="x", ca_pem=b"junk")]}, ""),
+            ({"issuers": [records.Issuer(url="https://i", audience="x", prefix="i-", ca_pem=b"junk")]}, ""),
         ]
         for fields, field in bad:
             base = {"node_certificate_s": 60.0, "user_certificate_s": 60.0} | fields
