@@ -107,8 +107,9 @@ for part in "${wanted[@]}"; do
         lint) lint ;;
         demo) demo ;;
         # Spread over the cores where nothing is timed; real nodes get the machine to themselves.
-        unit | sim | contract) layer "$part" --numprocesses "$cores" "$@" ;;
+        unit | sim | contract | attacks) layer "$part" --numprocesses "$cores" "$@" ;;
         cluster) layer cluster "$@" ;;
+        *) echo "test.sh: $part is listed and does nothing" >&2 && exit 2 ;;
     esac
 done
 
