@@ -380,19 +380,14 @@ class GetTrustResponse(_message.Message):
 
     CA_BUNDLE_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
-    ACTIVE_GENERATION_FIELD_NUMBER: _builtins.int
     ETCD_CA_BUNDLE_FIELD_NUMBER: _builtins.int
     ETCD_GENERATION_FIELD_NUMBER: _builtins.int
-    ETCD_ACTIVE_GENERATION_FIELD_NUMBER: _builtins.int
     VOTERS_FIELD_NUMBER: _builtins.int
     ca_bundle: _builtins.bytes
     generation: _builtins.int
-    active_generation: _builtins.int
-    """at which the signing authority became active: an older certificate is renewed early"""
     etcd_ca_bundle: _builtins.bytes
     """for nodes of role voter"""
     etcd_generation: _builtins.int
-    etcd_active_generation: _builtins.int
     @_builtins.property
     def voters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -400,15 +395,13 @@ class GetTrustResponse(_message.Message):
         *,
         ca_bundle: _builtins.bytes = ...,
         generation: _builtins.int = ...,
-        active_generation: _builtins.int = ...,
         etcd_ca_bundle: _builtins.bytes = ...,
         etcd_generation: _builtins.int = ...,
-        etcd_active_generation: _builtins.int = ...,
         voters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_generation", b"active_generation", "ca_bundle", b"ca_bundle", "etcd_active_generation", b"etcd_active_generation", "etcd_ca_bundle", b"etcd_ca_bundle", "etcd_generation", b"etcd_generation", "generation", b"generation", "voters", b"voters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ca_bundle", b"ca_bundle", "etcd_ca_bundle", b"etcd_ca_bundle", "etcd_generation", b"etcd_generation", "generation", b"generation", "voters", b"voters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -283,6 +283,14 @@ def test_a_guest_or_a_bearer_cannot_renew(etcd: Etcd, tmp_path: Path) -> None:
     scenario(etcd, tmp_path, story)
 
 
+def test_a_voter_is_told_all_that_there_is_to_tell(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        told = await (await w.voter.trust(w.voter.credentials)).GetTrust(pb.GetTrustRequest())
+        assert {f.name for f, _ in told.ListFields()} == set(pb.GetTrustResponse.DESCRIPTOR.fields_by_name)
+
+    scenario(etcd, tmp_path, story)
+
+
 # --- rotation ------------------------------------------------------------------------------------------------------
 
 
