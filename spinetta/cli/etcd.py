@@ -98,8 +98,9 @@ def _credentials(
     if not any("https://" in url for url in urls):
         return {}
     from spinetta.cli.node import resolved_node
+    from spinetta.trust.generations import CURRENT
 
-    trust = Path(resolved_node({"data_dir": data_dir}, config_file).settings.data_dir) / "trust"
+    trust = Path(resolved_node({"data_dir": data_dir}, config_file).settings.data_dir) / "trust" / CURRENT
     found = {}
     for variable, flag, name in CREDENTIALS:
         if variable in os.environ or any(a == flag or a.startswith(f"{flag}=") for a in arguments):

@@ -13,6 +13,7 @@ import pytest
 from spinetta.cli.etcd import _credentials, _fetch
 from spinetta.errors import StoreUnavailable, UserError
 from spinetta.store.etcd import EtcdStore
+from spinetta.trust import generations
 from spinetta.txn import Put, Txn
 from tests.contract.etcds import Etcd
 
@@ -25,11 +26,9 @@ KEY = "/etcdctl/a"
 def data_dir(etcd_tls_server: Etcd, tmp_path: Path) -> Path:
     """A voter's."""
     assert etcd_tls_server.files is not None
-    trust = tmp_path / "trust"
-    trust.mkdir(mode=0o700)
     tls = etcd_tls_server.files.tls
-    for path, name in ((tls.ca_file, "etcd-ca.pem"), (tls.cert_file, "etcd.pem"), (tls.key_file, "etcd.key")):
-        (trust / name).write_bytes(path.read_bytes())
+    files = {"etcd-ca.pem": tls.ca_file, "etcd.pem": tls.cert_file, "etcd.key": tls.key_file}
+    generations.save(tmp_path / "trust", {name: path.read_bytes() for name, path in files.items()}, 0)
     asyncio.run(put(etcd_tls_server))
     return tmp_path
 
@@ -60,7 +59,7 @@ def test_a_voter_finds_its_certificate_by_itself(etcd_tls_server: Etcd, data_dir
     assert (done.returncode, done.stdout) == (0, "value\n"), done.stderr
     done = spinetta("etcdctl", *get, SPINETTA_DATA_DIR=str(data_dir))
     assert (done.returncode, done.stdout) == (0, "value\n"), done.stderr
-    trust = data_dir / "trust"
+    trust = data_dir / "trust" / generations.CURRENT
     flags = (f"--cacert={trust / 'etcd-ca.pem'}", "--cert", str(trust / "etcd.pem"), f"--key={trust / 'etcd.key'}")
     done = spinetta("etcdctl", *get, *flags, SPINETTA_DATA_DIR="/nonexistent")
     assert (done.returncode, done.stdout) == (0, "value\n"), done.stderr
