@@ -17,6 +17,10 @@
 #   --port PORT     of the API on each address; etcd takes the two after it (default 7220)
 #   --cpus N        what each node offers (default 2, so that tasks spread), and
 #   --memory SIZE   (default 2GiB)
+#   --workers N     how many of them, the last ones, are workers: they never run an etcd member (default 0)
+#   --tls           a secured cluster: n1 founds it, the others join it with tokens, and you are its administrator
+#
+# Each node has its name as a tag, and `voter` or `worker`: `spinetta submit --tag n2 …` runs there.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -28,19 +32,23 @@ die() {
     exit 1
 }
 say() { printf 'devcluster: %s\n' "$*"; }
-usage() { sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 # --- arguments -------------------------------------------------------------------------------------------------
 
 state=${SPINETTA_DEVCLUSTER:-$PWD/.devcluster}
-base="" port="" cpus="" memory=""
+base="" port="" cpus="" memory="" workers="" tls=""
 words=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --state | --base | --port | --cpus | --memory)
+        --state | --base | --port | --cpus | --memory | --workers)
             [ $# -ge 2 ] || die "$1 needs a value"
             printf -v "${1#--}" '%s' "$2"
             shift 2
+            ;;
+        --tls)
+            tls=on
+            shift
             ;;
         -h | --help)
             usage
@@ -82,8 +90,8 @@ load() {
     local key value
     while IFS='=' read -r key value; do
         case $key in
-            size | made) printf -v "$key" '%s' "$value" ;;
-            base | port | cpus | memory)
+            size | made | voters) printf -v "$key" '%s' "$value" ;;
+            base | port | cpus | memory | tls)
                 # An option that contradicts the running cluster would otherwise be ignored in silence.
                 [ -z "${!key}" ] || [ "${!key}" = "$value" ] ||
                     die "the cluster in $state has --$key $value; take it down first, or use another --state"
@@ -91,18 +99,32 @@ load() {
                 ;;
         esac
     done <"$settings"
+    speak
+}
+# With what `spinetta` shows who it is: never what somebody has for another cluster.
+speak() {
+    SPINETTA_CREDENTIALS=none
+    if [ "$tls" = on ]; then SPINETTA_CREDENTIALS=$state/n1/admin.pem; fi
+    export SPINETTA_CREDENTIALS
 }
 need_cluster() { load || die "no cluster in $state; start one with: devcluster.sh up"; }
-save() { printf '%s\n' "size=$size" "made=$made" "base=$base" "port=$port" "cpus=$cpus" "memory=$memory" >"$settings"; }
+save() {
+    printf '%s\n' "size=$size" "voters=$voters" "made=$made" "base=$base" "port=$port" "cpus=$cpus" "memory=$memory" \
+        "tls=$tls" >"$settings"
+}
 
 names() {
     local i
     for ((i = 1; i <= size; i++)); do echo "n$i"; done
 }
 address() { echo "$base${1#n}:$port"; }
-all_addresses() {
+role() { if [ "${1#n}" -le "${voters:-$size}" ]; then echo voter; else echo worker; fi; }
+# Of those that users may ask.
+addresses() {
     local name found=()
-    for name in $(names); do found+=("$(address "$name")"); done
+    for name in $(names); do
+        if [ "$tls" != on ] || [ "$(role "$name")" = voter ]; then found+=("$(address "$name")"); fi
+    done
     (IFS=, && echo "${found[*]}")
 }
 check_name() {
@@ -149,8 +171,18 @@ start_node() {
         if [ "$other" != "$name" ] && [ -n "$(daemon "$other")" ]; then peers+=,$(address "$other"); fi
     done
     local options=(--name "$name" --address "$(address "$name")" --data-dir "$state/$name"
-        --etcd-client-port $((port + 1)) --etcd-peer-port $((port + 2)) --cpus "$cpus" --memory "$memory")
+        --etcd-client-port $((port + 1)) --etcd-peer-port $((port + 2)) --cpus "$cpus" --memory "$memory"
+        --tags "$name,$(role "$name")")
     if [ -n "$peers" ]; then options+=(--peers "${peers#,}"); fi
+    if [ "$tls" = on ]; then
+        options+=(--tls on)
+        if [ "$name" != n1 ] && [ ! -e "$state/$name/trust/current" ]; then # it is not known yet
+            make_token "$name"
+            options+=(--token-file "$state/$name.token")
+        fi
+    elif [ "$(role "$name")" = worker ]; then
+        options+=(--candidate no)
+    fi
     printf '\n--- %s devcluster.sh starts %s\n' "$(date -u +%FT%TZ)" "$name" >>"$state/$name.log"
     local wall_ms
     wall_ms=$(date +%s%3N)
@@ -158,6 +190,13 @@ start_node() {
     (cd / && exec setsid "$spinetta" node join "${options[@]}" >>"$state/$name.log" 2>&1 </dev/null 9<&-) &
     pid=$!
     echo "$pid $(started "$pid") $wall_ms" >"$state/$name.pid" || die "$name ended at once; see $state/$name.log"
+}
+
+# What lets a node in. Whoever reads it could come in, so it is in a file of ours alone.
+make_token() {
+    rm -f "$state/$1.token"
+    (umask 077 && SPINETTA_NODE=$(addresses) "$spinetta" token create --role "$(role "$1")" >"$state/$1.token" 2>>"$state/$1.log") ||
+        show_failure "$1" "there is no token for $1"
 }
 
 # Crash a node. The shim is PID 1 of its PID namespace: the kernel ends all that is in there with it.
@@ -202,7 +241,7 @@ wait_until() {
 
 # --- readiness -------------------------------------------------------------------------------------------------
 
-node_list() { SPINETTA_NODE=$(all_addresses) SPINETTA_TIMEOUT=5s "$spinetta" node list "$@" 2>/dev/null; }
+node_list() { SPINETTA_NODE=$(addresses) SPINETTA_TIMEOUT=5s "$spinetta" node list "$@" 2>/dev/null; }
 
 # Prints the nodes among the arguments that are not ready yet; when they are all there are, also "voters" while there
 # are fewer of them than there will be.
@@ -215,18 +254,18 @@ unready() {
     done
     node_list --json | "$bin/python" -c '
 import json, sys
-size, wanted = int(sys.argv[1]), dict(w.split("=") for w in sys.argv[2:])
+size, seats, wanted = *map(int, sys.argv[1:3]), dict(w.split("=") for w in sys.argv[3:])
 try:
     nodes = {n["name"]: n for n in json.load(sys.stdin)["nodes"]}
-except ValueError:  # nobody answers
+except (ValueError, KeyError):  # nobody answers, or with an error
     nodes = {}
 up = {name for name, n in nodes.items() if n["status"] == "ready" and n["started_ms"] >= int(wanted.get(name, 0))}
 missing = [name for name in wanted if name not in up]
 voters = sum(bool(n["voter"]) for n in nodes.values())
-if len(wanted) == size and voters < (3 if size >= 3 else 1):
+if len(wanted) == size and voters < (3 if seats >= 3 else 1):
     missing.append("voters")
 print(" ".join(missing))
-' "$size" "${wanted[@]}"
+' "$size" "${voters:-$size}" "${wanted[@]}"
 }
 
 # Wait until these nodes are ready. When one ends, or none of it comes to pass within the limit, show its log.
@@ -242,6 +281,7 @@ await_ready() {
         }
         sleep 0.1 # between two looks
     done
+    for name in "$@"; do rm -f "$state/$name.token"; done # used up
 }
 await_all() {
     local all
@@ -275,17 +315,25 @@ up() {
     local name new=() old=() began=$SECONDS
     case $argument in *[!0-9]* | 0*) die "up takes a number of nodes, not $argument" ;; esac
     [ "${argument:-3}" -le 32 ] || die "$argument nodes are too many for one machine (32)"
+    case $workers in *[!0-9]* | 0?*) die "--workers takes a number, not $workers" ;; esac
+    [ -z "$workers" ] || [ "$workers" -lt "${argument:-3}" ] || [ -f "$settings" ] ||
+        die "$workers workers of ${argument:-3} nodes: at least one must be a voter"
     local fresh=no
     [ -d "$state" ] || fresh=yes
     mkdir -p "$state"
     lock
     if load; then
         [ -z "$argument" ] || [ "$argument" -ge "$size" ] || die "the cluster has $size nodes; it can grow, not shrink"
+        [ -n "$voters" ] || [ "${workers:-0}" = 0 ] || die "the cluster has no workers; take it down first"
+        [ -z "$workers" ] || [ -z "$voters" ] || [ $((${argument:-$size} - workers)) = "$voters" ] ||
+            die "the cluster has $voters voters, and grows by workers; take it down first, or use another --state"
         size=${argument:-$size}
     else
-        size=${argument:-3} base=${base:-127.0.0.} port=${port:-7220} cpus=${cpus:-2} memory=${memory:-2GiB}
+        size=${argument:-3} voters="" base=${base:-127.0.0.} port=${port:-7220} cpus=${cpus:-2} memory=${memory:-2GiB} tls=${tls:-off}
         [ -z "$(ls -A "$state")" ] || die "$state is not empty and holds no cluster of mine"
         made=$fresh # `down` removes only what we made
+        if [ "${workers:-0}" -gt 0 ]; then voters=$((size - workers)); fi
+        speak
     fi
     save
     for name in $(names); do
@@ -341,7 +389,7 @@ down() {
     for pid in "${pids[@]}"; do wait "$pid" || true; done
     for name in $(names); do gone "$name" || die "$name is still running; see $state/$name.log"; done
     for name in $(names); do remove_cgroups "$name"; done
-    for name in $(names); do rm -rf "${state:?}/$name" "$state/$name.log" "$state/$name.pid"; done
+    for name in $(names); do rm -rf "${state:?}/$name" "$state/$name".{log,pid,token}; done
     rm -rf "${state:?}/demo" "$settings"
     if [ "$made" = yes ]; then rmdir "$state" 2>/dev/null || say "$state holds things of yours and stays"; fi
     say "$size nodes are down"
@@ -353,7 +401,7 @@ case $command in
     down) down ;;
     demo)
         need_cluster
-        SPINETTA_NODE=$(all_addresses) exec "$bin/python" "$root/examples/variants/demo.py" --work "$state/demo" "${words[@]:1}"
+        SPINETTA_NODE=$(addresses) exec "$bin/python" "$root/examples/variants/demo.py" --work "$state/demo" "${words[@]:1}"
         ;;
     logs)
         need_cluster
@@ -382,7 +430,8 @@ case $command in
         ;;
     env)
         need_cluster
-        echo "export SPINETTA_NODE=$(all_addresses)"
+        echo "export SPINETTA_NODE=$(addresses)"
+        printf 'export SPINETTA_CREDENTIALS=%q\n' "$SPINETTA_CREDENTIALS"
         echo "export PATH=$bin:\$PATH"
         ;;
     *) die "no command $command (--help lists them)" ;;

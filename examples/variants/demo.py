@@ -213,7 +213,8 @@ def demonstrate(args: argparse.Namespace) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="run-", dir=args.work.resolve()))
     reads = [args.reads_1.resolve(), args.reads_2.resolve()]
-    with Client(args.nodes) as client:
+    credentials = os.environ.get("SPINETTA_CREDENTIALS", "none")
+    with Client(args.nodes, credentials=None if credentials in ("", "none") else credentials) as client:
         nodes = [n.record for n in client.nodes().nodes if n.status == "ready"]
         cores = sum(n.capacity.cpu_millis for n in nodes) / 1000
         print(f"{len(nodes)} nodes ({', '.join(n.name for n in nodes)}), {cores:g} cores; files in {work}", flush=True)

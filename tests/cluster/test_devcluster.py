@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ class Devcluster:
 
 @pytest.fixture
 def devcluster(tmp_path: Path) -> Iterator[Devcluster]:
-    cluster = Devcluster(tmp_path / "state", free_base(3))
+    cluster = Devcluster(tmp_path / "state", free_base(4))
     yield cluster
     cluster("down", check=False)
 
@@ -99,12 +100,71 @@ def test_a_crashed_node_leaves_nothing_either(devcluster: Devcluster) -> None:
     assert not any(group.exists() for group in groups)
 
 
+def submitted(devcluster: Devcluster, *args: str) -> subprocess.CompletedProcess[str]:
+    """`spinetta submit --wait` as somebody runs it who has done what `env` says."""
+    said = devcluster("env").stdout
+    return subprocess.run(
+        ["bash", "-c", f'eval "$1"; shift; exec {sys.executable} -m spinetta.cli submit "$@"', "bash", said, *args],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_a_secured_cluster_with_a_worker(devcluster: Devcluster) -> None:
+    up = devcluster("up", "4", "--workers", "1", "--tls", "--base", devcluster.base)
+    assert "4 nodes are up after" in up.stdout
+    assert "Traceback" not in up.stderr
+    assert stat.S_IMODE((devcluster.state / "n1" / "admin.pem").stat().st_mode) == 0o600
+    assert not list(devcluster.state.glob("*.token")), "tokens are used up"
+    env = devcluster("env").stdout
+    assert f"SPINETTA_CREDENTIALS={devcluster.state}/n1/admin.pem\n" in env
+    assert f"{devcluster.base}3:7220\n" in env, "users ask voters"
+    rows = [line.split() for line in devcluster("status").stdout.splitlines() if line.startswith("n")]
+    assert {(row[0], row[3]) for row in rows if row[2] == "ready"} == {
+        ("n1", "voter"), ("n2", "voter"), ("n3", "voter"), ("n4", "worker")
+    }  # fmt: skip
+
+    done = submitted(devcluster, "--follow", "--tag", "worker", "--", "sh", "-c", 'echo "$SPINETTA_NODE_NAME"')
+    assert (done.returncode, done.stdout.split()[-1]) == (0, "n4"), done.stderr
+    done = submitted(devcluster, "--follow", "--tag", "n2", "--", "sh", "-c", 'echo "$SPINETTA_NODE_NAME"')
+    assert (done.returncode, done.stdout.split()[-1]) == (0, "n2"), done.stderr
+
+    # It has been let in once, and needs no token any more.
+    devcluster("kill", "n4")
+    assert "n4 is up" in devcluster("start", "n4").stdout
+    assert not (devcluster.state / "n4.token").exists()
+    assert submitted(devcluster, "--wait", "--tag", "worker", "--", "true").returncode == 0
+
+    # What it is was told once; what contradicts it is refused.
+    assert "4 nodes are up (" in devcluster("up", "--tls", "--workers", "1").stdout
+    assert "has 3 voters" in devcluster("up", "--workers", "2", check=False).stderr
+
+    pids = [pid for name in ("n1", "n2", "n3", "n4") for pid in devcluster.pids(name)]
+    assert all(alive(pid) for pid in pids)
+    groups = devcluster.cgroups()
+    assert "4 nodes are down" in devcluster("down").stdout
+    assert not any(alive(pid) for pid in pids)
+    assert not any(group.exists() for group in groups)
+    assert not devcluster.state.exists()
+
+
+@pytest.mark.timeout(600)
+def test_an_open_cluster_with_a_worker(devcluster: Devcluster) -> None:
+    devcluster("up", "2", "--workers", "1", "--base", devcluster.base)
+    assert "export SPINETTA_CREDENTIALS=none\n" in devcluster("env").stdout
+    done = submitted(devcluster, "--follow", "--tag", "worker", "--", "sh", "-c", 'echo "$SPINETTA_NODE_NAME"')
+    assert (done.returncode, done.stdout.split()[-1]) == (0, "n2"), done.stderr
+    assert "has --tls off" in devcluster("up", "--tls", check=False).stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["up", "zero"], "up takes a number of nodes, not zero"),
         (["up", "0"], "up takes a number of nodes, not 0"),
         (["up", "33"], "33 nodes are too many"),
+        (["up", "--workers", "x"], "--workers takes a number, not x"),
+        (["up", "2", "--workers", "2"], "2 workers of 2 nodes"),
         (["kill", "n1"], "no cluster in"),
         (["logs", "n1"], "no cluster in"),
         (["fly"], "no command fly"),
