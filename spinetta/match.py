@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from spinetta import units
-from spinetta.access import MEMBERS, GroupAcl, NodeAcl
-from spinetta.model import NodeRecord, QueueHint, Resources
+from spinetta.access import MEMBERS
+from spinetta.model import QueueHint, Resources
 
 
 class Obstacle(enum.Enum):
@@ -19,20 +19,14 @@ class Obstacle(enum.Enum):
     TAG_FORBIDDEN = "tag-forbidden"
     TOO_LARGE = "too-large"  # for the node even when it is empty
     NO_ROOM = "no-room"  # now; later perhaps
-    NOT_TAKING = "not-taking"  # draining or leaving
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a task cannot run on a node. `transient`: waiting may help without anybody changing anything."""
+    """Why a task cannot run on a node."""
 
     obstacle: Obstacle
     detail: str
-
-    @property
-    def transient(self) -> bool:
-        """True when the obstacle may go away by itself."""
-        return self.obstacle is Obstacle.NO_ROOM
 
 
 def uncleared(wanted: Collection[str], clearances: Collection[str]) -> list[str]:
@@ -67,31 +61,6 @@ def why_not_now(hint: QueueHint, free: Resources) -> Reason | None:
     if hint.resources.fits_in(free):
         return None
     return Reason(Obstacle.NO_ROOM, shortfall(hint.resources, free))
-
-
-def why_not(hint: QueueHint, node: NodeRecord) -> Reason | None:
-    """Why the task cannot start on a node as that node describes itself; None when it can."""
-    if node.draining or node.leaving:
-        return Reason(Obstacle.NOT_TAKING, "the node is draining")
-    never = why_never(hint, node.capacity, frozenset(node.tags), node.clearances)
-    return never or why_not_now(hint, node.free)
-
-
-def why_not_cleared(wanted: Collection[str], acl: NodeAcl, groups: Collection[GroupAcl]) -> Reason | None:
-    """Why an approved node is not cleared for these labels, told to the group; None when it is."""
-    if acl.revoked:
-        return Reason(Obstacle.NOT_CLEARED, "the node's rights are revoked")
-    lacking = uncleared(wanted, acl.clearances)
-    if lacking:
-        return Reason(Obstacle.NOT_CLEARED, f"the node is not cleared for {', '.join(lacking)}")
-    for group in sorted(groups, key=lambda g: g.name):
-        barred = uncleared(wanted, group.clearances) if group.name in acl.groups else []
-        if barred:
-            return Reason(Obstacle.NOT_CLEARED, f"the node's group {group.name} is not cleared for {', '.join(barred)}")
-    lacking = uncleared(wanted, acl.effective)
-    if lacking:  # a group that is not among those given
-        return Reason(Obstacle.NOT_CLEARED, f"a group of the node is not cleared for {', '.join(lacking)}")
-    return None
 
 
 def shortfall(wanted: Resources, room: Resources) -> str:

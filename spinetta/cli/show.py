@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from datetime import datetime
@@ -343,8 +342,3 @@ def attempt_rows(t: Task) -> list[tuple[str, ...]]:
         outcome = outcome_word(a.outcome) or ("running" if t.state is State.RUNNING else "")
         rows.append((str(a.number), a.node, outcome, exit_text, took, usage_words(a.usage), a.message))
     return rows
-
-
-def compact(document: object) -> str:
-    """JSON on one line."""
-    return json.dumps(document, ensure_ascii=False)

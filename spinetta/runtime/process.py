@@ -44,15 +44,6 @@ class Service:
     exit: Exit | None
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceExited:
-    """A service ended. Repeated after each reconnection until the service is started again."""
-
-    name: str
-    started_ms: int
-    exit: Exit
-
-
 class ProcessRuntime:
     """Runs attempts as plain processes through the node's shim; implements `protocol.Runtime`. See `connect`.
 
@@ -73,9 +64,7 @@ class ProcessRuntime:
         self._failure: SpinettaError | None = None
         self._closing = False
         self._ended: dict[AttemptKey, Exited] = {}
-        self._services_ended: dict[str, ServiceExited] = {}
         self._hub: Hub[Exited | ShimLost] = Hub()
-        self._service_hub: Hub[ServiceExited] = Hub()
 
     @classmethod
     @asynccontextmanager
@@ -223,11 +212,7 @@ class ProcessRuntime:
             cwd=cwd,
             log_path=str(log_path),
         )
-        service = _parse_service(answer["service"])
-        if service.exit is None:
-            self._services_ended.pop(name, None)
-            self._service_hub.drop(name)
-        return service
+        return _parse_service(answer["service"])
 
     async def stop_service(
         self, name: str, signal: int = signals.SIGTERM, wait_s: float = 10.0, limit_s: float = 30.0
@@ -240,13 +225,6 @@ class ProcessRuntime:
         """A service that runs or has ended; None when none of that name was started."""
         answer = await self._ask("services")
         return next((_parse_service(one) for one in answer["services"] if one["key"] == name), None)
-
-    def service_events(self) -> AsyncIterator[ServiceExited]:
-        """Ends of services, beginning with those that have ended and were not started again."""
-        feed = self._service_hub.open()
-        for name, exited in self._services_ended.items():
-            feed.put(name, exited)
-        return feed
 
     # The shim ----------------------------------------------------------------------------------------------------
 
@@ -318,7 +296,6 @@ class ProcessRuntime:
             self._settled.set()
             self._up.set()  # nobody is to wait for a connection that will not come
             self._hub.close()
-            self._service_hub.close()
 
     async def _serve_once(self) -> None:
         """Connect, starting a shim when none listens; then serve until the connection breaks."""
@@ -352,22 +329,16 @@ class ProcessRuntime:
                 self._up.clear()
                 self._client = None
                 self._ended.clear()
-                self._services_ended.clear()
                 if not self._closing:
                     self._hub.put(_LOST, ShimLost())
 
     def _on_event(self, message: Message) -> None:
         end = parse_exit(message.get("exit"))
-        if end is None:
+        if end is None or message["event"] != "exited":  # ends of services are asked for, see `service`
             return
-        if message["event"] == "exited":
-            exited = Exited(message["key"], end)
-            self._ended[exited.key] = exited
-            self._hub.put(exited.key, exited)
-        elif message["event"] == "service-exited":
-            ended = ServiceExited(message["name"], message["started_ms"], end)
-            self._services_ended[ended.name] = ended
-            self._service_hub.put(ended.name, ended)
+        exited = Exited(message["key"], end)
+        self._ended[exited.key] = exited
+        self._hub.put(exited.key, exited)
 
 
 def _finite(seconds: float) -> float | None:

@@ -76,7 +76,6 @@ class MemberStatus:
     db_bytes: int
     db_in_use_bytes: int
     learner: bool
-    raft_index: int
     errors: tuple[str, ...]
 
     @property
@@ -190,7 +189,6 @@ async def status(endpoint: str, tls: TlsSource | None = None, *, timeout_s: floa
         db_bytes=response.dbSize,
         db_in_use_bytes=response.dbSizeInUse,
         learner=response.isLearner,
-        raft_index=response.raftIndex,
         errors=tuple(response.errors),
     )
 

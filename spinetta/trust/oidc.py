@@ -62,9 +62,8 @@ class _Keys:
 class OidcVerifier:
     """Checks bearer tokens against the issuers of the cluster's policy. Belongs to one event loop."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._wall = wall
         self._keys: dict[tuple[str, bytes], _Keys] = {}
 
     async def verify(self, token: str, issuers: Sequence[Issuer]) -> OidcIdentity:

@@ -48,15 +48,6 @@ def free_base(count: int) -> str:
     raise AssertionError("no free loopback addresses")
 
 
-def parent_of(pid: int) -> int:
-    """The parent of a process; 0 when it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(text.rpartition(")")[2].split()[1])
-
-
 def alive(pid: int) -> bool:
     """True while the process exists and is no zombie."""
     try:

@@ -117,7 +117,7 @@ class Checker:
             raise Violation(f"7: {node} holds {used} of {capacity} at {revision}")
 
 
-async def replay(endpoint: str, *, quiet_s: float = 2.0) -> Checker:
+async def replay(endpoint: str) -> Checker:
     """Feed the whole history of a live etcd to a checker, up to its present revision."""
     store = EtcdStore([endpoint])
     checker = Checker()

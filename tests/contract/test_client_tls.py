@@ -312,11 +312,6 @@ async def _log(_: Any, __: Any) -> AsyncIterator[api.LogChunk]:
     yield api.LogChunk(data=b"hello\n", attempt=1, node="w1")
 
 
-async def _no_log(request: Any, context: Any) -> AsyncIterator[api.LogChunk]:
-    raise NotImplementedError
-    yield
-
-
 def test_a_log_is_fetched_from_the_node_that_has_it(world: World) -> None:
     async def story() -> None:
         worker = Stand(Log=_log)

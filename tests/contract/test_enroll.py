@@ -31,7 +31,7 @@ from tests.contract.trust_world import Newcomer, World, acl_key, saved, set_reco
 
 __all__ = ["etcd", "etcd_member"]
 
-VOTER_ROLE, WORKER_ROLE, CLIENT_ROLE = 1, 2, 3
+VOTER_ROLE, CLIENT_ROLE = 1, 3
 Story = Callable[[World], Awaitable[None]]
 
 

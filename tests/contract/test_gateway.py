@@ -22,7 +22,6 @@ from spinetta.node.gateway import fanout, service, watches
 from spinetta.node.port import Member, Membership
 from spinetta.store import gateway
 from spinetta.store.protocol import Changes, KeyValue, Store
-from spinetta.store.route import RoutedStore
 from spinetta.trust.dial import Dialer, server_credentials
 from spinetta.txn import Committed, Conflict, Delete, Put, Txn
 from tests import builders, lives
@@ -713,46 +712,6 @@ def test_a_renewed_certificate_is_used_without_failing_a_call() -> None:
             assert "being replaced" in str(watch.error)
             stop.set()
             assert min(await asyncio.gather(*writers)) > 10
-
-    run(scenario())
-
-
-# --- a store that becomes another --------------------------------------------------------------------------------
-
-
-def test_a_routed_store_changes_its_way_and_loses_nothing() -> None:
-    async def scenario() -> None:
-        async with fresh() as world:
-            await world.grant("v9", NodeRole.VOTER)
-            routed = RoutedStore()
-            with pytest.raises(StoreUnavailable, match="no way"):
-                await routed.read(["/a"])
-            await routed.use(world.store("v9", NodeRole.VOTER))
-            stop, count = asyncio.Event(), 0
-
-            async def write(n: int) -> None:
-                nonlocal count
-                while not stop.is_set():
-                    assert isinstance(await routed.commit(Txn(then=(Put(f"/w/{n}"),))), Committed)
-                    count += 1
-
-            def passed(mark: int) -> bool:
-                return count > mark
-
-            writers = [asyncio.create_task(write(n)) for n in range(4)]
-            for _ in range(3):
-                for make in (lambda: world.store("v9", NodeRole.VOTER), lambda: type(world.etcd)([world.endpoint])):
-                    watch = await Follower(routed, "/w/", (await routed.read([])).revision + 1).stands()
-                    await eventually(functools.partial(passed, count + 50), within_s=10)
-                    await routed.use(make())
-                    await watch.ends()
-                    assert isinstance(watch.error, StoreUnavailable)
-            stop.set()
-            await asyncio.gather(*writers)
-            assert isinstance(routed.current, type(world.etcd))
-            await routed.close()
-            with pytest.raises(StoreUnavailable, match="closed"):
-                await routed.read(["/a"])
 
     run(scenario())
 

@@ -46,7 +46,6 @@ TEXTS = [
     "a b",
     "\u202e",
 ]
-LARGE = b"x" * 70_000
 NUMBERS = [0, 1, 2, 3, 99, 2**31 - 1]
 FLOATS = [0.0, 1.0, 60.0, -1.0, 1e300, float("nan"), float("inf")]
 

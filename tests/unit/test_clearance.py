@@ -24,7 +24,7 @@ from spinetta.access import (
 from spinetta.claims import Claims
 from spinetta.errors import UserError
 from spinetta.events import Change, ClearancesChanged, Commit, Entry, List, ListDone, Listing, Read, ReadDone, Reading
-from spinetta.match import Obstacle, uncleared, why_never, why_not, why_not_cleared
+from spinetta.match import Obstacle, uncleared, why_never
 from spinetta.model import IncarnationId, NodeId, QueueHint, Revision, TaskSpec
 from spinetta.payload import hollow
 from spinetta.queue import PAGE_KEYS, Window
@@ -45,14 +45,11 @@ def test_cleared_means_for_all_of_them(wanted: tuple[str, ...], has: tuple[str, 
     assert (reason is None) == (set(wanted) <= set(has))
     if reason is not None:
         assert reason.obstacle is Obstacle.NOT_CLEARED
-        assert not reason.transient
         assert set(reason.detail.rpartition("for ")[2].split(", ")) == set(wanted) - set(has)
 
 
 def test_without_clearances_nothing_with_a_label_runs() -> None:
     assert why_never(hint(clearance=("a",)), BIG, frozenset()) is not None
-    assert why_not(hint(clearance=("a",)), node_record()) is not None
-    assert why_not(hint(clearance=("a",)), node_record(clearances=("a", "b"))) is None
 
 
 def test_everybody_is_cleared_for_members() -> None:
@@ -69,19 +66,7 @@ def test_on_nodes_and_in_groups(
         "n", NodeRole.WORKER, granted, tuple(g.name for g in acls), effective_clearances(granted, acls), b"k", b"s"
     )
     covers = all(label in granted and all(label in g for g in groups) for label in wanted)
-    assert (why_not_cleared(wanted, node, acls) is None) == covers
     assert (why_never(hint(clearance=wanted), BIG, frozenset(), node.effective) is None) == covers
-    assert why_not_cleared(wanted, replace(node, revoked=True), acls) is not None
-
-
-def test_the_reason_names_the_group() -> None:
-    node = NodeAcl("n", NodeRole.WORKER, ("a",), ("lab",), ())
-    said = why_not_cleared(("a",), node, [GroupAcl("lab"), GroupAcl("other")])
-    assert said is not None
-    assert said.detail == "the node's group lab is not cleared for a"
-    unknown = why_not_cleared(("a",), node, [])
-    assert unknown is not None
-    assert "a group of the node" in unknown.detail
 
 
 def test_only_cleared_peers_are_rivals() -> None:

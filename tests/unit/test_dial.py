@@ -21,7 +21,6 @@ from spinetta.access import NodeRole
 from spinetta.errors import StoreUnavailable, UserError
 from spinetta.trust import certificates as c
 from spinetta.trust import dial, guest, sealing
-from spinetta.trust.channels import Channels
 from spinetta.trust.credentials import NodeCredentials
 from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer
 from tests.unit.trust_world import CLUSTER, OTHER, World, forge, forged_by
@@ -474,76 +473,6 @@ def test_a_successor_certified_by_its_predecessor_is_believed_by_those_who_know_
         async with server(shown((pem + crossed, key), WORLD.ca + new.ca)) as (address, _):
             assert await answer(with_pair(USER), address) == "user/ann"
             assert await answer(with_pair(USER, new.ca), address) == "user/ann"
-
-    run(story())
-
-
-def test_channels_follow_a_renewed_certificate_and_let_streams_end() -> None:
-    async def story() -> None:
-        current = [WORLD.user("first")]
-        channels = Channels(Dialer.secured(lambda: (WORLD.ca, *current[0])))
-        async with server(shown(NODE)) as (address, _):
-            first = channels.get(address, VOTER)
-            assert channels.get(address, VOTER) is first
-            assert await ask(first) == "user/first"
-            stream = await ticks(first)
-            current[0] = WORLD.user("second")
-            second = channels.get(address, VOTER)
-            assert second is not first
-            assert await ask(second) == "user/second"
-            for _ in range(5):
-                assert await stream.read() == b"tick"  # under way, so it goes on
-            assert len(channels) == 1
-            await channels.close()
-            assert await cut(stream)
-            await channels.close()
-
-    run(story())
-
-
-def test_a_stream_on_an_old_channel_is_cut_when_its_time_is_over() -> None:
-    async def story() -> None:
-        current = [WORLD.user("first")]
-        channels = Channels(Dialer.secured(lambda: (WORLD.ca, *current[0])), grace_s=0.2)
-        async with server(shown(NODE)) as (address, _):
-            stream = await ticks(channels.get(address, VOTER))
-            current[0] = WORLD.user("second")
-            channels.get(address, VOTER)
-            assert await cut(stream)
-            assert await ask(channels.get(address, VOTER)) == "user/second"
-            await channels.close()
-
-    run(story())
-
-
-def test_channels_are_bounded() -> None:
-    async def story() -> None:
-        channels = Channels(with_pair(USER), channels_max=3)
-        async with server(shown(NODE)) as (address, _):
-            kept = channels.get(address, VOTER)
-            for i in range(10):
-                channels.get("127.0.0.1:1", dial.node_name(f"n{i}"))
-                assert channels.get(address, VOTER) is kept  # used just now
-                assert len(channels) <= 3
-            channels.drop(address, VOTER)
-            channels.drop(address, VOTER)
-            assert channels.get(address, VOTER) is not kept
-            with pytest.raises(UserError):
-                channels.get("x", VOTER)
-            await channels.close()
-            assert len(channels) == 0
-
-    run(story())
-
-
-def test_one_address_under_two_expectations_is_two_channels() -> None:
-    async def story() -> None:
-        channels = Channels(with_pair(USER))
-        async with server(shown(WORKER_PAIR)) as (address, _):
-            assert await ask(channels.get(address, WORKER)) == "user/ann"
-            with pytest.raises(grpc.aio.AioRpcError):
-                await ask(channels.get(address, VOTER))
-            await channels.close()
 
     run(story())
 

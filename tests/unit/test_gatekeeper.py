@@ -295,10 +295,6 @@ def ready() -> Yard:
     return yard.take(5).take(6, node=OTHER)
 
 
-def part_with(yard: Yard, body: Txn, **changes: Any) -> Txn:
-    return replace(body, **changes)
-
-
 LIES: dict[str, tuple[str, Callable[[Yard], Txn]]] = {
     "uncleared task": ("not cleared for blue", lambda y: y.claims(y.claim(3))),
     "another owner": ("may change nothing", lambda y: y.claims(y.claim(1, spec=replace(y.task(1).spec, owner="eve")))),

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinetta.match import Obstacle, shortfall, why_never, why_not, why_not_now
+from spinetta.match import Obstacle, shortfall, why_never, why_not_now
 from spinetta.model import Resources
-from tests.builders import GIB, cpus, hint, node_record
+from tests.builders import GIB, cpus, hint
 
 TAGS = frozenset({"ssd", "zone=a"})
 ROOM = Resources.of(4000, 8 * GIB, 100 * GIB, {"gpu": 2})
@@ -51,7 +51,6 @@ def test_why_never(wanted: object, obstacle: Obstacle | None, words: str) -> Non
         assert reason is not None
         assert reason.obstacle is obstacle
         assert words in reason.detail
-        assert not reason.transient
 
 
 def test_why_not_now() -> None:
@@ -59,21 +58,6 @@ def test_why_not_now() -> None:
     reason = why_not_now(hint(cpus(2)), cpus(1))
     assert reason is not None
     assert reason.obstacle is Obstacle.NO_ROOM
-    assert reason.transient
-
-
-def test_a_node_as_it_describes_itself() -> None:
-    assert why_not(hint(cpus(4)), node_record(capacity=cpus(4))) is None
-    full = why_not(hint(cpus(4)), node_record(capacity=cpus(4), free=cpus(3)))
-    assert full is not None
-    assert full.obstacle is Obstacle.NO_ROOM
-    small = why_not(hint(cpus(5)), node_record(capacity=cpus(4), free=cpus(3)))
-    assert small is not None
-    assert small.obstacle is Obstacle.TOO_LARGE
-    for node in (node_record(draining=True), node_record(leaving=True)):
-        away = why_not(hint(), node)
-        assert away is not None
-        assert away.obstacle is Obstacle.NOT_TAKING
 
 
 @given(resources, resources)
