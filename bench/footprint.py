@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""What an idle node costs: CPU and memory of its daemon, its shim and its etcd.
+"""What an idle node costs: CPU and memory of its daemon, its shim and its etcd; a voter and a worker, open and secured.
 
 CPU is the time that the processes used during the measurement, in percent of one core. Memory is the resident set
-(RSS) and, because Python processes share pages, the proportional set (PSS). Needs to read other processes of the same
-user, so it measures a cluster on this machine.
+(RSS) and, because Python processes share pages, the proportional set (PSS). Each row is the mean over the nodes of its
+kind; the clusters are measured at the same time. Needs to read other processes of the same user, so it measures
+clusters on this machine.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -47,42 +49,47 @@ def main() -> int:
     """Measure and print."""
     parser = common.arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure (60)")
-    parser.add_argument("--size", type=int, default=3, help="nodes of a cluster of our own (3)")
+    parser.add_argument("--size", type=int, default=3, help="voters of a cluster of our own (3)")
     parser.add_argument("--state", type=Path, help="measure the cluster of devcluster.sh in this directory")
     args = parser.parse_args()
-    if args.nodes:
+    if args.nodes or args.credentials:
         parser.error("--nodes says nothing of processes; use --state")
     on = common.machine()
     if args.state:
-        rows = measure(args.state, args.seconds)
+        rows = measure({"": args.state}, args.seconds)
     else:
-        with common.cluster("", args.size, args.cpus) as cluster:
-            assert cluster.state is not None
+        with common.clusters(args, args.size, args.workers) as clusters:
             time.sleep(SETTLE_S)  # to let it come to rest is the point
-            rows = measure(cluster.state, args.seconds)
+            states = {"yes" if c.tls else "no": c.state for c in clusters if c.state is not None}
+            rows = measure(states, args.seconds)
     common.report(f"footprint of idle nodes over {args.seconds:g} s", rows, args.json, on)
     return 0
 
 
-def measure(state: Path, seconds: float) -> list[dict[str, Any]]:
-    """A row for each part of each node."""
-    found = processes(state)
-    before = {(n, part): cpu_s(group) for n, parts in found.items() for part, group in parts.items()}
+def measure(states: dict[str, Path], seconds: float) -> list[dict[str, Any]]:
+    """A row for each part of each kind of node. `states`: whether it is secured, and its directory."""
+    groups: dict[tuple[str, str, str], list[list[psutil.Process]]] = defaultdict(list)
+    for tls, state in states.items():
+        for parts in processes(state).values():
+            for part, group in parts.items():
+                groups["voter" if "etcd" in parts else "worker", part, tls].append(group)
+    before = {key: [cpu_s(node) for node in nodes] for key, nodes in groups.items()}
     time.sleep(seconds)
+    used = {
+        key: [100 * (cpu_s(node) - was) / seconds for node, was in zip(nodes, before[key], strict=True)]
+        for key, nodes in groups.items()
+    }
     rows = []
-    for name, parts in found.items():
-        for part, group in parts.items():
-            memory = [p.memory_full_info() for p in group]
-            rows.append(
-                {
-                    "node": name,
-                    "part": part,
-                    "processes": len(group),
-                    "CPU %": 100 * (cpu_s(group) - before[name, part]) / seconds,
-                    "RSS MiB": sum(m.rss for m in memory) / 2**20,
-                    "PSS MiB": sum(m.pss for m in memory) / 2**20,
-                }
-            )
+    for key in sorted(groups):
+        role, part, tls = key
+        memory = [[p.memory_full_info() for p in node] for node in groups[key]]
+        row = {"node": role, "part": part, "TLS": tls, "nodes": len(memory), "CPU %": statistics.fmean(used[key])}
+        row["most"] = max(used[key])
+        for label, kind in (("RSS MiB", "rss"), ("PSS MiB", "pss")):
+            row[label] = statistics.fmean(sum(getattr(m, kind) for m in node) for node in memory) / 2**20
+        if base := used.get((role, part, "no")):
+            row["CPU x open"] = statistics.fmean(used[key]) / max(statistics.fmean(base), 0.001)
+        rows.append(row)
     return rows
 
 
