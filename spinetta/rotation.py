@@ -5,6 +5,10 @@
 3. Every live node has a certificate by the new one, and the overlap is over: the old one is dropped.
 
 One at a time: `begin` refuses while another is under way. Each step is a new generation.
+
+Nodes say themselves how far they are, and one that is hostile or stuck could say so for ever. A worker is waited for
+until the overlap is over (and a little longer, for the honest): then it is left behind, and has to join again. A voter
+holds it up as long as it lives: it signs, and could shut the others out.
 """
 
 from __future__ import annotations
@@ -12,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from spinetta.access import Authorities, AuthorityEntry, AuthorityState
+from spinetta.access import Authorities, AuthorityEntry, AuthorityState, NodeRole
 from spinetta.errors import UserError
 
 ENTRIES_MAX = 3  # in a rotation two; one more than that is a bug somewhere
+NAMED_MAX = 20  # nodes in one message or listing
+PATIENCE_MS = 120_000  # with workers past the overlap: an honest one looks every 5 s, after failures every 30 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +31,13 @@ class NodeTrust:
     Attributes:
         believes: the generation of the authorities it believes.
         signed: the latest generation whose signing authority has signed its certificate.
+        role: one whose rights cannot be read counts as a voter: it may be one.
     """
 
     name: str
     believes: int
     signed: int
+    role: NodeRole = NodeRole.VOTER
 
 
 def under_way(authorities: Authorities) -> bool:
@@ -64,12 +72,13 @@ def begin(authorities: Authorities, entry: AuthorityEntry, *, now_ms: int, overl
     return Authorities(authorities.kind, authorities.generation + 1, (old, new))
 
 
-def retire_now(authorities: Authorities, *, now_ms: int) -> Authorities:
-    """End the overlap: the old authority is dropped as soon as every live node has moved. Same generation: nobody
-    has to believe anything else.
+def retire_now(authorities: Authorities, nodes: Sequence[NodeTrust], *, now_ms: int) -> Authorities:
+    """Do not wait any longer. While the new authority does not sign yet because of workers only: it signs from now on.
+    Else the overlap ends: the old authority is dropped as soon as every live node has moved, or `PATIENCE_MS` later if
+    workers have not. That is the same generation: nobody has to believe anything else.
 
     Raises:
-        UserError: none is about to retire.
+        UserError: none is about to retire, or a live voter does not believe the new one yet.
     """
     if not under_way(authorities):
         raise UserError(
@@ -78,11 +87,35 @@ def retire_now(authorities: Authorities, *, now_ms: int) -> Authorities:
             reason="no-rotation",
             hint="rotate first",
         )
+    if is_announced(authorities):
+        voters = [n for n in nodes if n.role is NodeRole.VOTER]
+        late = [n.name for n in lagging(authorities, voters)]
+        if late or not voters:
+            raise UserError(
+                f"the new {authorities.kind} authority does not sign yet: voters that do not believe it: "
+                f"{', '.join(late[:NAMED_MAX]) or 'none is known'}",
+                hint="see: spinetta cluster authorities; try again in a minute, or stop those that stay behind",
+                reason="not-signing-yet",
+            )
+        return _signing(authorities, now_ms)
     entries = tuple(
-        replace(e, retire_at_ms=min(e.retire_at_ms, now_ms)) if e.state is not AuthorityState.NEXT else e
+        replace(e, retire_at_ms=min(e.retire_at_ms, now_ms)) if e.state is AuthorityState.RETIRING else e
         for e in authorities.entries
     )
     return replace(authorities, entries=entries)
+
+
+def is_announced(authorities: Authorities) -> bool:
+    """Whether there is a new authority that does not sign yet."""
+    return any(e.state is AuthorityState.NEXT for e in authorities.entries)
+
+
+def lagging(authorities: Authorities, nodes: Sequence[NodeTrust]) -> list[NodeTrust]:
+    """Those that the next step waits for; none when no rotation is under way."""
+    if not under_way(authorities):
+        return []
+    generation, announced = authorities.generation, is_announced(authorities)
+    return [n for n in nodes if n.believes < generation or (not announced and n.signed < generation)]
 
 
 def advance_rotation(authorities: Authorities, nodes: Sequence[NodeTrust], now_ms: int) -> Authorities:
@@ -90,17 +123,19 @@ def advance_rotation(authorities: Authorities, nodes: Sequence[NodeTrust], now_m
 
     Args:
         authorities: of one kind.
-        nodes: those alive that have certificates by it. None at all: not known, so nothing is done.
-        now_ms: wall clock. A wrong one ends the overlap early or late, but no step is taken before its nodes are ready.
+        nodes: those alive that have certificates by it. No voter among them: not known, so nothing is done.
+        now_ms: wall clock. A wrong one ends the overlap early or late; no step is taken before the voters are ready.
     """
-    if not nodes or not under_way(authorities):
+    if not under_way(authorities) or not any(n.role is NodeRole.VOTER for n in nodes):
         return authorities
-    generation = authorities.generation
-    if any(e.state is AuthorityState.NEXT for e in authorities.entries):
-        if any(n.believes < generation for n in nodes):
-            return authorities
-        return Authorities(authorities.kind, generation + 1, tuple(_moved_on(e) for e in authorities.entries))
-    if any(n.signed < generation or n.believes < generation for n in nodes):
+    late = lagging(authorities, nodes)
+    if any(n.role is NodeRole.VOTER for n in late):
+        return authorities
+    retire_at_ms = max(e.retire_at_ms for e in authorities.entries)
+    if is_announced(authorities):
+        # Who lags is still let in: the new one is certified by the old.
+        return _signing(authorities, now_ms) if not late or now_ms >= retire_at_ms else authorities
+    if late and now_ms < retire_at_ms + PATIENCE_MS:
         return authorities
     kept = tuple(
         replace(e, cross_pem=b"") if e.state is AuthorityState.ACTIVE else e
@@ -109,12 +144,19 @@ def advance_rotation(authorities: Authorities, nodes: Sequence[NodeTrust], now_m
     )
     if len(kept) == len(authorities.entries):
         return authorities
-    return Authorities(authorities.kind, generation + 1, kept)
+    return Authorities(authorities.kind, authorities.generation + 1, kept)
 
 
-def _moved_on(entry: AuthorityEntry) -> AuthorityEntry:
-    if entry.state is AuthorityState.ACTIVE:
-        return replace(entry, state=AuthorityState.RETIRING, wraps=())  # it signs no more: nobody needs its key
+def _signing(authorities: Authorities, now_ms: int) -> Authorities:
+    """The new one signs. The old one is believed for a moment more, however late it is: all must get new ones first."""
+    entries = tuple(_moved_on(e, now_ms) for e in authorities.entries)
+    return Authorities(authorities.kind, authorities.generation + 1, entries)
+
+
+def _moved_on(entry: AuthorityEntry, now_ms: int) -> AuthorityEntry:
+    if entry.state is AuthorityState.ACTIVE:  # it signs no more: nobody needs its key
+        until_ms = max(entry.retire_at_ms, now_ms)
+        return replace(entry, state=AuthorityState.RETIRING, wraps=(), retire_at_ms=until_ms)
     return replace(entry, state=AuthorityState.ACTIVE) if entry.state is AuthorityState.NEXT else entry
 
 

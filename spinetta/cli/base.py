@@ -141,8 +141,13 @@ def _resolved_client(node: str | None, timeout: str | None, config_file: str | N
 
 def is_somebody(node: str | None, timeout: str | None, config_file: str | None) -> bool:
     """Whether we have an identity of the cluster's, so that the cluster knows better than we who is asking."""
-    settings = _resolved_client(node, timeout, config_file).settings
-    return settings.credentials not in ("", "none")
+    return credentials_file(node, timeout, config_file) is not None
+
+
+def credentials_file(node: str | None, timeout: str | None, config_file: str | None) -> Path | None:
+    """Where our identity is kept; None: we have none."""
+    path = _resolved_client(node, timeout, config_file).settings.credentials
+    return Path(path) if path not in ("", "none") else None
 
 
 def usual_credentials() -> Path | None:

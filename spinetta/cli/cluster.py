@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from spinetta.cli import exits, output
-from spinetta.cli.base import client_options, config_option, json_option, with_client
+from spinetta.cli.base import client_options, config_option, credentials_file, json_option, with_client
 from spinetta.cli.who import confirm, document, done, role_word
 
 if TYPE_CHECKING:
-    from spinetta.client.admin import AuthorityInfo
+    from pathlib import Path
+
+    from spinetta.client.admin import AuthorityInfo, Rotated
     from spinetta.client.aio import AsyncClient
 
 
@@ -35,7 +37,9 @@ def authorities(as_json: bool, node: str | None, timeout: str | None, config_fil
     """List the certificate authorities: of nodes and people (cluster), and of etcd's members (etcd).
 
     An authority is first *next*: nodes learn to believe it. Then it is *active* and signs; the one before is
-    *retiring*, believed still until its time is over. BELIEVED is by how many of the nodes.
+    *retiring*, believed still until its time is over. BELIEVED is by how many of the nodes. Below it says which nodes a
+    rotation waits for: for a worker until the old authority's time is over, then it is left behind and has to join
+    again; for a voter as long as it lives.
     """
 
     async def work(client: AsyncClient) -> list[AuthorityInfo]:
@@ -60,6 +64,13 @@ def authorities(as_json: bool, node: str | None, timeout: str | None, config_fil
         for a in found
     ]
     output.table(("KIND", "STATE", "HASH", "CREATED", "EXPIRES", "BELIEVED", "RETIRES"), rows)
+    for kind, late in {a.kind: a for a in found if a.nodes_lagging}.items():
+        output.tell(f"{kind}: waits for {_named(late)}")
+
+
+def _named(authority: AuthorityInfo) -> str:
+    more = authority.nodes_lagging - len(authority.lagging)
+    return ", ".join(authority.lagging) + (f" and {more} more" if more else "")
 
 
 @cluster.command("rotate-ca")
@@ -83,7 +94,8 @@ def rotate_ca(
 
     Nodes learn to believe the new one, then get certificates of it; people get theirs when they use the command line
     within the overlap, or log in anew. --retire-now makes all certificates of the old one worthless at once, which is
-    for an authority whose key was stolen.
+    for an authority whose key was stolen. Your own certificate is exchanged first; other people have to log in anew.
+    Workers that have not moved two minutes later have to join again.
 
     \b
     Examples:
@@ -100,14 +112,34 @@ def rotate_ca(
     if retire_now:
         confirm(f"Make all certificates of the old {kind} authority worthless now?", yes=yes, as_json=as_json)
 
-    async def work(client: AsyncClient) -> int:
-        return await client.admin.rotate_authority(kind, overlap_s=overlap_s, retire_now=retire_now)
+    own = credentials_file(node, timeout, config_file) if retire_now and kind == "cluster" else None
 
-    generation = with_client(work, node, timeout, config_file)
+    async def work(client: AsyncClient) -> Rotated:
+        if retire_now:
+            return await _retire(client, kind, own)
+        return await client.admin.rotate_authority(kind, overlap_s=overlap_s)
+
+    generation = with_client(work, node, timeout, config_file).generation
     what = (
         "the old authority is dropped" if retire_now else "a new authority has begun; see: spinetta cluster authorities"
     )
     done(f"{kind}: {what} (generation {generation})", {"kind": kind, "generation": generation}, as_json=as_json)
+
+
+async def _retire(client: AsyncClient, kind: str, own: Path | None) -> Rotated:
+    """End an overlap early. `own`: our credentials, which must not be by the old authority by then."""
+    from spinetta.client.login import refresh
+
+    late = next((a for a in await client.admin.authorities() if a.kind == kind and a.nodes_lagging), None)
+    if late is not None:
+        output.tell(f"{kind}: have not moved yet: {_named(late)}; workers among them may have to join again")
+    for _ in range(2):  # the first time it may have been waiting for workers to believe the new one
+        if own is not None:
+            await refresh(client, own)
+        rotated = await client.admin.rotate_authority(kind, retire_now=True)
+        if not rotated.signs_now:
+            break
+    return rotated
 
 
 @cluster.command()

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spinetta.client.admin import Access, Admin, AsyncAdmin, AuthorityInfo, NewToken, WhoAmI
+    from spinetta.client.admin import Access, Admin, AsyncAdmin, AuthorityInfo, NewToken, Rotated, WhoAmI
     from spinetta.client.aio import AsyncClient, AsyncTaskHandle
     from spinetta.client.specs import TaskOptions, make_spec, new_id
     from spinetta.client.sync import Client, TaskHandle
@@ -45,6 +45,7 @@ _HOMES = {
     "AsyncAdmin": "admin",
     "AuthorityInfo": "admin",
     "NewToken": "admin",
+    "Rotated": "admin",
     "WhoAmI": "admin",
     "AsyncClient": "aio",
     "AsyncTaskHandle": "aio",
@@ -82,6 +83,7 @@ __all__ = [
     "NewToken",
     "NodeInfo",
     "NodeList",
+    "Rotated",
     "Submitted",
     "TaskChanges",
     "TaskFilter",

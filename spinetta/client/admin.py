@@ -60,7 +60,11 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class AuthorityInfo:
-    """One certificate authority: `hash` of its public key in hexadecimal; how many of how many nodes believe it."""
+    """One certificate authority: `hash` of its public key in hexadecimal; how many of how many nodes believe it.
+
+    Attributes:
+        lagging: nodes that the next step of a rotation waits for, up to 20 of the `nodes_lagging`.
+    """
 
     kind: str
     hash: str
@@ -70,6 +74,22 @@ class AuthorityInfo:
     retire_at_ms: int
     nodes_believing: int
     nodes: int
+    lagging: tuple[str, ...] = ()
+    nodes_lagging: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """What became of a rotation.
+
+    Attributes:
+        generation: of the authorities, which grows with every step.
+        signs_now: with `retire_now`: the new authority signs from now on, without waiting for workers; the old one is
+            believed still, and is dropped by asking again.
+    """
+
+    generation: int
+    signs_now: bool = False
 
 
 class AsyncAdmin:
@@ -274,20 +294,24 @@ class AsyncAdmin:
                 a.retire_at_ms,
                 a.nodes_believing,
                 a.nodes,
+                tuple(a.lagging),
+                a.nodes_lagging,
             )
             for a in m.authorities
         ]
 
-    async def rotate_authority(self, kind: str, *, overlap_s: float = 0.0, retire_now: bool = False) -> int:
-        """Begin a new authority, or with `retire_now` end the overlap with the old one; the new generation.
+    async def rotate_authority(self, kind: str, *, overlap_s: float = 0.0, retire_now: bool = False) -> Rotated:
+        """Begin a new authority, or with `retire_now` end the overlap with the old one.
 
         Args:
             kind: ``cluster`` or ``etcd``.
             overlap_s: how long the old one is believed beside the new; 0: as the policy says.
-            retire_now: end an overlap early.
+            retire_now: end an overlap early. Of the cluster's authority only with a certificate by the new one, or you
+                would shut yourself out: that is refused.
         """
         request = trust.RotateAuthorityRequest(kind=kind, overlap_s=overlap_s, retire_now=retire_now)
-        return (await self._nodes.trust(lambda stub: stub.RotateAuthority, request, writes=True)).generation
+        m = await self._nodes.trust(lambda stub: stub.RotateAuthority, request, writes=True)
+        return Rotated(m.generation, m.signs_now)
 
     # --- secrets -----------------------------------------------------------------------------------------------
 
@@ -381,7 +405,7 @@ class Admin:
         """Certificate authorities and where they stand."""
         return self._run(self._admin.authorities())
 
-    def rotate_authority(self, kind: str, **options: Any) -> int:
+    def rotate_authority(self, kind: str, **options: Any) -> Rotated:
         """Begin a new authority; options of `AsyncAdmin.rotate_authority`."""
         return self._run(self._admin.rotate_authority(kind, **options))
 

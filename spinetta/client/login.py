@@ -116,6 +116,16 @@ async def renew(client: AsyncClient, path: Path, now_s: float) -> str | None:
     return f"your certificate expires {when} and could not be renewed: {problem}"
 
 
+async def refresh(client: AsyncClient, path: Path) -> None:
+    """Bring a credentials file up to date at once, before something that makes older certificates worthless.
+
+    Raises:
+        UserError: it cannot be read or written, or the node refuses.
+        StoreUnavailable, OutcomeUnknown: nobody answers in time.
+    """
+    await _look(client, path, load(path), is_due=False)
+
+
 def _looked_s(path: Path) -> float:
     """When the latest look was: each writes the file anew. A command a minute must not ask each time."""
     return path.stat().st_mtime

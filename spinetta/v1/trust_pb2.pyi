@@ -911,15 +911,19 @@ class RotateAuthorityResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATION_FIELD_NUMBER: _builtins.int
+    SIGNS_NOW_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
+    signs_now: _builtins.bool
+    """with retire_now: the new one signs from now on, and the old one is believed still: ask again"""
     def __init__(
         self,
         *,
         generation: _builtins.int = ...,
+        signs_now: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "signs_now", b"signs_now"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -956,6 +960,8 @@ class ListAuthoritiesResponse(_message.Message):
         RETIRE_AT_MS_FIELD_NUMBER: _builtins.int
         NODES_BELIEVING_FIELD_NUMBER: _builtins.int
         NODES_FIELD_NUMBER: _builtins.int
+        LAGGING_FIELD_NUMBER: _builtins.int
+        NODES_LAGGING_FIELD_NUMBER: _builtins.int
         kind: _builtins.str
         hash: _builtins.str
         """of the public key, hexadecimal"""
@@ -965,6 +971,11 @@ class ListAuthoritiesResponse(_message.Message):
         retire_at_ms: _builtins.int
         nodes_believing: _builtins.int
         nodes: _builtins.int
+        nodes_lagging: _builtins.int
+        @_builtins.property
+        def lagging(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """up to 20 nodes that the next step of a rotation waits for"""
+
         def __init__(
             self,
             *,
@@ -976,10 +987,12 @@ class ListAuthoritiesResponse(_message.Message):
             retire_at_ms: _builtins.int = ...,
             nodes_believing: _builtins.int = ...,
             nodes: _builtins.int = ...,
+            lagging: _abc.Iterable[_builtins.str] | None = ...,
+            nodes_lagging: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["created_ms", b"created_ms", "expires_ms", b"expires_ms", "hash", b"hash", "kind", b"kind", "nodes", b"nodes", "nodes_believing", b"nodes_believing", "retire_at_ms", b"retire_at_ms", "state", b"state"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["created_ms", b"created_ms", "expires_ms", b"expires_ms", "hash", b"hash", "kind", b"kind", "lagging", b"lagging", "nodes", b"nodes", "nodes_believing", b"nodes_believing", "nodes_lagging", b"nodes_lagging", "retire_at_ms", b"retire_at_ms", "state", b"state"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

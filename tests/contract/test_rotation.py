@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 from spinetta import keys
+from spinetta import rotation as rotations
 from spinetta.access import Authorities, NodeAcl, NodeRole, Policy, UserAcl, UserRole
 from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import NodeId
@@ -34,7 +35,8 @@ from spinetta.v1 import record_pb2 as records
 from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1.trust_pb2_grpc import TrustStub
 from tests.contract import etcds
-from tests.contract.api_world import Etcd, delete, etcd, etcd_member, eventually, failure, run
+from tests.contract.api_world import Etcd, delete, etcd, etcd_member, eventually, failure, put, run
+from tests.contract.test_cli_secured import Shell
 from tests.contract.trust_world import World, acl_key, report, set_record, voter_node, world
 
 __all__ = ["etcd", "etcd_member"]
@@ -454,6 +456,118 @@ def test_a_rotation_waits_for_every_live_node_and_no_other(etcd: Etcd, tmp_path:
                 return (await authorities(w, "cluster")).generation == 3
 
             await eventually(moved, what="it goes on without the one that is gone")
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_a_worker_that_does_not_move_is_named_and_left_behind(
+    etcd: Etcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotations, "PATIENCE_MS", 300)
+
+    async def story(w: World) -> None:
+        stuck = await w.joined("n2")
+        await report(w.voter.store, "n2", "127.0.0.1:9", trust_generation=1, authority_signed=1)
+        rotation = RotationKeeper(w.voter.store, w.voter.port.wall_ms)
+        admin = await w.admin()
+
+        async def waits_for() -> set[tuple[str, ...]]:
+            shown = await admin.ListAuthorities(pb.ListAuthoritiesRequest())
+            return {tuple(a.lagging) for a in shown.authorities if a.kind == "cluster"}
+
+        assert await waits_for() == {()}
+        async with kept(w, w.voter.credentials, w.voter.address):
+            await admin.RotateAuthority(pb.RotateAuthorityRequest(kind="cluster", overlap_s=2.0))
+
+            async def stepped_to(generation: int) -> bool:
+                await rotation.step()
+                return (await authorities(w, "cluster")).generation == generation
+
+            async def is_last() -> bool:
+                return not await stepped_to(3) and await waits_for() == {("n2",)}
+
+            await eventually(is_last, what="only the worker lags")
+            await eventually(lambda: stepped_to(3), what="the overlap ends")
+            assert (await (await w.voter.trust(stuck)).WhoAmI(pb.WhoAmIRequest())).name == "n2"
+            await eventually(lambda: stepped_to(4), what="it goes on without the worker")
+            assert await waits_for() == {()}
+
+            async def is_out() -> bool:
+                try:
+                    await (await w.voter.trust(stuck)).WhoAmI(pb.WhoAmIRequest())
+                except grpc.aio.AioRpcError:
+                    return True
+                return False
+
+            await eventually(is_out, what="the worker is left behind")
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_a_node_whose_rights_cannot_be_read_may_be_a_voter_and_is_waited_for(
+    etcd: Etcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotations, "PATIENCE_MS", 0)
+
+    async def story(w: World) -> None:
+        rotation = RotationKeeper(w.voter.store, w.voter.port.wall_ms)
+        admin = await w.admin()
+        await put(w.voter.store, acl_key("n9"), b"\xff garbage")
+        await report(w.voter.store, "n9", "127.0.0.1:9")
+        async with kept(w, w.voter.credentials, w.voter.address):
+            await admin.RotateAuthority(pb.RotateAuthorityRequest(kind="cluster", overlap_s=0.001))
+            await eventually(lambda: w.voter.credentials.ca_pem.count(b"BEGIN") == 2, what="the voter believes it")
+            for _ in range(5):
+                await rotation.step()
+            found = await authorities(w, "cluster")
+            assert found.generation == 2
+            assert {x.node for e in found.entries for x in e.wraps} == {"n1"}
+            shown = await admin.ListAuthorities(pb.ListAuthoritiesRequest())
+            assert [a.lagging for a in shown.authorities if a.kind == "cluster"] == [["n9"]] * 2
+            failed = await failure(admin.RotateAuthority(pb.RotateAuthorityRequest(kind="cluster", retire_now=True)))
+            assert failed.detail.reason == "not-signing-yet"
+            assert "n9" in failed.detail.message
+
+    scenario(etcd, tmp_path, story)
+
+
+def test_the_command_drops_the_old_authority_and_its_user_stays_in(
+    etcd: Etcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotations, "PATIENCE_MS", 300)
+
+    async def story(w: World) -> None:
+        admin = Shell(w, tmp_path / "home")
+        path = tmp_path / "mine.pem"
+        w.admin_credentials.to_file(path)
+        admin.env["SPINETTA_CREDENTIALS"] = str(path)
+        rotation = RotationKeeper(w.voter.store, w.voter.port.wall_ms)
+        await w.joined("n2")  # a worker that never moves
+        await report(w.voter.store, "n2", "127.0.0.1:9", trust_generation=1, authority_signed=1)
+        async with kept(w, w.voter.credentials, w.voter.address) as k1, asyncio.TaskGroup() as group:
+
+            async def steps() -> None:
+                while True:
+                    await rotation.step()
+                    await asyncio.sleep(0.05)
+
+            stepping = group.create_task(steps())
+            old = (await authorities(w, "cluster")).active.certificate_pem
+            await admin.good("cluster", "rotate-ca", "--kind", "cluster")
+            await eventually(lambda: k1.reports[-1].trust_generation == 2, what="the voter believes it")
+            assert "waits for n2" in (await admin.good("cluster", "authorities")).err
+            assert _is_by(UserCredentials.from_file(path).cert_pem, old)
+            ended = await admin.good("cluster", "rotate-ca", "--kind", "cluster", "--retire-now", "--yes")
+            assert "n2" in ended.err
+
+            async def is_gone() -> bool:
+                found = await authorities(w, "cluster")
+                return not under_way(found) and found.active.certificate_pem != old
+
+            await eventually(is_gone, what="the old one is dropped")
+            await eventually(lambda: w.voter.credentials.ca_pem.count(b"BEGIN") == 1, what="nobody believes it")
+            assert (await admin.json("whoami"))["name"] == "admin"
+            stepping.cancel()
 
     scenario(etcd, tmp_path, story)
 

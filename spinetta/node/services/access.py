@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from spinetta import keys, names, trustcodec
 from spinetta.access import GroupAcl
 from spinetta.accesstxn import Change, Seen
+from spinetta.codec import readable
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import Revision
 from spinetta.node.services import limits
@@ -60,6 +62,15 @@ async def read_under(store: Store, prefix: str, kind: type[T], limit: int) -> di
     if len(page.entries) > limit:
         raise UserError(f"there are more than {limit} records under {prefix}", reason="too-large")
     return {e.key: (trustcodec.decode(kind, e.value), Seen(e.key, e.modified)) for e in page.entries}
+
+
+async def read_readable(store: Store, prefix: str, kind: type[T], limit: int) -> dict[str, T | None]:
+    """As `read_under`, for who must go on all the same: None for a record that cannot be read, which is neither a yes
+    nor a no."""
+    page = await store.list(prefix, limit=limit + 1)
+    if len(page.entries) > limit:
+        raise UserError(f"there are more than {limit} records under {prefix}", reason="too-large")
+    return {e.key: readable(partial(trustcodec.decode, kind), e.value) for e in page.entries}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable
 
 from spinetta import accesstxn, codec, keys, rotation
-from spinetta.access import Authorities, AuthorityState, NodeAcl, NodeRole, Policy
+from spinetta.access import Authorities, NodeAcl, NodeRole, Policy
 from spinetta.errors import UserError
 from spinetta.model import IncarnationId, NodeId, NodeRecord, Resources
 from spinetta.node import keyring as keyrings
 from spinetta.node.keyring import KINDS, Keyring, Kind, Known
 from spinetta.node.port import NodePort
-from spinetta.node.services.access import committed, read, read_under, settle
+from spinetta.node.services.access import committed, read, read_readable, settle
 from spinetta.node.services.callers import certificate
 from spinetta.node.services.certify import needs_keyring
 from spinetta.node.services.desk import Asked
@@ -56,8 +56,9 @@ class AuthorityAdmin:
             known = keyrings.known_of(found.entries)
             old, now_ms = known.authorities[kind], self._port.wall_ms()
             if request.retire_now:
-                check_may_retire(old, asked)
-                new = rotation.retire_now(old, now_ms=now_ms)
+                check_stays_in(old, asked)
+                live = trusts_of(kind, await live_nodes(self._port.store))
+                new = rotation.retire_now(old, live, now_ms=now_ms)
             else:
                 overlap_s = request.overlap_s or (found.value(Policy, keys.POLICY) or Policy()).overlap_s
                 rotation.check_may_begin(old)
@@ -66,19 +67,22 @@ class AuthorityAdmin:
             # A voter that joins or is revoked meanwhile changes this record too, so that it conflicts.
             txn = accesstxn.change((known.change(new),), asked.caller.guards)
             if await committed(self._port.store, txn, asked):
-                log.warning("authority %s: a rotation %s", kind, "ends early" if request.retire_now else "begins")
-                return pb.RotateAuthorityResponse(generation=new.generation)
+                signs_now = request.retire_now and new.generation != old.generation
+                what = "goes on without some workers" if signs_now else "ends early" if request.retire_now else "begins"
+                log.warning("authority %s: a rotation %s", kind, what)
+                return pb.RotateAuthorityResponse(generation=new.generation, signs_now=signs_now)
             await asked.again()
             return None
 
         return await settle(attempt)
 
     async def _voters(self) -> list[tuple[str, bytes]]:
-        nodes = await read_under(self._port.store, keys.ACL_NODE, NodeAcl, NODES_MAX)
-        return [(n.name, n.sealing_key) for n, _ in nodes.values() if n.role is NodeRole.VOTER and not n.revoked]
+        nodes = await read_readable(self._port.store, keys.ACL_NODE, NodeAcl, NODES_MAX)
+        # One whose rights cannot be read gets no key: it can do nothing anyway.
+        return [(n.name, n.sealing_key) for n in nodes.values() if n and n.role is NodeRole.VOTER and not n.revoked]
 
     async def show(self) -> pb.ListAuthoritiesResponse:
-        """All authorities, and how many of the live nodes believe each."""
+        """All authorities, how many of the live nodes believe each, and which ones a rotation waits for."""
         keyring = needs_keyring(self._keyring, self._port)
         known = await keyring.read()
         live = await live_nodes(self._port.store)
@@ -87,19 +91,15 @@ class AuthorityAdmin:
         )
 
 
-def check_may_retire(authorities: Authorities, asked: Asked) -> None:
-    """See that the overlap may be ended early, and that whoever asks for it does not shut themselves out.
+def check_stays_in(authorities: Authorities, asked: Asked) -> None:
+    """See that whoever wants an overlap ended early does not shut themselves out.
 
     Raises:
-        UserError: the new authority does not sign yet, or the caller's own certificate is by the old one.
+        UserError: the caller's own certificate is by the authority that is to go.
     """
-    if any(e.state is AuthorityState.NEXT for e in authorities.entries):
-        raise UserError(
-            f"the new {authorities.kind} authority does not sign yet: some live node does not believe it",
-            hint="see: spinetta cluster authorities; try again in a minute",
-            reason="not-signing-yet",
-        )
-    if authorities.kind != "cluster" or not is_certified(asked):
+    if authorities.kind != "cluster" or rotation.is_announced(authorities) or not rotation.under_way(authorities):
+        return
+    if not is_certified(asked):
         return
     pem, active = certificate(asked.context), authorities.active.certificate_pem
     by_active = certificates.identity_of(
@@ -115,6 +115,7 @@ def check_may_retire(authorities: Authorities, asked: Asked) -> None:
 
 def _shown(authorities: Authorities, nodes: list[NodeTrust]) -> list[pb.ListAuthoritiesResponse.Authority]:
     believing = sum(n.believes >= authorities.generation for n in nodes)
+    late = [n.name for n in rotation.lagging(authorities, nodes)]
     return [
         pb.ListAuthoritiesResponse.Authority(
             kind=authorities.kind,
@@ -125,6 +126,8 @@ def _shown(authorities: Authorities, nodes: list[NodeTrust]) -> list[pb.ListAuth
             retire_at_ms=e.retire_at_ms,
             nodes_believing=believing,
             nodes=len(nodes),
+            lagging=late[: rotation.NAMED_MAX],
+            nodes_lagging=len(late),
         )
         for e in authorities.entries
     ]
@@ -169,24 +172,26 @@ class RotationKeeper:
 
 
 async def live_nodes(store: Store) -> list[tuple[NodeRecord, NodeRole]]:
-    """The registered nodes, with their roles. One whose record cannot be read counts as believing nothing."""
-    acls = {
-        n.name: n for n, _ in (await read_under(store, keys.ACL_NODE, NodeAcl, NODES_MAX)).values() if not n.revoked
-    }
+    """The registered nodes, with their roles.
+
+    One whose record cannot be read counts as believing nothing, one whose rights cannot be read as a voter.
+    """
+    acls = await read_readable(store, keys.ACL_NODE, NodeAcl, NODES_MAX)
     found = []
     for entry in (await store.list(keys.NODE)).entries:
         name = keys.parse_node(entry.key)
-        record = codec.readable(codec.decode_node, entry.value)
-        acl = acls.get(name)
-        if acl is not None:
-            found.append((record or unreadable(name), acl.role))
+        key = keys.acl_node(name)
+        acl = acls.get(key)
+        if key in acls and (acl is None or not acl.revoked):
+            record = codec.readable(codec.decode_node, entry.value)
+            found.append((record or unreadable(name), acl.role if acl is not None else NodeRole.VOTER))
     return found
 
 
 def trusts_of(kind: Kind, nodes: list[tuple[NodeRecord, NodeRole]]) -> list[NodeTrust]:
     """What they say of their certificates of a kind; etcd's are those of nodes of role voter only."""
     if kind == "cluster":
-        return [NodeTrust(n.name, n.trust_generation, n.authority_signed) for n, _ in nodes]
+        return [NodeTrust(n.name, n.trust_generation, n.authority_signed, role) for n, role in nodes]
     return [
         NodeTrust(n.name, n.etcd_trust_generation, n.etcd_authority_signed)
         for n, role in nodes
