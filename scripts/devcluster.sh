@@ -252,7 +252,7 @@ unready() {
         read -r _ _ since 2>/dev/null <"$state/$name.pid" || since=0
         wanted+=("$name=${since:-0}")
     done
-    node_list --json | "$bin/python" -c '
+    { node_list --json || true; } | "$bin/python" -c '
 import json, sys
 size, seats, wanted = *map(int, sys.argv[1:3]), dict(w.split("=") for w in sys.argv[3:])
 try:
@@ -271,7 +271,7 @@ print(" ".join(missing))
 # Wait until these nodes are ready. When one ends, or none of it comes to pass within the limit, show its log.
 await_ready() {
     local limit=$((SECONDS + READY_LIMIT_S)) name missing
-    while missing=$(unready "$@") && [ -n "$missing" ]; do
+    while missing=$(unready "$@") || missing=$*; [ -n "$missing" ]; do
         for name in "$@"; do
             [ -n "$(daemon "$name")" ] || show_failure "$name" "$name ended instead of getting ready"
         done

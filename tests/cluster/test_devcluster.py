@@ -100,6 +100,20 @@ def test_a_crashed_node_leaves_nothing_either(devcluster: Devcluster) -> None:
     assert not any(group.exists() for group in groups)
 
 
+@pytest.mark.timeout(600)
+def test_one_secured_node_is_up_when_it_says_so(devcluster: Devcluster) -> None:
+    devcluster("up", "1", "--tls", "--base", devcluster.base)
+    assert submitted(devcluster, "--wait", "--", "true").returncode == 0
+
+
+@pytest.mark.timeout(600)
+def test_a_node_that_cannot_start_is_told(devcluster: Devcluster) -> None:
+    failed = devcluster("up", "1", "--cpus", "many", "--base", devcluster.base, check=False)
+    assert failed.returncode == 1
+    assert "n1 ended" in failed.stderr
+    assert "many" in failed.stderr, "the node's own words"
+
+
 def submitted(devcluster: Devcluster, *args: str) -> subprocess.CompletedProcess[str]:
     """`spinetta submit --wait` as somebody runs it who has done what `env` says."""
     said = devcluster("env").stdout
