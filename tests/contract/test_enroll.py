@@ -417,6 +417,35 @@ def test_an_authority_is_exchanged_in_the_middle(play: Callable[..., None]) -> N
 # --- approval ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("approve", [True, False])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_audit_log_tells_of_changes_and_not_of_waiting(play: Callable[..., None], approve: bool, lost: int) -> None:
+    async def story(w: World) -> None:
+        newcomer, token = Newcomer("n2"), await w.token(approval=True)
+
+        def told() -> list[tuple[str, str]]:
+            return [(a[0], a[3]) for a in w.voter.port.audited if "n2" in a[2]]
+
+        door = await w.voter.enroll()
+        before = len(w.voter.port.audited)
+        for _ in range(3):
+            await door.GetAuthorities(pb.GetAuthoritiesRequest())  # public
+        assert len(w.voter.port.audited) == before
+        w.meddling.lost = lost
+        for _ in range(5):
+            assert (await w.join(newcomer, token)).decision == pb.JoinResponse.PENDING
+        assert told() == [("enroll", "ok")]
+        await (await w.admin()).DecideJoin(pb.DecideJoinRequest(name="n2", approve=approve))
+        assert told() == [("enroll", "ok"), ("access-change", "ok")]
+        for _ in range(3):
+            answer = await w.join(newcomer, token)
+            assert answer.decision == (pb.JoinResponse.APPROVED if approve else pb.JoinResponse.REJECTED)
+        # Each certificate is told of.
+        assert told()[2:] == [("enroll", "ok")] * (3 if approve else 0)
+
+    play(story)
+
+
 def test_an_approved_node(play: Callable[..., None]) -> None:
     async def story(w: World) -> None:
         newcomer, token = Newcomer("n2"), await w.token(VOTER_ROLE, approval=True, clearances=["phi"])

@@ -44,6 +44,7 @@ class Asked:
         revision: of the store, at which its change was made.
         is_forwarded: another node passes it on.
         is_counted: among its caller's calls.
+        is_repeat: it tells nothing new: the audit log is not told of it when it goes well. None: not known yet.
     """
 
     desk: Desk
@@ -54,6 +55,7 @@ class Asked:
     revision: int = 0
     is_forwarded: bool = False
     is_counted: bool = False
+    is_repeat: bool | None = None
     _checked: dict[tuple[Call, str | None, tuple[str, ...]], None] = field(default_factory=dict)
 
     def may(self, call: Call, owner: str | None = None) -> bool:
@@ -148,7 +150,8 @@ class Desk:
         except Exception as error:  # noqa: BLE001 - the boundary: the client gets a status, the log the rest
             self._failed(asked, error)
             await refuse(context, error)
-        self._write_down(asked, "ok")
+        if not asked.is_repeat:
+            self._write_down(asked, "ok")
         return result
 
     async def stream(

@@ -74,7 +74,7 @@ class EnrollApi(rpc.EnrollServicer):
         self._turn = asyncio.Lock()  # a hundred nodes with one token need not make each other's transactions conflict
 
     async def GetAuthorities(self, request: pb.GetAuthoritiesRequest, context: Any) -> pb.GetAuthoritiesResponse:  # noqa: ARG002
-        return await self._desk.answer(context, Call.ENROLL, lambda _: self._authorities())
+        return await self._desk.answer(context, Call.ENROLL, self._authorities)
 
     async def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinResponse:
         subject = f"node {request.name[: names.NODE_NAME_MAX]}"
@@ -83,7 +83,8 @@ class EnrollApi(rpc.EnrollServicer):
     async def Login(self, request: pb.LoginRequest, context: Any) -> pb.LoginResponse:
         return await self._desk.answer(context, Call.ENROLL, lambda asked: self._login(request, asked))
 
-    async def _authorities(self) -> pb.GetAuthoritiesResponse:
+    async def _authorities(self, asked: Asked) -> pb.GetAuthoritiesResponse:
+        asked.is_repeat = True  # the same for everybody
         credentials = self._port.credentials
         if credentials is None:
             raise open_cluster()
@@ -143,6 +144,8 @@ class EnrollApi(rpc.EnrollServicer):
             _check_is_own(acl, new)
             return self._let_in(keyring, known, acl, new, policy)
         if waiting is not None and waiting.key_hash == new.key_hash and waiting.sealing_key == new.sealing_key:
+            if asked.is_repeat is None:  # who waits asks every few seconds; what was decided has been told
+                asked.is_repeat = True
             decision = pb.JoinResponse.REJECTED if waiting.rejected else pb.JoinResponse.PENDING
             return pb.JoinResponse(decision=decision)
         if waiting is not None and not waiting.rejected:
@@ -179,6 +182,7 @@ class EnrollApi(rpc.EnrollServicer):
                 [found.seen(request_key), found.seen(keys.POLICY), *groups.absent],
             )
             decided = self._let_in(keyring, known, acl, new, policy)
+        asked.is_repeat = False
         if not await committed(self._port.store, txn, asked):
             return None
         log.info("node %s: %s with token %s", new.name, decided.Decision.Name(decided.decision).lower(), token.id)
