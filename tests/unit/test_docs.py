@@ -17,6 +17,7 @@ DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("examples/*/*.md"), ROOT / "bench/README.md"]
 )
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+PROMPT = re.compile(r"^\w*\$ ")  # "$ ", and "n1$ " where there are several machines
 FENCE = re.compile(r"^(?:```[^\n]*\n(.*?)^```|((?:^    [^\n]*\n)+))", re.M | re.S)
 
 
@@ -46,7 +47,7 @@ def shown_commands(document: Path) -> Iterator[list[str]]:
     """`spinetta …` lines of the code blocks, as words; without a prompt, comments, pipes and what follows ``--``."""
     for fenced, indented in FENCE.findall(document.read_text()):
         for line in (fenced or indented).replace("\\\n", " ").splitlines():
-            line = line.strip().removeprefix("$ ")
+            line = PROMPT.sub("", line.strip())
             if line.startswith("spinetta ") and "…" not in line:
                 words = shlex.split(line, comments=True)
                 ends = [i for i, word in enumerate(words) if word in ("--", "|", ">", "&&", ";", "<")]
