@@ -7,41 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from spinetta import codec, keys, txn, validate
 from spinetta.access import NodeAcl
 from spinetta.errors import CorruptRecord
-from spinetta.model import Incarnation, LeaseId, NodeId, Revision, Task, TaskId
+from spinetta.model import Incarnation, LeaseId, NodeId, Revision, Stored, Task, TaskId
 from spinetta.txn import CreatedAt, Guard, RevisionIs, Txn
 
 T = TypeVar("T")
 
 TIME_MS_MAX = 253_402_300_799_000  # the year 9999
-
-
-class Stored(Protocol):
-    """A key as the store holds it."""
-
-    @property
-    def value(self) -> bytes:
-        """What it holds."""
-        ...
-
-    @property
-    def created(self) -> Revision:
-        """Where it was created."""
-        ...
-
-    @property
-    def modified(self) -> Revision:
-        """Where it was last written."""
-        ...
-
-    @property
-    def lease(self) -> LeaseId:
-        """That it is bound to; 0: none."""
-        ...
 
 
 Known = Mapping[str, Stored | None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
@@ -17,7 +17,7 @@ from spinetta.errors import (
     StoreUnavailable,
     UserError,
 )
-from spinetta.model import LeaseId, Revision
+from spinetta.model import LeaseId, Member, Membership, Revision, Stored
 from spinetta.txn import Absent, Committed, Conflict, CreatedAt, Delete, Guard, NoneUnder, Put, Result, RevisionIs, Txn
 from spinetta.v1 import gateway_pb2 as pb
 
@@ -25,35 +25,6 @@ SERVICE = "spinetta.v1.Gateway"
 ERROR_KEY = "spinetta-store-error-bin"
 MESSAGE_BYTES_MAX = 1_600_000  # a transaction as large as etcd takes (1.5 MiB), and what is around it
 TEXT_CHARS_MAX = 1000  # of an error: gRPC refuses trailers beyond 8 kB
-
-
-class Entry(Protocol):
-    """A key as the store holds it."""
-
-    @property
-    def key(self) -> str:
-        """Its name."""
-        ...
-
-    @property
-    def value(self) -> bytes:
-        """What it holds."""
-        ...
-
-    @property
-    def created(self) -> Revision:
-        """Where it was created."""
-        ...
-
-    @property
-    def modified(self) -> Revision:
-        """Where it was last written."""
-        ...
-
-    @property
-    def lease(self) -> LeaseId:
-        """That it is bound to; 0: none."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +168,7 @@ def result_from_pb(message: pb.StoreCommitResponse) -> Result:
 # --- keys and changes ---------------------------------------------------------------------------------------------
 
 
-def entry_to_pb(entry: Entry, *, key_only: bool = False) -> pb.StoreEntry:
+def entry_to_pb(entry: Stored, *, key_only: bool = False) -> pb.StoreEntry:
     """Value to message."""
     return pb.StoreEntry(
         key=key_to_pb(entry.key),
@@ -219,7 +190,7 @@ def entry_from_pb(message: pb.StoreEntry) -> tuple[str, bytes, Revision, Revisio
     )
 
 
-def change_bytes(key: str, entry: Entry | None, revision: Revision) -> bytes:
+def change_bytes(key: str, entry: Stored | None, revision: Revision) -> bytes:
     """One change, encoded as part of a `StoreWatchResponse`: encoded messages that are joined are one message."""
     change = pb.StoreChange(
         entry=pb.StoreEntry(key=key_to_pb(key)) if entry is None else entry_to_pb(entry),
@@ -237,29 +208,8 @@ def watch_response(revision: Revision, changes: Iterable[bytes] = ()) -> bytes:
 # --- what etcd says of itself -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SeatedMember:
-    """One etcd member."""
-
-    name: str
-    member_id: int
-    client_url: str
-    peer_url: str
-    learner: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StoreMembership:
-    """What etcd says of itself: as `node.port.Membership`, told by a voter."""
-
-    cluster_id: str
-    leader_member_id: int
-    members: tuple[SeatedMember, ...]
-    alarms: tuple[str, ...] = ()
-
-
-def membership_to_pb(membership: Any) -> pb.StoreMembersResponse:
-    """A `StoreMembership`, or anything with its fields, to message."""
+def membership_to_pb(membership: Membership) -> pb.StoreMembersResponse:
+    """Value to message."""
     return pb.StoreMembersResponse(
         cluster_id=membership.cluster_id,
         leader_member_id=membership.leader_member_id,
@@ -273,10 +223,10 @@ def membership_to_pb(membership: Any) -> pb.StoreMembersResponse:
     )
 
 
-def membership_from_pb(message: pb.StoreMembersResponse) -> StoreMembership:
+def membership_from_pb(message: pb.StoreMembersResponse) -> Membership:
     """Message to value."""
-    members = tuple(SeatedMember(m.name, m.member_id, m.client_url, m.peer_url, m.learner) for m in message.members)
-    return StoreMembership(message.cluster_id, message.leader_member_id, members, tuple(message.alarms))
+    members = tuple(Member(m.name, m.member_id, m.client_url, m.peer_url, m.learner) for m in message.members)
+    return Membership(message.cluster_id, message.leader_member_id, members, tuple(message.alarms))
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

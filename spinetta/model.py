@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import NewType, Protocol
 
 from spinetta.access import Envelope
 
@@ -314,3 +314,59 @@ class Exit:
     started_ms: int = 0
     ended_ms: int = 0
     usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One etcd member."""
+
+    name: str
+    member_id: int
+    client_url: str
+    peer_url: str
+    learner: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """What etcd says of itself.
+
+    Attributes:
+        cluster_id: etcd's, hexadecimal.
+        leader_member_id: 0 when there is none.
+        alarms: such as ``NOSPACE`` or ``CORRUPT``, each with the member that raised it, ready to be shown.
+    """
+
+    cluster_id: str
+    leader_member_id: int
+    members: tuple[Member, ...]
+    alarms: tuple[str, ...] = ()
+
+
+class Stored(Protocol):
+    """A key as the store holds it."""
+
+    @property
+    def key(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def value(self) -> bytes:
+        """What it holds."""
+        ...
+
+    @property
+    def created(self) -> Revision:
+        """Where it was created."""
+        ...
+
+    @property
+    def modified(self) -> Revision:
+        """Where it was last written."""
+        ...
+
+    @property
+    def lease(self) -> LeaseId:
+        """That it is bound to; 0: none."""
+        ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from spinetta import codec, keys, lifecycle, txn
 from spinetta.model import (
@@ -16,21 +16,11 @@ from spinetta.model import (
     NodeId,
     QueueHint,
     Revision,
+    Stored,
     Task,
 )
 from spinetta.txn import Txn
 from tests import builders
-
-
-class Stored(Protocol):
-    @property
-    def key(self) -> str: ...
-    @property
-    def value(self) -> bytes: ...
-    @property
-    def created(self) -> Revision: ...
-    @property
-    def modified(self) -> Revision: ...
 
 
 def life_of(node: str) -> Incarnation:

@@ -171,7 +171,10 @@ def revoke(
     confirm(f"Revoke node {name}? Its running tasks start again elsewhere.", yes=yes, as_json=as_json)
     from spinetta.access import NodeRole
 
-    found = _set(name, (node, timeout, config_file), revoke=True, reason=reason)
+    async def work(client: AsyncClient) -> NodeAcl:
+        return await client.admin.set_node(name, revoke=True, reason=reason)
+
+    found = with_client(work, node, timeout, config_file)
     done(f"node {name} is revoked", document(found), as_json=as_json)
     if found is not None and found.role is NodeRole.VOTER:
         output.tell("it knew the authorities' keys: etcd's is being exchanged now; was it stolen, or worse, then")
@@ -206,7 +209,12 @@ def grant(
     """
     if not (words(clearance) or words(group)):
         raise UserError("nothing is granted", field="clearance", hint="--clearance LABEL or --join-group NAME")
-    found = _set(name, (node, timeout, config_file), grant=labels(clearance), join_groups=words(group))
+    granted, groups = labels(clearance), words(group)
+
+    async def work(client: AsyncClient) -> NodeAcl:
+        return await client.admin.set_node(name, grant=granted, join_groups=groups)
+
+    found = with_client(work, node, timeout, config_file)
     _tell(found, as_json=as_json)
 
 
@@ -241,7 +249,12 @@ def withdraw(
     """
     if not (words(clearance) or words(group)):
         raise UserError("nothing is withdrawn", field="clearance", hint="--clearance LABEL or --leave-group NAME")
-    found = _set(name, (node, timeout, config_file), withdraw=labels(clearance), leave_groups=words(group))
+    withdrawn, groups = labels(clearance), words(group)
+
+    async def work(client: AsyncClient) -> NodeAcl:
+        return await client.admin.set_node(name, withdraw=withdrawn, leave_groups=groups)
+
+    found = with_client(work, node, timeout, config_file)
     _tell(found, as_json=as_json)
 
 
@@ -253,35 +266,12 @@ def withdraw(
 def forget(name: str, yes: bool, as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
     """Forget a revoked node: its name is free for another one."""
     confirm(f"Forget node {name}?", yes=yes, as_json=as_json)
-    _set(name, (node, timeout, config_file), remove=True)
-    done(f"node {name} is forgotten", {"node": name, "removed": True}, as_json=as_json)
 
-
-def _set(
-    name: str,
-    where: tuple[str | None, str | None, str | None],
-    *,
-    revoke: bool = False,
-    reason: str = "",
-    grant: tuple[str, ...] = (),
-    withdraw: tuple[str, ...] = (),
-    join_groups: tuple[str, ...] = (),
-    leave_groups: tuple[str, ...] = (),
-    remove: bool = False,
-) -> NodeAcl:
     async def work(client: AsyncClient) -> NodeAcl:
-        return await client.admin.set_node(
-            name,
-            revoke=revoke,
-            reason=reason,
-            grant=grant,
-            withdraw=withdraw,
-            join_groups=join_groups,
-            leave_groups=leave_groups,
-            remove=remove,
-        )
+        return await client.admin.set_node(name, remove=True)
 
-    return with_client(work, *where)
+    with_client(work, node, timeout, config_file)
+    done(f"node {name} is forgotten", {"node": name, "removed": True}, as_json=as_json)
 
 
 def _tell(n: NodeAcl, *, as_json: bool) -> None:

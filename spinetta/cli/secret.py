@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from spinetta.cli import exits, output
 from spinetta.cli.base import client_options, json_option, with_client
+from spinetta.cli.files import read_limited
 from spinetta.cli.who import confirm, document, done, labels
 from spinetta.errors import UserError
 
@@ -92,18 +92,10 @@ def set_secret(
 def _content(file: str | None) -> bytes:
     from spinetta.confidential import SECRET_BYTES_MAX
 
-    if file is None or file == "-":
-        if sys.stdin.isatty():
-            return str(click.prompt("Secret", hide_input=True, confirmation_prompt=True, err=True)).encode()
-        data = sys.stdin.buffer.read(SECRET_BYTES_MAX + 1)
-    else:
-        try:
-            with Path(file).open("rb") as opened:
-                data = opened.read(SECRET_BYTES_MAX + 1)
-        except FileNotFoundError:
-            raise UserError(f"there is no file {file}", field="file", hint="check --file") from None
-        except OSError as e:
-            raise UserError(f"{file} cannot be read: {e.strerror}", field="file", hint="check its permissions") from e
+    path = file or "-"
+    if path == "-" and sys.stdin.isatty():
+        return str(click.prompt("Secret", hide_input=True, confirmation_prompt=True, err=True)).encode()
+    data = read_limited(path, SECRET_BYTES_MAX)
     if len(data) > SECRET_BYTES_MAX:
         raise UserError(
             f"the secret has more than {SECRET_BYTES_MAX >> 10} KiB",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spinetta.cli.files import read_limited
 from spinetta.client.specs import spec_from_entry
 from spinetta.errors import UserError
 from spinetta.model import TaskSpec
@@ -84,16 +84,7 @@ def _check_ids(specs: list[TaskSpec], name: str) -> None:
 
 
 def _read(path: str, name: str) -> str:
-    try:
-        if path == "-":
-            data = sys.stdin.buffer.read(FILE_BYTES_MAX + 1)
-        else:
-            with Path(path).open("rb") as file:
-                data = file.read(FILE_BYTES_MAX + 1)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}", field="file", hint="check --file") from None
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}", field="file", hint="check --file") from e
+    data = read_limited(path, FILE_BYTES_MAX)
     if len(data) > FILE_BYTES_MAX:
         raise UserError(f"{name} is larger than 256 MiB", field="file", hint="split it", reason="too-large")
     try:

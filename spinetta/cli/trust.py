@@ -10,7 +10,7 @@ import click
 
 from spinetta.cli import exits, output
 from spinetta.cli.base import client_options, json_option, with_client
-from spinetta.cli.who import complete_group, confirm, document, done, labels, role_of, role_word, words
+from spinetta.cli.who import complete_group, confirm, document, done, labels, rights_words, role_of, role_word, words
 from spinetta.errors import NotFound, UserError
 
 if TYPE_CHECKING:
@@ -144,19 +144,10 @@ def _show(p: Policy) -> None:
         pairs.append(
             ("Issuer", f"{issuer.url} for {issuer.audience}" + (f", as {issuer.prefix}…" if issuer.prefix else ""))
         )
-        pairs += [("", f"  {_mapping_words(m)}") for m in issuer.groups]
+        pairs += [("", f"  {m.group} = {rights_words(m)}") for m in issuer.groups]
     for heading, text in pairs:
         if text:
             output.say(f"{heading + ':' if heading else '':<13}{output.printable(text)}")
-
-
-def _mapping_words(m: GroupMapping) -> str:
-    parts = [f"{m.group} = {role_word(m.role)}"]
-    if m.projects:
-        parts.append(f"projects {', '.join(m.projects)}")
-    if m.clearances:
-        parts.append(f"cleared for {', '.join(m.clearances)}")
-    return "; ".join(parts)
 
 
 @policy.command("set")

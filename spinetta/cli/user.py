@@ -8,7 +8,7 @@ import click
 
 from spinetta.cli import exits, output
 from spinetta.cli.base import client_options, json_option, with_client
-from spinetta.cli.who import complete_user, confirm, document, done, labels, role_of, role_word, words
+from spinetta.cli.who import complete_user, confirm, document, done, labels, rights_words, role_of, role_word, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,18 +91,9 @@ def add(
         return await client.admin.set_user(wanted, create=True)
 
     found = with_client(work, node, timeout, config_file)
-    done(f"user {name} is added: {_words(found)}", document(found), as_json=as_json)
+    done(f"user {name} is added: {rights_words(found)}", document(found), as_json=as_json)
     if not as_json:
         output.tell(f"To let them in: spinetta token create --role client --user {name}")
-
-
-def _words(u: UserAcl) -> str:
-    parts = [role_word(u.role)]
-    if u.projects:
-        parts.append(f"projects {', '.join(u.projects)}")
-    if u.clearances:
-        parts.append(f"cleared for {', '.join(u.clearances)}")
-    return "; ".join(parts)
 
 
 @user.command("list")
@@ -189,7 +180,7 @@ def set_user(
         return await client.admin.set_user(wanted)
 
     found = with_client(work, node, timeout, config_file)
-    done(f"user {name}: {_words(found)}", document(found), as_json=as_json)
+    done(f"user {name}: {rights_words(found)}", document(found), as_json=as_json)
 
 
 @user.command()

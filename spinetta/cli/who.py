@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from click.shell_completion import CompletionItem
 
+    from spinetta.access import GroupMapping, UserAcl
     from spinetta.client.admin import Access
 
 E = TypeVar("E", bound=enum.IntEnum)
@@ -44,6 +45,16 @@ def labels(given: Iterable[str], field: str = "clearance") -> tuple[str, ...]:
 def role_word(role: enum.IntEnum) -> str:
     """As people write it."""
     return role.name.lower()
+
+
+def rights_words(given: UserAcl | GroupMapping) -> str:
+    """What a user, or a member of an issuer's group, may do."""
+    parts = [role_word(given.role)]
+    if given.projects:
+        parts.append(f"projects {', '.join(given.projects)}")
+    if given.clearances:
+        parts.append(f"cleared for {', '.join(given.clearances)}")
+    return "; ".join(parts)
 
 
 def role_of(kind: type[E], word: str) -> E:

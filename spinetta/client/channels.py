@@ -21,7 +21,7 @@ from spinetta import names
 from spinetta.client import diagnose
 from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, UNIMPLEMENTED, Redirected, from_rpc
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
-from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer
+from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer, stands
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import trust_pb2 as trust
 from spinetta.v1.api_pb2_grpc import SpinettaStub
@@ -130,15 +130,10 @@ class Nodes:
             StoreUnavailable: it does not, so certainly nothing has been sent.
         """
         link = await self._link(address, expect)
-        channel = link.channel
         try:
             async with asyncio.timeout(min(timeout_s, CONNECT_TIMEOUT_S)):
-                state = channel.get_state(try_to_connect=True)
-                while state is not grpc.ChannelConnectivity.READY:
-                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                        raise _NotReached(address)
-                    await channel.wait_for_state_change(state)
-                    state = channel.get_state(try_to_connect=True)
+                if not await stands(link.channel):
+                    raise _NotReached(address)
         except TimeoutError as e:
             raise _NotReached(address, is_silent=True) from e
         self._met = True

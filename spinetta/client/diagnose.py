@@ -6,13 +6,10 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-import grpc
-import grpc.aio
-
 from spinetta import names
 from spinetta.errors import Denied, StoreUnavailable, UserError
 from spinetta.trust import certificates, guest
-from spinetta.trust.dial import ANY, Dialer, Pems, fetch_leaf
+from spinetta.trust.dial import ANY, Dialer, Pems, fetch_leaf, stands
 
 ADDRESSES_MAX = 8  # looked at: one reason is enough
 _OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
@@ -100,15 +97,9 @@ async def _gets_in(dialer: Dialer, address: str, timeout_s: float) -> bool:
     async with dialer.channel(address, ANY, _OPTIONS) as channel:
         try:
             async with asyncio.timeout(timeout_s):
-                state = channel.get_state(try_to_connect=True)
-                while state is not grpc.ChannelConnectivity.READY:
-                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                        return False
-                    await channel.wait_for_state_change(state)
-                    state = channel.get_state(try_to_connect=True)
+                return await stands(channel)
         except TimeoutError:
             return False
-    return True
 
 
 async def _look_in_the_clear(address: str, timeout_s: float) -> UserError | None:

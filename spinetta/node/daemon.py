@@ -18,14 +18,14 @@ from spinetta.agent import Agent
 from spinetta.config import Settings
 from spinetta.errors import OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.events import LeaveWanted, SelfChanged, SetCandidate, SetDraining, attempt_key
-from spinetta.model import IncarnationId, NodeId, NodeRecord, TaskId, Usage
+from spinetta.model import IncarnationId, Membership, NodeId, NodeRecord, TaskId, Usage
 from spinetta.node import detect
 from spinetta.node.driver import Driver, LaunchSettings, wall_ms
 from spinetta.node.entry import Entrance
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
 from spinetta.node.logsweep import sweep_logs
-from spinetta.node.port import LeaveStep, Member, Membership
+from spinetta.node.port import LeaveStep
 from spinetta.node.renewal import Report
 from spinetta.node.seats import OwnSeat
 from spinetta.node.secured import Hooks, Secured
@@ -160,9 +160,7 @@ class Daemon:
         """etcd's members, leader and alarms."""
         if isinstance(self._store, EtcdStore):
             return await self.seat.membership()
-        told = await self._store.members()
-        members = tuple(Member(m.name, m.member_id, m.client_url, m.peer_url, m.learner) for m in told.members)
-        return Membership(told.cluster_id, told.leader_member_id, members, told.alarms)
+        return await self._store.members()
 
     async def set_draining(self, draining: bool) -> None:
         """Stop, or start again, taking tasks."""

@@ -7,37 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from spinetta.model import NodeId, TaskId, Usage
+from spinetta.model import Membership, NodeId, TaskId, Usage
 from spinetta.store.protocol import Store
 from spinetta.trust.credentials import NodeCredentials
 from spinetta.trust.dial import Dialer
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One etcd member."""
-
-    name: str
-    member_id: int
-    client_url: str
-    peer_url: str
-    learner: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Membership:
-    """What etcd says of itself.
-
-    Attributes:
-        cluster_id: etcd's, hexadecimal.
-        leader_member_id: 0 when there is none.
-        alarms: such as ``NOSPACE`` or ``CORRUPT``, each with the member that raised it, ready to be shown.
-    """
-
-    cluster_id: str
-    leader_member_id: int
-    members: tuple[Member, ...]
-    alarms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from spinetta.errors import Fenced, InvariantViolation, RuntimeUnavailable, StoreUnavailable, UserError
-from spinetta.node.port import Member, Membership
+from spinetta.model import Member, Membership
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.identity import Identity, check_data_dir
 from spinetta.store.members import Member as EtcdMember

@@ -22,6 +22,7 @@ from spinetta.store.failures import (
     meaning_of,
 )
 from spinetta.store.tls import Material, TlsSource
+from spinetta.trust.dial import stands
 
 RECEIVE_BYTES_MAX = 32 << 20  # a page of 4096 task records of 8 KB; lists halve their page when one does not fit
 CONNECT_S = 1.0  # a local or nearby member answers in milliseconds; longer means frozen or cut off
@@ -82,18 +83,6 @@ class Line:
     def connected(self) -> bool:
         """Has a connection; if not, asking begins to make one."""
         return self.channel.get_state(try_to_connect=True) == grpc.ChannelConnectivity.READY
-
-    async def ready(self) -> bool:
-        """Wait until it is connected; False when that failed or the line was closed."""
-        while not self.connected:
-            state = self.channel.get_state(try_to_connect=True)
-            if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-                return False
-            try:
-                await self.channel.wait_for_state_change(state)
-            except grpc.aio.UsageError:  # closed while we waited
-                return False
-        return True
 
     async def retire(self, grace_s: float) -> None:
         """Close it as soon as no call is on it, at the latest after so long."""
@@ -183,7 +172,7 @@ class Connection:
                         self._line = None
                         await line.channel.close()
                         continue
-                    if await line.ready():
+                    if await stands(line.channel):
                         return True
                     if self._line is line:
                         break
@@ -204,7 +193,7 @@ class Connection:
         new = Line.open(self.endpoint, material)
         try:
             async with asyncio.timeout(CONNECT_S):
-                works = await new.ready()
+                works = await stands(new.channel)
         except TimeoutError:
             works = False
         except BaseException:

@@ -12,11 +12,11 @@ import grpc.aio
 
 from spinetta import gatewaycodec as gc
 from spinetta.errors import InvariantViolation, OutcomeUnknown, StoreUnavailable, UserError
-from spinetta.gatewaycodec import StoreMembership
-from spinetta.model import LeaseId, Revision
+from spinetta.model import LeaseId, Membership, Revision
 from spinetta.store.failures import cancelled_ourselves
 from spinetta.store.protocol import READ_KEYS_MAX, Change, Changes, KeyValue, Page, Snapshot
 from spinetta.store.voterlinks import Line, Voter, VoterLinks, told_by
+from spinetta.store.watch import reading
 from spinetta.trust.dial import Dialer
 from spinetta.txn import Result, Txn
 
@@ -152,7 +152,7 @@ class GatewayStore:
 
     # --- what etcd says of itself ------------------------------------------------------------------------------
 
-    async def members(self, *, timeout_s: float = 5.0) -> StoreMembership:
+    async def members(self, *, timeout_s: float = 5.0) -> Membership:
         """etcd's members, leader and alarms, as a voter tells of them."""
         return gc.membership_from_pb(await self._call(gc.MEMBERS, gc.MEMBERS.request(), timeout_s))
 
@@ -196,20 +196,12 @@ def _is_busy(error: Exception) -> bool:
 
 
 async def _next(voter: Voter, call: Any, limit_s: float) -> Any:
-    # A task of its own: cancelling `read` itself would cancel the whole stream.
-    reading = asyncio.ensure_future(call.read())
-    try:
-        done, _ = await asyncio.wait((reading,), timeout=limit_s)
+    async with reading(call) as message:
+        done, _ = await asyncio.wait((message,), timeout=limit_s)
         if not done:
             voter.hold()
             raise StoreUnavailable(f"the watch broke: {voter.address} has fallen silent")
-        response = reading.result()
-    finally:
-        if not reading.done():
-            reading.cancel()
-            await asyncio.wait((reading,))
-        if not reading.cancelled():
-            reading.exception()  # seen: asyncio must not complain of it
+        response = message.result()
     if response is grpc.aio.EOF:
         raise StoreUnavailable(f"the watch was ended by {voter.address}")
     return response

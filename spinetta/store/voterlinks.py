@@ -15,7 +15,7 @@ import grpc.aio
 from spinetta.errors import Compacted, Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.gatewaycodec import ERROR_KEY, MESSAGE_BYTES_MAX, Busy, Method, error_from_bytes
 from spinetta.store.failures import NOT_DONE_TEXTS, cancelled_ourselves
-from spinetta.trust.dial import VOTER, Dialer
+from spinetta.trust.dial import VOTER, Dialer, stands
 
 RECEIVE_BYTES_MAX = 16 << 20  # far above a portion of a list or watch; a read of 120 large records has most
 CONNECT_S = 2.0  # with TLS over a wide network; longer means frozen or cut off, and there are others to ask
@@ -75,18 +75,6 @@ class Line:
             if self.retired and not self.users:
                 await self.channel.close()
 
-    async def ready(self) -> bool:
-        """Wait until it is connected; False when that failed or the channel was closed."""
-        while not self.connected:
-            state = self.channel.get_state(try_to_connect=True)
-            if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-                return False
-            try:
-                await self.channel.wait_for_state_change(state)
-            except grpc.aio.UsageError:  # closed while we waited
-                return False
-        return True
-
     async def retire(self) -> None:
         """No new calls; those under way end on it."""
         self.retired = True
@@ -141,7 +129,7 @@ class Voter:
                     line = self._line = self._open()
                 elif line.serial != self.dialer.serial:
                     line = await self._renewed(line)
-                return line if await line.ready() else None
+                return line if await stands(line.channel) else None
         except TimeoutError:
             return None
 
@@ -154,7 +142,7 @@ class Voter:
         new = self._open()
         works = False
         try:
-            works = await new.ready() or not old.connected
+            works = await stands(new.channel) or not old.connected
         finally:
             if not works or self._line is not old:
                 await new.channel.close()

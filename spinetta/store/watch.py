@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -100,25 +100,32 @@ async def _require_history(stubs: wire.Stubs, prefix: str, start: Revision) -> N
 
 async def _next(connection: Connection, call: Any) -> wire.Message:
     """The next message; asks for one when it is quiet for long, because a quiet stream may be a dead one."""
-    # A task of its own: cancelling `read` itself would cancel the whole stream.
-    reading = asyncio.ensure_future(call.read())
-    try:
-        done, _ = await asyncio.wait((reading,), timeout=IDLE_S)
+    async with reading(call) as message:
+        done, _ = await asyncio.wait((message,), timeout=IDLE_S)
         if not done:
             await call.write(wire.watch_progress())
-            done, _ = await asyncio.wait((reading,), timeout=ANSWER_S)
+            done, _ = await asyncio.wait((message,), timeout=ANSWER_S)
             if not done:
                 raise StoreUnavailable(f"the watch broke: {connection.endpoint} has fallen silent")
-        response = reading.result()
-    finally:
-        if not reading.done():
-            reading.cancel()
-            await asyncio.wait((reading,))
-        if not reading.cancelled():
-            reading.exception()  # seen: asyncio must not complain of it when `write` failed first
+        response = message.result()
     if response is grpc.aio.EOF:
         raise StoreUnavailable(f"the watch was ended by {connection.endpoint}")
     return response
+
+
+@contextlib.asynccontextmanager
+async def reading(call: Any) -> AsyncIterator[asyncio.Future[Any]]:
+    """The next message of a stream, which may be waited for with a limit; leaving early leaves the stream as it is."""
+    # A task of its own: cancelling `read` itself would cancel the whole stream.
+    message = asyncio.ensure_future(call.read())
+    try:
+        yield message
+    finally:
+        if not message.done():
+            message.cancel()
+            await asyncio.wait((message,))
+        if not message.cancelled():
+            message.exception()  # seen: asyncio must not complain of it when something else failed first
 
 
 def raise_cancelled(response: wire.Message) -> None:

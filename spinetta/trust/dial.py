@@ -45,6 +45,18 @@ def node_name(name: str) -> str:
     return certificates.node_dns(names.check_node_name(name))
 
 
+async def stands(channel: grpc.aio.Channel) -> bool:
+    """Wait until a channel is connected; False when that failed or it was closed. No limit of its own."""
+    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+            return False
+        try:
+            await channel.wait_for_state_change(state)
+        except grpc.aio.UsageError:  # closed while we waited
+            return False
+    return True
+
+
 class Dialer:
     """Makes channels to nodes, all with the same proof of who is calling.
 

@@ -32,6 +32,8 @@ from spinetta.model import (
     IncarnationId,
     LeaseId,
     Life,
+    Member,
+    Membership,
     NodeId,
     NodeRecord,
     QueueHint,
@@ -44,7 +46,7 @@ from spinetta.model import (
     Usage,
 )
 from spinetta.node.hub import Hub
-from spinetta.node.port import LeaveStep, Member, Membership
+from spinetta.node.port import LeaveStep
 from spinetta.node.services.errors import DETAIL_KEY
 from spinetta.node.services.server import ApiServer, serve
 from spinetta.store.etcd import EtcdStore

@@ -23,8 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from spinetta import codec, keys
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
-from spinetta.model import Incarnation, IncarnationId, Life, NodeId
-from spinetta.node.port import Member, Membership
+from spinetta.model import Incarnation, IncarnationId, Life, Member, Membership, NodeId
 from spinetta.node.services.server import serve
 from spinetta.v1 import api_pb2 as api
 from tests.contract.api_world import (

@@ -17,9 +17,8 @@ from spinetta import codec, keys, trustcodec, txn
 from spinetta.access import MEMBERS, LabelKey, NodeRole, SecretRecord
 from spinetta.access import Envelope as Sealed
 from spinetta.errors import Compacted, Denied, OutcomeUnknown, StoreUnavailable
-from spinetta.model import Exit, LeaseId, NodeId, Outcome, Reason, Revision, State, Task
+from spinetta.model import Exit, LeaseId, Member, Membership, NodeId, Outcome, Reason, Revision, State, Task
 from spinetta.node.gateway import fanout, service, watches
-from spinetta.node.port import Member, Membership
 from spinetta.store import gateway
 from spinetta.store.protocol import Changes, KeyValue, Store
 from spinetta.trust.dial import Dialer, server_credentials

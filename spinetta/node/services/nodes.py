@@ -12,9 +12,9 @@ import grpc.aio
 
 from spinetta import codec, keys, names, validate
 from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable, UserError
-from spinetta.model import Life, NodeId, Revision
+from spinetta.model import Life, Membership, NodeId, Revision
 from spinetta.node.hub import closing
-from spinetta.node.port import Membership, NodePort
+from spinetta.node.port import NodePort
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.peers import FORWARDED, Peers
