@@ -80,7 +80,7 @@ def show(
             and not (refused and e.outcome in ("ok", "begun"))
         )
 
-    from spinetta.trust.audit import Tail
+    from spinetta.trust.auditreading import Tail
 
     tail = Tail(_directory(data_dir, config_file))
     lines = tail.read()
@@ -136,7 +136,7 @@ def verify(data_dir: str | None, heads: tuple[str, ...], as_json: bool, config_f
       spinetta audit verify
       spinetta audit verify --data-dir /var/lib/spinetta --head 1041:5f0c…
     """
-    from spinetta.trust.audit import verify as check
+    from spinetta.trust.auditreading import verify as check
 
     if len(heads) > HEADS_MAX:
         raise UserError(f"{len(heads)} heads", field="head", hint=f"at most {HEADS_MAX}")

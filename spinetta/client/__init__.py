@@ -20,10 +20,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spinetta.client.admin import Access, Admin, AsyncAdmin, AuthorityInfo, NewToken, Rotated, WhoAmI
+    from spinetta.client.admin import Access, AsyncAdmin, AuthorityInfo, NewToken, Rotated, WhoAmI
     from spinetta.client.aio import AsyncClient, AsyncTaskHandle
     from spinetta.client.specs import TaskOptions, make_spec, new_id
     from spinetta.client.sync import Client, TaskHandle
+    from spinetta.client.syncadmin import Admin
     from spinetta.client.views import (
         CancelResult,
         ClusterInfo,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Access": "admin",
-    "Admin": "admin",
+    "Admin": "syncadmin",
     "AsyncAdmin": "admin",
     "AuthorityInfo": "admin",
     "NewToken": "admin",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time as clock
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from spinetta import codec, names, validate
+from spinetta import validate
 from spinetta.client import streams, views
 from spinetta.client.admin import AsyncAdmin
 from spinetta.client.channels import Nodes
 from spinetta.client.credentials import Bearer, Source, check_reachable, make_dialer
+from spinetta.client.requests import check_fragments, node_or_empty, parse_nodes, parts, submit_requests
 from spinetta.client.sealing import STALE, TRIES_MAX, Sealer
 from spinetta.client.specs import TaskOptions, make_spec
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
@@ -26,19 +27,6 @@ T = TypeVar("T")
 WAIT_POLL_S = 30.0  # one Wait call: longer ones would notice a frozen node too late
 WAIT_MARGIN_S = 5.0
 _STREAMS = {"stdout": api.STDOUT, "stderr": api.STDERR}
-
-
-def parse_nodes(nodes: str | Sequence[str]) -> tuple[str, ...]:
-    """Addresses from ``"HOST:PORT,HOST:PORT"`` or a sequence.
-
-    Raises:
-        UserError: none, or one that is no address.
-    """
-    parts = nodes.split(",") if isinstance(nodes, str) else list(nodes)
-    found = tuple(dict.fromkeys(names.check_address(p, "nodes") for p in parts if p.strip()))
-    if not found:
-        raise UserError("no node is named", field="nodes", hint="HOST:PORT, or several with commas between")
-    return found
 
 
 class AsyncClient:
@@ -139,7 +127,7 @@ class AsyncClient:
         tries = 1
         while len(done) < len(specs):
             try:
-                for request in _requests(ready[len(done) :]):
+                for request in submit_requests(ready[len(done) :]):
                     answer = await self._submit(request, first=len(done))
                     done += [views.Submitted(TaskId(t.id), t.existed) for t in answer.tasks]
             except UserError as e:
@@ -175,7 +163,7 @@ class AsyncClient:
     async def get_many(self, ids: Sequence[str]) -> list[views.TaskInfo]:
         """Tasks by ids or unique fragments, in order. Raises NotFound when any is missing."""
         found: list[views.TaskInfo] = []
-        for part in _parts(_fragments(ids), validate.GET_IDS_MAX):
+        for part in parts(check_fragments(ids), validate.GET_IDS_MAX):
             answer = await self._get(part)
             for m in answer.tasks:
                 # One alone always fits.
@@ -191,7 +179,7 @@ class AsyncClient:
         """Cancel tasks: waiting ones are over when this answers, of running ones the node has been asked."""
         validate.check_reason(reason)
         done: list[views.CancelResult] = []
-        for part in _parts(_fragments(ids), validate.GET_IDS_MAX):
+        for part in parts(check_fragments(ids), validate.GET_IDS_MAX):
             answer = await self._cancel(api.CancelRequest(ids=part, reason=reason))
             done += [views.CancelResult(TaskId(c.id), State(c.state), c.was_complete) for c in answer.tasks]
         return done
@@ -204,7 +192,7 @@ class AsyncClient:
 
         Goes on at another node when the one that was asked goes away.
         """
-        fragments = _fragments(ids)
+        fragments = check_fragments(ids)
         if any_ and len(fragments) > validate.WAIT_IDS_MAX:
             raise UserError(
                 f"{len(fragments)} tasks to wait for any of", field="ids", hint=f"at most {validate.WAIT_IDS_MAX}"
@@ -214,7 +202,7 @@ class AsyncClient:
         end_s = None if timeout_s is None else clock.monotonic() + timeout_s
         found: list[views.TaskInfo] = []
         timed_out = False
-        for part in _parts(fragments, validate.WAIT_IDS_MAX):
+        for part in parts(fragments, validate.WAIT_IDS_MAX):
             answer = await self._wait(part, end_s, any_=any_)
             found += [views.task_info(m) for m in answer.tasks]
             timed_out = timed_out or answer.timed_out
@@ -242,7 +230,7 @@ class AsyncClient:
         ids: Sequence[str] = (),
     ) -> AsyncGenerator[views.TaskChanges, None]:
         """The tasks that match, then their changes, for ever; goes on at another node when one goes away."""
-        request = api.WatchRequest(filter=views.filter_to_pb(wanted), ids=_fragments(ids) if ids else [])
+        request = api.WatchRequest(filter=views.filter_to_pb(wanted), ids=check_fragments(ids) if ids else [])
         async with contextlib.aclosing(streams.watch(self._nodes, request)) as changes:
             async for change in changes:
                 yield change
@@ -304,12 +292,12 @@ class AsyncClient:
 
     async def drain(self, node: str = "") -> None:
         """A node takes no more tasks; running ones go on. Empty: the node that is asked."""
-        request = api.DrainRequest(node=_node(node))
+        request = api.DrainRequest(node=node_or_empty(node))
         await self._nodes.call(lambda stub: stub.Drain, request, writes=True)
 
     async def undrain(self, node: str = "") -> None:
         """A drained node takes tasks again."""
-        request = api.UndrainRequest(node=_node(node))
+        request = api.UndrainRequest(node=node_or_empty(node))
         await self._nodes.call(lambda stub: stub.Undrain, request, writes=True)
 
     async def leave(self, node: str = "", *, timeout_s: float | None = None) -> AsyncGenerator[views.LeaveStep, None]:
@@ -320,7 +308,7 @@ class AsyncClient:
         """
         if timeout_s is not None:
             validate.check_wait_timeout(timeout_s)
-        request = api.LeaveRequest(node=_node(node), timeout_s=timeout_s)
+        request = api.LeaveRequest(node=node_or_empty(node), timeout_s=timeout_s)
         answers = self._nodes.stream(lambda stub: stub.Leave, request, writes=True)
         async with contextlib.aclosing(answers) as steps:
             async for m in steps:
@@ -390,35 +378,3 @@ class AsyncTaskHandle:
     def log(self, **options: Any) -> AsyncIterator[views.LogChunk]:
         """Its log; options are those of `AsyncClient.log`."""
         return self._client.log(self.id, **options)
-
-
-def _node(name: str) -> str:
-    return names.check_node_name(name, "node") if name else ""
-
-
-def _fragments(ids: Sequence[str]) -> list[str]:
-    if isinstance(ids, str):
-        raise UserError("ids must be a list, not text", field="ids", hint=f"[{ids!r}]")
-    return validate.check_fragments(ids, "ids", max(len(ids), 1))
-
-
-def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for i in range(0, len(items), size):
-        yield items[i : i + size]
-
-
-def _requests(specs: Sequence[TaskSpec]) -> Iterator[api.SubmitRequest]:
-    """Requests that hold the tasks in order, each within the limits of number and size."""
-    request, size = api.SubmitRequest(), 0
-    for spec in specs:
-        m = codec.spec_to_pb(spec)
-        bytes_ = m.ByteSize() + 8
-        if request.tasks and (
-            len(request.tasks) == validate.SUBMIT_TASKS_MAX or size + bytes_ > validate.SUBMIT_BYTES_TARGET
-        ):
-            yield request
-            request, size = api.SubmitRequest(), 0
-        request.tasks.append(m)
-        size += bytes_
-    if request.tasks:
-        yield request

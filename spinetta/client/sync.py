@@ -12,10 +12,10 @@ from typing import Any, Self, TypeVar, Unpack
 
 from spinetta import validate
 from spinetta.client import views
-from spinetta.client.admin import Admin
 from spinetta.client.aio import AsyncClient
 from spinetta.client.credentials import Bearer, Source
 from spinetta.client.specs import TaskOptions
+from spinetta.client.syncadmin import Admin
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.model import TaskId, TaskSpec
 from spinetta.options import NO_CREDENTIALS

@@ -2,7 +2,7 @@
 
 A line that is changed, removed, added in between or put elsewhere breaks the chain for all that follow. Lines cut off
 at the *end* do not: therefore a node tells the others of its latest line now and then (`head`), and `verify` can be
-given what they remember.
+given what they remember (`trust.auditreading`).
 
 Lines are written by a thread of their own, so that no call waits for a disk; after a crash of the machine the last
 moments may be missing, never something in the middle.
@@ -18,7 +18,6 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,22 +55,6 @@ class Entry:
     detail: str
     prev: str
     hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a check of the chain has found.
-
-    Attributes:
-        entries: good lines read, until the first fault.
-        first_seq, head: where the chain begins (older files may have been removed) and ends.
-        faults: in words, with file and line; empty: the chain is whole.
-    """
-
-    entries: int = 0
-    first_seq: int = 0
-    head: tuple[int, str] = (0, GENESIS)
-    faults: tuple[str, ...] = ()
 
 
 def digest(fields: dict[str, Any]) -> str:
@@ -204,8 +187,8 @@ class AuditLog:
         path = self._chain.path
         if path is not None and path.exists() and path.stat().st_size < self._file_bytes_max:
             return path
-        files = _files(self._directory)
-        for old in files[: max(0, len(files) + 1 - self._files_max)]:
+        old_files = files(self._directory)
+        for old in old_files[: max(0, len(old_files) + 1 - self._files_max)]:
             old.unlink(missing_ok=True)
         return self._directory / f"audit-{seq:08d}.jsonl"
 
@@ -237,7 +220,7 @@ def open_log(
 
 
 def _resume(directory: Path) -> _Chain:
-    for path in reversed(_files(directory)):
+    for path in reversed(files(directory)):
         data = path.read_bytes()
         whole, _, rest = data.rpartition(b"\n")
         torn = hashlib.sha256(rest).hexdigest() if rest else ""
@@ -245,115 +228,19 @@ def _resume(directory: Path) -> _Chain:
             _append_whole(path, b"\n")
         for raw in reversed(whole.split(b"\n")):
             try:
-                entry = _parse(raw)
+                entry = parse(raw)
             except ValueError:  # an earlier torn line: whether it is one, `verify` says
                 continue
             return _Chain(entry.seq, entry.hash, path, torn)
     return _Chain()
 
 
-def read(directory: Path) -> Iterator[Entry]:
-    """All lines that can be read, the oldest first. Does not check the chain.
+def parse(raw: bytes) -> Entry:
+    """A line of a log.
 
     Raises:
-        UserError: there is no audit log, or it cannot be read.
+        ValueError: it is none.
     """
-    for path in _existing(directory):
-        for raw in _lines(path):
-            try:
-                yield _parse(raw)
-            except ValueError:
-                continue
-
-
-class Tail:
-    """Lines as they come: each `read` goes on where the one before has stopped."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._path: Path | None = None
-        self._offset = 0
-
-    def read(self) -> Iterator[Entry]:
-        """Whole lines that were added since; those that cannot be read are left out.
-
-        Raises:
-            UserError: there is no audit log, or it cannot be read.
-        """
-        for path in _existing(self._directory):
-            if self._path is not None and path.name < self._path.name:
-                continue
-            if path != self._path:
-                self._path, self._offset = path, 0
-            try:
-                with path.open("rb") as file:
-                    file.seek(self._offset)
-                    for raw in file:
-                        if not raw.endswith(b"\n"):  # is being written: the rest comes
-                            break
-                        self._offset += len(raw)
-                        try:
-                            yield _parse(raw.rstrip(b"\n"))
-                        except ValueError:
-                            continue
-            except OSError as e:
-                raise UserError(f"{path} cannot be read: {e.strerror}", reason="audit") from e
-
-
-def verify(directory: Path, heads: Iterator[tuple[int, str]] | tuple[tuple[int, str], ...] = ()) -> Verdict:
-    """Check the chain from its beginning to its end.
-
-    Args:
-        directory: DATA/audit of a node.
-        heads: numbers and hashes of lines that others remember: each must be there.
-
-    Raises:
-        UserError: there is no audit log, or it cannot be read.
-    """
-    wanted = dict(heads)
-    count, first_seq, seq, prev = 0, 0, 0, ""
-    broken: tuple[str, str] | None = None  # where, and the hash of, a line that cannot be read
-    for path in _existing(directory):
-        for number, raw in enumerate(_lines(path), start=1):
-            where = f"{path.name}, line {number}"
-            try:
-                entry = _parse(raw)
-            except ValueError:
-                if broken is not None:
-                    return _faulty(count, first_seq, (seq, prev), f"{broken[0]}: not a line of an audit log")
-                broken = (where, hashlib.sha256(raw).hexdigest())
-                continue
-            fault = _fault(entry, seq, prev, broken)
-            if fault:
-                return _faulty(count, first_seq, (seq, prev), f"{where}: {fault}")
-            broken = None
-            count, first_seq, seq, prev = count + 1, first_seq or entry.seq, entry.seq, entry.hash
-            if wanted.pop(seq, prev) != prev:
-                return _faulty(count, first_seq, (seq, prev), f"{where}: other nodes remember another line {seq}")
-    faults = [f"{broken[0]}: the last line is not whole"] if broken is not None else []
-    missing = sorted(n for n in wanted if n >= first_seq)
-    if missing:
-        faults.append(f"lines have been cut off: other nodes remember line {missing[-1]}, the last one here is {seq}")
-    return Verdict(count, first_seq, (seq, prev or GENESIS), tuple(faults))
-
-
-def _fault(entry: Entry, seq: int, prev: str, broken: tuple[str, str] | None) -> str:
-    if digest(asdict(entry)) != entry.hash:
-        return f"line {entry.seq} has been altered"
-    if prev and (entry.seq != seq + 1 or entry.prev != prev):
-        return f"line {entry.seq} does not follow line {seq}: lines have been removed, added or altered"
-    if not prev and entry.seq == 1 and entry.prev != GENESIS:
-        return "the first line is not the first one of this log"
-    if broken is not None and (entry.call != TORN or entry.detail != broken[1]):
-        return f"the line before ({broken[0]}) is not a line of an audit log"
-    return ""
-
-
-def _faulty(count: int, first_seq: int, head: tuple[int, str], fault: str) -> Verdict:
-    return Verdict(count, first_seq, head, (fault,))
-
-
-def _parse(raw: bytes) -> Entry:
     if len(raw) > LINE_BYTES_MAX:
         raise ValueError("too long")
     try:
@@ -368,29 +255,9 @@ def _parse(raw: bytes) -> Entry:
     return Entry(**found)
 
 
-def _files(directory: Path) -> list[Path]:
+def files(directory: Path) -> list[Path]:
+    """The files of a log, the oldest first."""
     return sorted(p for p in directory.iterdir() if _FILE.fullmatch(p.name))
-
-
-def _existing(directory: Path) -> list[Path]:
-    try:
-        files = _files(directory)
-    except OSError as e:
-        raise UserError(
-            f"there is no audit log in {directory}: {e.strerror}", hint="name a node's data directory", reason="audit"
-        ) from e
-    if not files:
-        raise UserError(f"there is no audit log in {directory}", hint="name a node's data directory", reason="audit")
-    return files
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            for raw in file:
-                yield raw.rstrip(b"\n")
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}", reason="audit") from e
 
 
 def _append_whole(path: Path, data: bytes) -> None:

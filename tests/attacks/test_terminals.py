@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from spinetta.cli import output
 from spinetta.cli.audit import audit
-from spinetta.trust.audit import Entry, open_log, read, verify
+from spinetta.trust.audit import Entry, open_log
+from spinetta.trust.auditreading import read, verify
 
 EVIL = (
     "\x1b[2J\x1b[31mok\x1b[0m",  # clears the screen

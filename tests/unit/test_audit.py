@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinetta.errors import UserError
-from spinetta.trust import audit
+from spinetta.trust import audit, auditreading
 
 
 def written(directory: Path, count: int = 5, **options: int) -> None:
@@ -27,11 +27,11 @@ def only_file(directory: Path) -> Path:
 
 def test_what_is_recorded_is_read_back_and_whole(tmp_path: Path) -> None:
     written(tmp_path)
-    entries = list(audit.read(tmp_path))
+    entries = list(auditreading.read(tmp_path))
     assert [(e.seq, e.identity, e.call, e.object, e.outcome, e.revision) for e in entries] == [
         (i + 1, "user ann", "submit", f"task {i}", "done", 100 + i) for i in range(5)
     ]
-    verdict = audit.verify(tmp_path)
+    verdict = auditreading.verify(tmp_path)
     assert (verdict.entries, verdict.first_seq, verdict.faults) == (5, 1, ())
     assert verdict.head == (5, entries[-1].hash)
 
@@ -39,8 +39,8 @@ def test_what_is_recorded_is_read_back_and_whole(tmp_path: Path) -> None:
 def test_a_log_goes_on_after_a_restart(tmp_path: Path) -> None:
     written(tmp_path)
     written(tmp_path)
-    assert audit.verify(tmp_path).entries == 10
-    assert audit.verify(tmp_path).faults == ()
+    assert auditreading.verify(tmp_path).entries == 10
+    assert auditreading.verify(tmp_path).faults == ()
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +59,7 @@ def test_an_altered_field_is_noticed(
         return
     lines[line] = json.dumps(fields)
     path.write_text("\n".join(lines) + "\n")
-    assert len(audit.verify(directory).faults) == 1
+    assert len(auditreading.verify(directory).faults) == 1
 
 
 @pytest.mark.parametrize("line", range(4))
@@ -70,9 +70,9 @@ def test_a_removed_line_is_noticed(tmp_path: Path, line: int) -> None:
     del lines[line]
     path.write_text("\n".join(lines) + "\n")
     if line == 0:  # as after the removal of old files, but for the number in the file's name
-        assert audit.verify(tmp_path).first_seq == 2
+        assert auditreading.verify(tmp_path).first_seq == 2
     else:
-        assert "does not follow" in audit.verify(tmp_path).faults[0]
+        assert "does not follow" in auditreading.verify(tmp_path).faults[0]
 
 
 def test_lines_put_in_another_order_or_twice_are_noticed(tmp_path: Path) -> None:
@@ -80,31 +80,31 @@ def test_lines_put_in_another_order_or_twice_are_noticed(tmp_path: Path) -> None
     path = only_file(tmp_path)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
-    assert audit.verify(tmp_path).faults
+    assert auditreading.verify(tmp_path).faults
     path.write_text("\n".join([*lines, lines[-1]]) + "\n")
-    assert audit.verify(tmp_path).faults
+    assert auditreading.verify(tmp_path).faults
 
 
 def test_lines_cut_off_at_the_end_are_noticed_by_what_others_remember(tmp_path: Path) -> None:
     written(tmp_path)
-    head = audit.verify(tmp_path).head
+    head = auditreading.verify(tmp_path).head
     path = only_file(tmp_path)
     path.write_text("\n".join(path.read_text().splitlines()[:3]) + "\n")
-    assert audit.verify(tmp_path).faults == ()
-    assert "cut off" in audit.verify(tmp_path, (head,)).faults[0]
+    assert auditreading.verify(tmp_path).faults == ()
+    assert "cut off" in auditreading.verify(tmp_path, (head,)).faults[0]
 
 
 def test_a_line_rewritten_with_a_fresh_hash_is_noticed_by_what_others_remember(tmp_path: Path) -> None:
     written(tmp_path)
-    head = audit.verify(tmp_path).head
+    head = auditreading.verify(tmp_path).head
     path = only_file(tmp_path)
     lines = path.read_text().splitlines()
     last = json.loads(lines[-1])
     last["outcome"] = "denied"
     last["hash"] = audit.digest(last)
     path.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
-    assert audit.verify(tmp_path).faults == ()
-    assert "remember another line" in audit.verify(tmp_path, (head,)).faults[0]
+    assert auditreading.verify(tmp_path).faults == ()
+    assert "remember another line" in auditreading.verify(tmp_path, (head,)).faults[0]
 
 
 def test_a_line_that_a_crash_has_cut_short_is_told_and_not_a_fault(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_a_line_that_a_crash_has_cut_short_is_told_and_not_a_fault(tmp_path: Pat
     path = only_file(tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
     written(tmp_path, 1)
-    assert [e.call for e in audit.read(tmp_path)] == ["submit"] * 4 + [audit.TORN, "submit"]
-    assert audit.verify(tmp_path).faults == ()
+    assert [e.call for e in auditreading.read(tmp_path)] == ["submit"] * 4 + [audit.TORN, "submit"]
+    assert auditreading.verify(tmp_path).faults == ()
 
 
 def test_a_garbled_line_that_no_crash_has_left_is_a_fault(tmp_path: Path) -> None:
@@ -122,14 +122,14 @@ def test_a_garbled_line_that_no_crash_has_left_is_a_fault(tmp_path: Path) -> Non
     lines = path.read_text().splitlines()
     lines[2] = "{}"
     path.write_text("\n".join(lines) + "\n")
-    assert audit.verify(tmp_path).faults
+    assert auditreading.verify(tmp_path).faults
 
 
 def test_files_are_begun_anew_and_the_oldest_go(tmp_path: Path) -> None:
     for _ in range(6):
         written(tmp_path, 4, file_bytes_max=500, files_max=3)
     assert len(list(tmp_path.iterdir())) == 3
-    verdict = audit.verify(tmp_path)
+    verdict = auditreading.verify(tmp_path)
     assert verdict.faults == ()
     assert verdict.first_seq > 1
     assert verdict.head[0] == 24
@@ -139,9 +139,9 @@ def test_long_texts_are_cut_and_nothing_is_lost(tmp_path: Path) -> None:
     log = audit.open_log(tmp_path, "n1")
     log.record("cancel", "user ann", "x" * 100_000, "done", detail='"\n\u2028\\' * 3000)
     log.close()
-    (entry,) = audit.read(tmp_path)
+    (entry,) = auditreading.read(tmp_path)
     assert len(entry.object) == audit.TEXT_MAX
-    assert audit.verify(tmp_path).faults == ()
+    assert auditreading.verify(tmp_path).faults == ()
 
 
 def test_only_its_owner_may_read_it(tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ def test_only_its_owner_may_read_it(tmp_path: Path) -> None:
 
 def test_there_is_no_log(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no audit log"):
-        audit.verify(tmp_path / "none")
+        auditreading.verify(tmp_path / "none")
     with pytest.raises(UserError, match="no audit log"):
-        list(audit.read(tmp_path))
+        list(auditreading.read(tmp_path))
 
 
 def test_a_full_disk_loses_nothing_once_there_is_room(tmp_path: Path) -> None:
@@ -166,4 +166,4 @@ def test_a_full_disk_loses_nothing_once_there_is_room(tmp_path: Path) -> None:
         pass
     path.rmdir()
     log.close()
-    assert [e.object for e in audit.read(tmp_path)] == ["task 1"]
+    assert [e.object for e in auditreading.read(tmp_path)] == ["task 1"]

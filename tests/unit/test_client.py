@@ -17,7 +17,7 @@ import pytest
 
 from spinetta import validate
 from spinetta.client import AsyncClient, Client, TaskFilter, make_spec
-from spinetta.client.aio import parse_nodes
+from spinetta.client.requests import parse_nodes
 from spinetta.client.specs import ENTRY_KEYS, TaskOptions
 from spinetta.codec import encode_task
 from spinetta.errors import AlreadyExists, InvariantViolation, NotFound, OutcomeUnknown, StoreUnavailable, UserError
