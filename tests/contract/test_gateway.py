@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
@@ -16,170 +14,19 @@ import pytest
 from spinetta import codec, keys, trustcodec, txn
 from spinetta.access import MEMBERS, LabelKey, NodeRole, SecretRecord
 from spinetta.access import Envelope as Sealed
-from spinetta.errors import Compacted, Denied, OutcomeUnknown, StoreUnavailable
-from spinetta.model import Exit, LeaseId, Member, Membership, NodeId, Outcome, Reason, Revision, State, Task
-from spinetta.node.gateway import fanout, service, watches
-from spinetta.store import gateway
-from spinetta.store.protocol import Changes, KeyValue, Store
+from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable
+from spinetta.model import Exit, Member, Membership, NodeId, Outcome, Reason, Revision, State, Task
+from spinetta.node.gateway import fanout, service
+from spinetta.store.protocol import Changes
 from spinetta.trust.dial import Dialer, server_credentials
-from spinetta.txn import Committed, Conflict, Delete, Put, Txn
+from spinetta.txn import Committed, Conflict, Put, Txn
 from tests import builders, lives
 from tests.contract.api_world import eventually
 from tests.contract.etcds import etcd
-from tests.contract.gateways import GateWorld, gate_world
+from tests.contract.gateways import gate_world
+from tests.contract.workers import Follower, Worker, drain, fresh, get, put, run, stored_task, submit
 
 pytestmark = pytest.mark.contract
-
-
-def run(scenario: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(90):
-            await scenario
-
-    asyncio.run(limited())
-
-
-@contextlib.asynccontextmanager
-async def fresh(gates: int = 1, **more: Any) -> AsyncIterator[GateWorld]:
-    """A world over an etcd of its own, with a generation."""
-    async with etcd() as server_, gate_world(server_.client, gates, **more) as world:
-
-        async def begun() -> bool:
-            with contextlib.suppress(StoreUnavailable, OutcomeUnknown):  # a machine too busy to connect in a second
-                await put(world.etcd, keys.GENERATION, codec.encode_generation("g"))
-                return True
-            return False
-
-        await eventually(begun)
-        yield world
-
-
-async def put(store: Store, key: str, value: bytes = b"", lease: LeaseId = LeaseId(0)) -> Revision:
-    result = await store.commit(Txn(then=(Put(key, value, lease),)))
-    assert isinstance(result, Committed)
-    return result.revision
-
-
-async def get(store: Store, key: str) -> KeyValue:
-    found = (await store.read([key])).entries[key]
-    assert found is not None, key
-    return found
-
-
-async def submit(world: GateWorld, *numbers: int, **fields: Any) -> None:
-    for n in numbers:
-        assert isinstance(await world.etcd.commit(lives.submit(builders.queued(n, **fields))), Committed)
-
-
-@dataclass
-class Worker:
-    """A worker's daemon, by hand."""
-
-    node: NodeId
-    store: Store
-    lease: LeaseId = LeaseId(0)
-
-    @classmethod
-    async def begin(cls, world: GateWorld, name: str, store: Store | None = None, **rights: Any) -> Worker:
-        await world.grant(name, **rights)
-        self = cls(NodeId(name), store or world.store(name))
-        await self.register()
-        return self
-
-    async def register(self) -> None:
-        self.lease = await self.store.grant_lease(60)
-        entries = (await self.store.read([keys.GENERATION, keys.acl_node(self.node)])).entries
-        generation, acl = entries[keys.GENERATION], entries[keys.acl_node(self.node)]
-        assert generation is not None
-        assert acl is not None
-        body = lives.register(self.node, self.lease, generation.modified, acl.modified)
-        assert isinstance(await self.store.commit(body), Committed)
-
-    async def registration(self) -> txn.Registration:
-        mine = [keys.node(self.node), keys.incarnation(self.node), keys.GENERATION, keys.acl_node(self.node)]
-        node, life, generation, acl = (await self.store.read(mine)).entries.values()
-        assert node is not None
-        assert life is not None
-        assert generation is not None
-        assert acl is not None
-        return txn.Registration(self.node, node.created, life.modified, generation.modified, acl.modified)
-
-    async def claim(self, *numbers: int) -> tuple[bool, ...]:
-        parts = []
-        for n in numbers:
-            task = builders.task_id(n)
-            queued, record = (await self.store.read([keys.queued(task), keys.task(task)])).entries.values()
-            assert queued is not None
-            assert record is not None
-            parts.append(lives.claim(self.node, queued, record))
-        result = await self.store.commit(txn.batch(parts, (await self.registration()).guards()))
-        assert isinstance(result, Committed)
-        return result.nested
-
-    async def ends(self, *numbers: int, how: Exit | None = None) -> Txn:
-        parts = []
-        for n in numbers:
-            task = builders.task_id(n)
-            running, record = (await self.store.read([keys.running(self.node, task), keys.task(task)])).entries.values()
-            assert running is not None
-            assert record is not None
-            parts.append(lives.end(self.node, running, record, how))
-        now = await self.registration()
-        return txn.batch(parts, txn.finish_guards(self.node, now.incarnation_revision, now.acl_revision))
-
-    async def end(self, *numbers: int, how: Exit | None = None) -> tuple[bool, ...]:
-        result = await self.store.commit(await self.ends(*numbers, how=how))
-        assert isinstance(result, Committed)
-        return result.nested
-
-    async def task(self, n: int) -> Task | None:
-        key = keys.task(builders.task_id(n))
-        entry = (await self.store.read([key])).entries[key]
-        return codec.decode_task(entry.value) if entry is not None else None
-
-
-async def stored_task(world: GateWorld, n: int) -> Task:
-    return codec.decode_task((await get(world.etcd, keys.task(builders.task_id(n)))).value)
-
-
-class Follower:
-    """A watch in a task of its own: what it has seen, and how it ended."""
-
-    def __init__(self, store: Store, prefix: str, start: int) -> None:
-        self.seen: list[Changes] = []
-        self.error: Exception | None = None
-        self._task = asyncio.create_task(self._follow(store, prefix, Revision(start)))
-
-    async def _follow(self, store: Store, prefix: str, start: Revision) -> None:
-        try:
-            async with contextlib.aclosing(store.watch(prefix, start=start)) as watch:
-                async for changes in watch:
-                    self.seen.append(changes)
-        except (Compacted, StoreUnavailable, Denied) as error:
-            self.error = error
-
-    @property
-    def keys(self) -> list[str]:
-        return [event.key for changes in self.seen for event in changes.events]
-
-    async def stands(self) -> Follower:
-        await eventually(lambda: bool(self.seen) or self.error is not None, within_s=10)
-        return self
-
-    async def shows(self, keys: list[str]) -> None:
-        await eventually(lambda: self.keys == keys)
-
-    async def ends(self) -> None:
-        await eventually(lambda: self.error is not None)
-
-    async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.wait((self._task,))
-
-
-async def drain(watch: AsyncIterator[Changes], into: list[Changes]) -> None:
-    async for changes in watch:
-        into.append(changes)  # noqa: PERF401 - what came before the error counts
 
 
 # --- a worker's life ---------------------------------------------------------------------------------------------
@@ -318,88 +165,6 @@ def test_a_long_queue_that_is_mostly_hidden_is_listed_in_portions(monkeypatch: p
     run(scenario())
 
 
-# --- what it watches ---------------------------------------------------------------------------------------------
-
-
-def test_one_watch_at_etcd_serves_all_workers_each_with_what_it_may_see() -> None:
-    async def scenario() -> None:
-        async with fresh() as world:
-            workers = [await Worker.begin(world, f"w{n}", effective=("red",) if n % 2 else ()) for n in range(6)]
-            start = (await world.etcd.read([])).revision + 1
-            queues = [await Follower(w.store, keys.QUEUED, start).stands() for w in workers]
-            mine = [await Follower(w.store, keys.running_on(w.node), start).stands() for w in workers]
-            await submit(world, 1)
-            await submit(world, 2, clearance=("red",))
-            await submit(world, 3, clearance=("blue",))
-            await submit(world, 4, clearance=(MEMBERS,))
-            q1, q2, q3, q4 = (keys.queued(builders.task_id(n)) for n in (1, 2, 3, 4))
-            for n, queue in enumerate(queues):
-                expected = [q1, q2, q4] if n % 2 else [q1, q4]
-                await queue.shows(expected)
-            assert await workers[4].claim(1) == (True,)
-            await world.etcd.commit(Txn(then=(Delete(q3),)))
-            for n, queue in enumerate(queues):  # that something is gone is told of what was hidden, too
-                expected = [q1, q2, q4, q1, q3] if n % 2 else [q1, q4, q1, q3]
-                await queue.shows(expected)
-            await eventually(lambda: mine[4].keys == [keys.running(NodeId("w4"), builders.task_id(1))], within_s=10)
-            assert not any(each.keys for n, each in enumerate(mine) if n != 4)
-            feeds = world.gates[0].service.fanout._feeds
-            assert set(feeds) == {keys.QUEUED, keys.RUNNING}
-            for each in (*queues, *mine):
-                assert each.error is None
-                await each.stop()
-
-    run(scenario())
-
-
-def test_a_watch_begins_in_the_recent_past_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fanout, "RING_EVENTS", 10)
-
-    async def scenario() -> None:
-        async with fresh() as world:
-            worker = await Worker.begin(world, "w1")
-            start = (await world.etcd.read([])).revision + 1
-            first = await Follower(worker.store, keys.QUEUED, start).stands()
-            await submit(world, *range(1, 6))
-            await eventually(lambda: len(first.keys) == 5, within_s=10)
-            again = await Follower(worker.store, keys.QUEUED, start).stands()
-            await eventually(lambda: again.keys == first.keys, within_s=10)
-            middle = await Follower(worker.store, keys.QUEUED, start + 3).stands()
-            await eventually(lambda: middle.keys == first.keys[3:], within_s=10)
-            await submit(world, *range(6, 20))
-            await eventually(lambda: len(first.keys) == 19, within_s=10)
-            assert first.keys == again.keys == [keys.queued(builders.task_id(n)) for n in range(1, 20)]
-            late = await Follower(worker.store, keys.QUEUED, start).stands()
-            assert isinstance(late.error, Compacted)
-            future = await Follower(worker.store, keys.QUEUED, start + 20).stands()
-            await submit(world, 20, 21, 22, 23)
-            await eventually(lambda: len(future.keys) == 3, within_s=10)
-            for each in (first, again, middle, future):
-                await each.stop()
-
-    run(scenario())
-
-
-def test_one_who_asks_for_all_of_history_does_not_spoil_it_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fanout, "BACK_REVISIONS_MAX", 5)
-
-    async def scenario() -> None:
-        async with fresh() as world:
-            greedy, worker = await Worker.begin(world, "w1"), await Worker.begin(world, "w2")
-            await submit(world, *range(1, 20))
-            start = (await world.etcd.read([])).revision + 1
-            first = await Follower(greedy.store, keys.QUEUED, 1).stands()
-            assert isinstance(first.error, Compacted)
-            far = await Follower(greedy.store, keys.QUEUED, 1 << 40).stands()
-            second = await Follower(worker.store, keys.QUEUED, start).stands()
-            await submit(world, 20)
-            await eventually(lambda: second.keys == [keys.queued(builders.task_id(20))], within_s=10)
-            await far.stop()
-            await second.stop()
-
-    run(scenario())
-
-
 def test_a_slow_reader_is_cut_and_lists_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanout, "BUFFER_BYTES", 1 << 20)
 
@@ -418,28 +183,6 @@ def test_a_slow_reader_is_cut_and_lists_again(monkeypatch: pytest.MonkeyPatch) -
                     await drain(watch, seen)
                 assert sum(len(changes.events) for changes in seen) < 300
             await quickly.stop()
-
-    run(scenario())
-
-
-def test_a_quiet_watch_is_told_that_it_still_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watches, "BEAT_S", 0.2)
-    monkeypatch.setattr(gateway, "SILENT_S", 1.0)
-
-    async def scenario() -> None:
-        async with fresh() as world:
-            worker = await Worker.begin(world, "w1")
-            await world.grant("v9", NodeRole.VOTER)
-            start = (await world.etcd.read([])).revision + 1
-            followers = [
-                await Follower(store, keys.QUEUED, start).stands()
-                for store in (worker.store, world.store("v9", NodeRole.VOTER))
-            ]
-            await asyncio.sleep(3)  # not for something to happen, but for nothing to
-            assert [f.error for f in followers] == [None, None]
-            monkeypatch.setattr(watches, "BEAT_S", 60)
-            await eventually(lambda: all(f.error is not None for f in followers), within_s=10)
-            assert all("fallen silent" in str(f.error) for f in followers)
 
     run(scenario())
 

@@ -28,7 +28,7 @@ from spinetta.txn import Committed
 from tests import builders, lives
 from tests.contract.api_world import eventually
 from tests.contract.gateways import GateWorld
-from tests.contract.test_gateway import fresh, get, run, stored_task, submit
+from tests.contract.workers import fresh, get, run, stored_task, submit
 
 pytestmark = pytest.mark.contract
 

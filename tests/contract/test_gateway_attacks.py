@@ -30,7 +30,7 @@ from spinetta.v1 import gateway_pb2 as pb
 from tests import builders, lives
 from tests.contract.api_world import eventually
 from tests.contract.gateways import Authority, GateWorld
-from tests.contract.test_gateway import Follower, Worker, fresh, get, put, run, submit
+from tests.contract.workers import Follower, Worker, fresh, get, put, run, submit
 
 pytestmark = pytest.mark.contract
 
