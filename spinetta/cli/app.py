@@ -51,7 +51,7 @@ class Root(click.Group):
         """In the order of the table."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         """Import it."""
         found = COMMANDS.get(cmd_name)
         if found is None:
@@ -72,7 +72,7 @@ class Root(click.Group):
                 f"there is no command {quoted(args[0])}; {did_you_mean(args[0], COMMANDS)}", ctx
             ) from e
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
         """The table itself."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])

@@ -27,7 +27,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc] # has no types
         check = super().Check
         return await self._desk.answer(context, Call.HEALTH, lambda _: check(request, context))
 
-    async def List(self, request: health_pb2.HealthListRequest, context: Any) -> health_pb2.HealthListResponse:  # noqa: ARG002
+    async def List(self, request: health_pb2.HealthListRequest, context: Any) -> health_pb2.HealthListResponse:  # noqa: ARG002 - gRPC's signature
         async def all_of_them(_: Asked) -> health_pb2.HealthListResponse:
             known = {name: health_pb2.HealthCheckResponse(status=s) for name, s in self._server_status.items()}
             return health_pb2.HealthListResponse(statuses=known)

@@ -110,7 +110,7 @@ class Api(rpc.SpinettaServicer):
             context, Call.STATUS, lambda asked: _shown(asked, self._waiter.wait(request, limit_s)), is_long=True
         )
 
-    async def ListNodes(self, request: api.ListNodesRequest, context: Any) -> api.ListNodesResponse:  # noqa: ARG002
+    async def ListNodes(self, request: api.ListNodesRequest, context: Any) -> api.ListNodesResponse:  # noqa: ARG002 - gRPC's signature
         return await self._desk.answer(context, Call.NODES, lambda _: self._nodes.list_nodes())
 
     async def Drain(self, request: api.DrainRequest, context: Any) -> api.DrainResponse:
@@ -143,7 +143,7 @@ class Api(rpc.SpinettaServicer):
 
     async def DescribeCluster(
         self,
-        request: api.DescribeClusterRequest,  # noqa: ARG002
+        request: api.DescribeClusterRequest,  # noqa: ARG002 - gRPC's signature
         context: Any,
     ) -> api.DescribeClusterResponse:
         return await self._desk.answer(context, Call.NODES, lambda _: self._nodes.describe())

@@ -199,11 +199,11 @@ def _exec(spawn: Spawn, stage: list[str]) -> NoReturn:
             os.execve(path, list(spawn.argv), spawn.env)  # noqa: S606 - a shell is the caller's choice
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                if os.path.isfile(path):  # noqa: PTH113
+                if os.path.isfile(path):  # noqa: PTH113 - no pathlib between fork and exec
                     stage[0] = "interpreter"
                     raise
                 continue
-            if error.errno != errno.EACCES or not os.path.exists(path):  # noqa: PTH110
+            if error.errno != errno.EACCES or not os.path.exists(path):  # noqa: PTH110 - no pathlib between fork and exec
                 raise
             refused = refused or error
     if refused is not None:

@@ -128,9 +128,9 @@ def become_remover(folder: Path) -> NoReturn:
     """In a fresh child: remove all that is in `folder`, at low priority, and end."""
     try:
         os.setpriority(os.PRIO_PROCESS, 0, 10)
-        names = [str(folder / name) for name in os.listdir(folder)[:REMOVED_AT_ONCE]]  # noqa: PTH208
+        names = [str(folder / name) for name in os.listdir(folder)[:REMOVED_AT_ONCE]]  # noqa: PTH208 - only names, and not all
         if names:
             environment = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
-            os.execvpe("rm", ["rm", "-rf", "--one-file-system", "--", *names], environment)  # noqa: S606
+            os.execvpe("rm", ["rm", "-rf", "--one-file-system", "--", *names], environment)  # noqa: S606 - nothing is left to the shell
     finally:
         os._exit(0)

@@ -105,7 +105,7 @@ class Loop:
             for fd, mask in self._epoll.poll():
                 call = self._calls.get(fd)
                 if call is not None:
-                    self._guarded(lambda call=call, mask=mask: call(mask))  # type: ignore[misc]
+                    self._guarded(lambda call=call, mask=mask: call(mask))  # type: ignore[misc]  # defaults bind now
             self._run_due()
             self.on_turn()
 

@@ -101,7 +101,7 @@ def provide(place: Place, key: str, files: Mapping[str, bytes]) -> None:
     folder = place.of(key)
     os.mkdir(folder, 0o700)  # noqa: PTH102 - no pathlib between fork and exec
     _write(folder, files)
-    os.chmod(folder, 0o500)  # noqa: PTH101
+    os.chmod(folder, 0o500)  # noqa: PTH101 - no pathlib between fork and exec
 
 
 def mount_own(path: str, files: Mapping[str, bytes]) -> None:
@@ -128,7 +128,7 @@ def _write(folder: str, files: Mapping[str, bytes]) -> None:
 def _own_folder(path: str) -> None:
     """Everybody may write to /dev/shm: what is there under our name must be ours, and for us alone."""
     with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)  # noqa: PTH102
+        os.mkdir(path, 0o700)  # noqa: PTH102 - no pathlib between fork and exec
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise OSError(errno.EPERM, "not ours")
@@ -143,12 +143,12 @@ def remove(place: Place, key: str, names: Iterable[str]) -> bool:
         return True
     folder = place.of(key)
     with contextlib.suppress(OSError):
-        os.chmod(folder, 0o700)  # noqa: PTH101
+        os.chmod(folder, 0o700)  # noqa: PTH101 - as text, like above
     for name in names:
         with contextlib.suppress(OSError):
-            os.unlink(f"{folder}/{name}")  # noqa: PTH108
+            os.unlink(f"{folder}/{name}")  # noqa: PTH108 - as text, like above
     try:
-        os.rmdir(folder)  # noqa: PTH106
+        os.rmdir(folder)  # noqa: PTH106 - as text, like above
     except FileNotFoundError:
         return True
     except OSError:
