@@ -6,9 +6,9 @@ before it submits. So it is measured on one machine only, and includes everythin
 claim, shim, exec and the start of the shell. Timed as well: the answer to the submit, the time until `wait` says that
 the task has ended, and how long it then takes to read its log.
 
-The tasks are submitted at a voter that is not the one they run on. A voter claims straight at its etcd; a worker goes
-through the gateway of a voter, in an open cluster, too. With `--workers 0` tasks may run anywhere, and each node is
-asked in turn.
+The tasks are submitted at a voter that is not the one they run on. A voter claims straight at its etcd. A worker of a
+secured cluster goes through the gateway of a voter; one of an open cluster, straight to the etcd of a voter. With
+`--workers 0` tasks may run anywhere, and each node is asked in turn.
 """
 
 from __future__ import annotations
