@@ -17,7 +17,7 @@ from spinetta.model import Revision
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked
 from spinetta.store.protocol import KeyValue, Store
-from spinetta.txn import Committed, Txn
+from spinetta.txn import Committed, Guard, RevisionIs, Txn
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -45,6 +45,14 @@ class Entries:
     def change(self, key: str, value: object) -> Change:
         """A new value for it."""
         return Change(self.seen(key), trustcodec.encode(value))
+
+
+def are_held(found: Entries, guards: Iterable[Guard]) -> bool:
+    """Whether the records that were read are those that these guards, a caller's, have seen: for what is done without a
+    transaction, which would look itself."""
+    return all(
+        found.seen(g.key).revision == g.revision for g in guards if isinstance(g, RevisionIs) and g.key in found.entries
+    )
 
 
 async def read(store: Store, those: Sequence[str]) -> Entries:

@@ -116,7 +116,7 @@ class Callers:
         pem = certificate(context)
         now_s = self._port.wall_ms() / 1000
         identity = certificates.identity_of(pem, (credentials.ca_pem,), credentials.cluster, now_s=now_s)
-        if identity is None and not _has_bearer(context):
+        if identity is None and not has_bearer(context):
             return Caller.nobody(_why_not(pem, now_s))
         try:
             return await self._of(context, identity, fresh)
@@ -129,7 +129,7 @@ class Callers:
     async def _of(self, context: Context, identity: Identity | None, fresh: bool) -> Caller:
         if identity is None:
             return await self._of_token(_bearer(context), fresh)
-        if _has_bearer(context):
+        if has_bearer(context):
             raise _unknown(
                 f"a certificate of {identity.kind} {identity.name} and a bearer token came together",
                 "send one of them: two identities are none",
@@ -222,7 +222,8 @@ def metadata(context: Context) -> dict[str, str | bytes]:
     return dict(context.invocation_metadata() or ())
 
 
-def _has_bearer(context: Context) -> bool:
+def has_bearer(context: Context) -> bool:
+    """Whether a bearer token came with the call."""
     return any(k == "authorization" for k, _ in context.invocation_metadata() or ())
 
 

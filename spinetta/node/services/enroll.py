@@ -26,12 +26,12 @@ from spinetta.node import keyring as keyrings
 from spinetta.node.keyring import Keyring, Known
 from spinetta.node.port import NodePort
 from spinetta.node.services import tokendesk
-from spinetta.node.services.access import check_room, committed, read, read_groups, settle
+from spinetta.node.services.access import are_held, check_room, committed, read, read_groups, settle
 from spinetta.node.services.callers import peer_address
 from spinetta.node.services.certify import needs_keyring, node_certificates, open_cluster, user_certificates
 from spinetta.node.services.desk import Asked, Desk
 from spinetta.node.services.tokendesk import TokenDesk
-from spinetta.rights import Call, Caller, CallerKind
+from spinetta.rights import Call, CallerKind
 from spinetta.store.protocol import KeyValue
 from spinetta.trust import certificates, sealing
 from spinetta.v1 import trust_pb2 as pb
@@ -230,7 +230,7 @@ class EnrollApi(rpc.EnrollServicer):
         tokendesk.check_clocks(request.wall_ms, self._port.wall_ms(), self._port.name)
         key_hash = certificates.csr_key_hash(request.csr)
         if not request.token:
-            return await self._login_bearer(keyring, request, asked.caller)
+            return await settle(lambda: self._login_bearer(keyring, request, asked))
         self._checker.admit(peer_address(asked.context))
         token = tokens.parse(request.token)
         return await settle(lambda: self._try_login(keyring, request, token, key_hash, asked))
@@ -257,7 +257,8 @@ class EnrollApi(rpc.EnrollServicer):
                 hint="ask an administrator for a new one",
                 reason="token-revoked",
             )
-        if again and (record.expires_ms <= self._port.wall_ms() or record.created_ms < acl.issued_after_ms):
+        is_changed = _is_before_change(found.entries[token_key], user.entries[user_key])
+        if again and (record.expires_ms <= self._port.wall_ms() or is_changed):
             # A lost answer is repeated; certificates that were called back are not given again, nor are old ones.
             again = False
             tokendesk.check_usable(record, (TokenRole.CLIENT,), self._port.wall_ms())
@@ -270,12 +271,16 @@ class EnrollApi(rpc.EnrollServicer):
         policy = found.value(Policy, keys.POLICY) or Policy()
         return self._welcome(keyring, known, acl, request.csr, policy)
 
-    async def _login_bearer(self, keyring: Keyring, request: pb.LoginRequest, caller: Caller) -> pb.LoginResponse:
+    async def _login_bearer(self, keyring: Keyring, request: pb.LoginRequest, asked: Asked) -> pb.LoginResponse | None:
+        caller = asked.caller
         if caller.kind is not CallerKind.USER:
             because = caller.unknown_because or "to log in takes a client token, or a bearer token of a known issuer"
             raise Denied(because, reason="unauthenticated", hint="spinetta login --token TOKEN")
         user_key = keys.acl_user(caller.name)
         found = await read(self._port.store, [user_key, keys.POLICY, *keyrings.KEYS])
+        if not are_held(found, caller.guards):  # what it showed may have been called back
+            await asked.again()
+            return None
         # Rights that come from the bearer token's groups end with it; a certificate needs a record of its own.
         acl = self._check_user(found.value(UserAcl, user_key), caller.name)
         policy = found.value(Policy, keys.POLICY) or Policy()
@@ -326,6 +331,11 @@ def _protocol(version: str) -> tuple[str, ...]:
 def _is_older(one: KeyValue | None, other: KeyValue | None) -> bool:
     """By the store's count: clocks of nodes differ."""
     return one is not None and other is not None and one.created < other.created
+
+
+def _is_before_change(one: KeyValue | None, other: KeyValue | None) -> bool:
+    """Whether one was made before the other was last changed."""
+    return one is not None and other is not None and one.created < other.modified
 
 
 def _check_is_own(acl: NodeAcl, new: _Newcomer) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from spinetta import accesstxn, keys
-from spinetta.access import NodeAcl, NodeRole, Policy
+from spinetta.access import NodeAcl, NodeRole, Policy, UserAcl
 from spinetta.errors import Denied, UserError
 from spinetta.model import NodeId
 from spinetta.node import keyring as keyrings
 from spinetta.node.keyring import Keyring
 from spinetta.node.port import NodePort
-from spinetta.node.services.access import committed, read, settle
-from spinetta.node.services.callers import certificate
+from spinetta.node.services.access import are_held, committed, read, settle
+from spinetta.node.services.callers import certificate, has_bearer
 from spinetta.node.services.certify import needs_keyring, node_certificates, user_certificates
 from spinetta.node.services.desk import Asked
 from spinetta.rights import CallerKind
@@ -53,20 +53,25 @@ class Renewer:
         keyring = needs_keyring(self._keyring, self._port)
         key_hash = certificates.csr_key_hash(request.csr)
         if asked.caller.kind is CallerKind.USER and is_certified(asked):
-            return await self._renew_user(keyring, request, asked)
+            return await settle(lambda: self._renew_user(keyring, request, asked))
         if asked.caller.kind is not CallerKind.NODE:
             raise Denied("only a certificate can be renewed", hint="for one: spinetta login", reason="unauthenticated")
         return await settle(lambda: self._renew_node(keyring, request, asked, key_hash))
 
-    async def _renew_user(self, keyring: Keyring, request: pb.RenewRequest, asked: Asked) -> pb.RenewResponse:
-        found = await read(self._port.store, [keys.POLICY, *keyrings.KEYS])
+    async def _renew_user(self, keyring: Keyring, request: pb.RenewRequest, asked: Asked) -> pb.RenewResponse | None:
+        user_key = keys.acl_user(asked.caller.name)
+        found = await read(self._port.store, [user_key, keys.POLICY, *keyrings.KEYS])
+        if not are_held(found, asked.caller.guards):  # its certificates may have been called back
+            await asked.again()
+            return None
+        user = found.value(UserAcl, user_key)
         policy = found.value(Policy, keys.POLICY) or Policy()
         made = user_certificates(
             keyring,
             keyrings.known_of(found.entries),
             name=asked.caller.name,
             csr=request.csr,
-            now_s=self._port.wall_ms() / 1000,
+            now_s=max(self._port.wall_ms(), user.issued_after_ms if user is not None else 0) / 1000,
             lifetime_s=policy.user_certificate_s,
         )
         return pb.RenewResponse(certificates=made)
@@ -136,7 +141,5 @@ def with_key(acl: NodeAcl, *, shown: bytes, wanted: bytes) -> NodeAcl:
 
 def is_certified(asked: Asked) -> bool:
     """Whether the caller is a person known by a certificate, not by a bearer token."""
-    try:
-        return certificates.describe(certificate(asked.context)).kind == "user"
-    except UserError:
-        return False
+    # Who shows a bearer token may show any certificate besides, also one that a guest has made in somebody's name.
+    return asked.caller.kind is CallerKind.USER and not has_bearer(asked.context)

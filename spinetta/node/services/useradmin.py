@@ -17,6 +17,7 @@ from spinetta.node.services.access import check_room, committed, read, read_unde
 from spinetta.node.services.certify import needs_keyring
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.nodeadmin import GROUPS_MAX, NODES_MAX, USERS_MAX, check_reason
+from spinetta.node.services.tokendesk import CLOCK_SKEW_MAX_S
 from spinetta.trust import certificates, oidc
 from spinetta.txn import Txn
 from spinetta.v1 import trust_pb2 as pb
@@ -109,8 +110,7 @@ class UserAdmin:
         if request.revoke:
             new = replace(new, revoked=True, reason=check_reason(wanted.reason))
         if request.invalidate_certificates or new.revoked:
-            # A second more: certificates tell whole seconds only, and those of this very one are meant too.
-            new = replace(new, issued_after_ms=(now_ms // 1000 + 1) * 1000)
+            new = replace(new, issued_after_ms=_after_all(now_ms, new.issued_after_ms))
         return new
 
     async def _another_admin(self, name: str) -> Seen:
@@ -298,6 +298,13 @@ def _projects(projects: Any) -> tuple[str, ...]:
     if len(found) > PROJECTS_MAX:
         raise UserError(f"at most {PROJECTS_MAX} projects", field="user.projects", reason="too-many")
     return tuple(found)
+
+
+def _after_all(now_ms: int, before_ms: int) -> int:
+    """What makes all certificates void that any voter may have issued until now: its clock may be ahead, and none is
+    issued before the time set last. A second more: certificates tell whole seconds only, and this very one is meant
+    too."""
+    return max((now_ms // 1000 + 1 + int(CLOCK_SKEW_MAX_S)) * 1000, before_ms + 1000)
 
 
 def _role(number: int, old: UserAcl | None) -> UserRole:
