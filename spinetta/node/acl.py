@@ -20,6 +20,7 @@ from spinetta.access import GroupAcl, NodeAcl, Policy, UserAcl
 from spinetta.errors import Compacted, StoreUnavailable, UserError
 from spinetta.model import NodeId, Revision
 from spinetta.node.hub import closing
+from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.store.protocol import KeyValue, Store
 
 T = TypeVar("T")
@@ -85,15 +86,16 @@ class AclView:
 
     async def run(self) -> None:
         """Keep the copy. Runs until it is cancelled."""
+        teller = Teller(log)
         delay_s = RETRY_MIN_S
         while True:
             try:
                 await self._follow()
-            except (StoreUnavailable, Compacted) as e:
-                log.info("the records of rights are not followed now (%s), again in %.1f s", e, delay_s)
             except UserError as e:
                 delay_s = REFUSED_RETRY_S
-                log.info("the records of rights are read one by one: %s", e)
+                teller.tell(f"the records of rights are read one by one: {e}")
+            except TROUBLE as e:
+                teller.tell(f"the records of rights are not followed now: {e}")
             finally:
                 self._follows = False
                 self._entries.clear()
@@ -126,7 +128,7 @@ class AclView:
             await asyncio.sleep(CONFIRM_S)
             self._touched.clear()
             asked_s = self._clock()
-            with contextlib.suppress(StoreUnavailable):  # then it grows stale, which is the truth
+            with contextlib.suppress(StoreUnavailable, UserError):  # then it grows stale, which is the truth
                 page = await self._store.list(keys.ACL, keys_only=True)
                 await self._check({e.key: e.modified for e in page.entries})
                 self._confirmed_s = asked_s

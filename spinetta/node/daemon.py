@@ -16,7 +16,7 @@ from spinetta import __version__
 from spinetta.access import NodeRole
 from spinetta.agent import Agent
 from spinetta.config import Settings
-from spinetta.errors import OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
+from spinetta.errors import OutcomeUnknown, RuntimeUnavailable
 from spinetta.events import LeaveWanted, SelfChanged, SetCandidate, SetDraining, attempt_key
 from spinetta.model import IncarnationId, Membership, NodeId, NodeRecord, TaskId, Usage
 from spinetta.node import detect
@@ -30,6 +30,7 @@ from spinetta.node.renewal import Report
 from spinetta.node.seats import OwnSeat
 from spinetta.node.secured import Hooks, Secured
 from spinetta.node.services.server import ApiServer, serve
+from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.node.vault import Vault
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.settings import AgentSettings
@@ -258,11 +259,12 @@ class Daemon:
 
     async def _keep_endpoints(self) -> None:
         """Talk to the own member first, then to the other voters; workers spread over them by name."""
+        teller = Teller(log)
         while True:
             try:
                 await self._look_for_voters()
-            except (StoreUnavailable, UserError) as e:  # the latter: the disk is full
-                log.info("the voters cannot be looked up now: %s", e)
+            except TROUBLE as e:  # e.g. the disk is full
+                teller.tell(f"the voters cannot be looked up now: {e}")
             await self._seat_changed()
             await asyncio.sleep(ENDPOINTS_EVERY_S)
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from spinetta import keys
-from spinetta.errors import Compacted, StoreUnavailable, UserError
+from spinetta.errors import StoreUnavailable, UserError
 from spinetta.model import Revision, TaskId
+from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.store.protocol import Change, Changes, Store
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,7 @@ class Hub:
                     return
 
     async def _follow(self) -> None:
+        teller = Teller(log)
         delay_s = RETRY_MIN_S
         while True:
             try:
@@ -214,8 +216,8 @@ class Hub:
                         delay_s = RETRY_MIN_S
                         for event in change.events:  # no await in here: nobody sees half a revision
                             self._deliver(event)
-            except (StoreUnavailable, Compacted) as e:
-                log.info("the watch of tasks was lost (%s), again in %.1f s", e, delay_s)
+            except TROUBLE as e:  # also refusals: of a node whose rights are about to be given, or were just taken
+                teller.tell(f"the watch of tasks was lost: {e}")
             finally:
                 self._standing.clear()
             await asyncio.sleep(delay_s)

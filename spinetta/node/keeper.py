@@ -11,9 +11,10 @@ import grpc
 
 from spinetta import voters
 from spinetta.agent import Agent
-from spinetta.errors import AlreadyExists, OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
+from spinetta.errors import AlreadyExists
 from spinetta.model import NodeRecord
 from spinetta.node.seats import OwnSeat
+from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.store.members import Member, MemberList
 from spinetta.store.process import initial_cluster
 from spinetta.trust.dial import Dialer, node_name
@@ -55,7 +56,7 @@ class SeatKeeper:
     async def run(self) -> None:
         """Look and step until cancelled."""
         seen: object = None
-        settled, next_s = False, 0.0
+        settled, next_s, teller = False, 0.0, Teller(log)
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             if not self._agent.leading or not self._seat.member_id:
@@ -68,11 +69,11 @@ class SeatKeeper:
                 settled = await self._step()
                 seen = looks
                 next_s = time.monotonic() + STEP_EVERY_S
-            except (StoreUnavailable, OutcomeUnknown, RuntimeUnavailable, UserError) as e:
-                log.info("the voters cannot be changed now: %s", e)
+            except (*TROUBLE, OSError) as e:
+                teller.tell(f"the voters cannot be changed now: {e}")
                 settled = False
             except grpc.aio.AioRpcError as e:
-                log.info("a node did not do its part in a change of voters: %s", e.details())
+                teller.tell(f"a node did not do its part in a change of voters: {e.details()}")
                 settled = False
 
     async def _step(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 from spinetta import keys, trustcodec
 from spinetta.access import Authorities, AuthorityEntry, AuthorityState, NodeRole, Wrap
 from spinetta.accesstxn import Change, Seen
-from spinetta.errors import StoreUnavailable, UserError
+from spinetta.errors import CorruptRecord, StoreUnavailable, UserError
 from spinetta.model import Revision
 from spinetta.store.protocol import KeyValue, Store
 from spinetta.trust import certificates, sealing
@@ -60,9 +60,16 @@ def known_of(entries: Mapping[str, KeyValue | None]) -> Known:
     if len(values) != len(KINDS):
         raise StoreUnavailable("the cluster's certificate authorities are not in the store yet")
     return Known(
-        {k: trustcodec.decode(Authorities, e.value) for k, e in values.items()},
+        {k: _readable(k, e.value) for k, e in values.items()},
         {k: e.modified for k, e in values.items()},
     )
+
+
+def _readable(kind: str, value: bytes) -> Authorities:
+    found = trustcodec.decode(Authorities, value)
+    if found.kind != kind or [e.state for e in found.entries].count(AuthorityState.ACTIVE) != 1:
+        raise CorruptRecord(f"the {kind} certificate authorities cannot be read: not exactly one of them signs")
+    return found
 
 
 class Signer:

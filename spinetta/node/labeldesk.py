@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import grpc
@@ -12,10 +13,12 @@ import grpc.aio
 
 from spinetta import keys, labelkeys, trustcodec, txn
 from spinetta.access import LabelKey, NodeAcl, NodeRole
-from spinetta.errors import CorruptRecord, Denied, OutcomeUnknown, StoreUnavailable
+from spinetta.errors import CorruptRecord, Denied, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.labelkeys import Cleared
 from spinetta.model import NodeId, Revision
+from spinetta.node.trouble import Teller
 from spinetta.store.protocol import READ_KEYS_MAX, KeyValue, Store
+from spinetta.trust.sealing import seal
 from spinetta.v1 import record_pb2 as record
 from spinetta.v1 import trust_pb2 as pb
 
@@ -64,6 +67,7 @@ class DirectDesk:
     def __init__(self, store: Store, me: NodeId) -> None:
         self._store = store
         self._me = me
+        self._teller = Teller(log)
 
     async def states(self, labels: Sequence[str]) -> list[LabelState]:
         """How these labels stand."""
@@ -79,7 +83,7 @@ class DirectDesk:
             try:
                 key = labelkeys.stored(name, entry.value) if entry is not None else None
             except CorruptRecord as e:  # left as it is, and no reason to leave the other labels alone
-                log.warning("%s", e)
+                self._teller.tell(str(e), logging.WARNING)
                 continue
             revision = entry.modified if entry is not None else Revision(0)
             states.append(LabelState(name, key, revision, labelkeys.cleared_for(name, acls, live)))
@@ -117,7 +121,7 @@ class DirectDesk:
                 acl = trustcodec.decode(NodeAcl, entry.value)
             except CorruptRecord:
                 continue  # unreadable rights are none
-            if keys.acl_node(NodeId(acl.name)) == entry.key:
+            if keys.acl_node(NodeId(acl.name)) == entry.key and (acl.revoked or can_seal_to(acl.sealing_key)):
                 acls.append(acl)
                 revisions[acl.name] = entry.modified
         return acls, revisions
@@ -139,12 +143,23 @@ def newly_given(old: LabelKey | None, new: LabelKey) -> set[str]:
     return {w.node for g in new.generations for w in g.wraps if (g.number, w.node, w.sealed) not in before}
 
 
+@lru_cache(maxsize=4096)  # nodes; a hundred microseconds each otherwise, of every node at every look
+def can_seal_to(sealing_key: bytes) -> bool:
+    """Whether this is a sealing key. One that is none must not keep all others from getting theirs."""
+    try:
+        seal(b"", sealing_key, b"probe")
+    except UserError:
+        return False
+    return True
+
+
 class RemoteDesk:
     """For a worker: asks a voter."""
 
     def __init__(self, channel: Callable[[], Awaitable[grpc.aio.Channel]]) -> None:
         """`channel` gives one to a voter that answers, made with this node's certificate; its owner closes it."""
         self._channel = channel
+        self._teller = Teller(log)
 
     async def states(self, labels: Sequence[str]) -> list[LabelState]:
         """How these labels stand, as far as this node has a part in them."""
@@ -155,8 +170,13 @@ class RemoteDesk:
             answer = await stub.GetLabelStates(pb.GetLabelStatesRequest(), timeout=CALL_S)
         except grpc.aio.AioRpcError as e:
             raise StoreUnavailable(f"the keys of labels cannot be asked for: {e.details()}") from None
-        wanted = set(labels)
-        return [state_from_pb(m) for m in answer.states if m.label in wanted]
+        wanted, states = set(labels), []
+        for m in answer.states:
+            try:
+                states += [state_from_pb(m)] if m.label in wanted else []
+            except CorruptRecord as e:  # as in `DirectDesk.states`
+                self._teller.tell(str(e), logging.WARNING)
+        return states
 
     async def update(self, key: LabelKey, revision: Revision) -> bool:
         """Have a record written."""
@@ -191,11 +211,11 @@ def state_from_pb(m: pb.GetLabelStatesResponse.State) -> LabelState:
     """From the wire.
 
     Raises:
-        CorruptRecord: a node has a role that this version does not know.
+        CorruptRecord: a node has a role that this version does not know, or the key has no generation.
     """
     try:
         cleared = tuple(Cleared(n.name, n.sealing_key, NodeRole(n.role), n.live) for n in m.cleared)
-        key = trustcodec.from_pb(LabelKey, m.key) if m.HasField("key") else None
+        key = labelkeys.stored(m.label, m.key.SerializeToString()) if m.HasField("key") else None
     except ValueError as e:
         raise CorruptRecord(f"the key of label {m.label} cannot be read: {e}") from e
     return LabelState(m.label, key, Revision(m.revision), cleared)

@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection, Sequence
 
 from spinetta import labelkeys
 from spinetta.access import MEMBERS, LabelGeneration, LabelKey, NodeRole, Wrap
-from spinetta.errors import Compacted, Denied, OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.errors import Denied, UserError
 from spinetta.labelkeys import Create, Drop, HandOn, Replace, Step
 from spinetta.model import NodeId
 from spinetta.node.labeldesk import GUARDED_MAX, LabelDesk, LabelState
 from spinetta.node.resealing import Resealer
+from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.node.vault import Vault, wrap_for
 from spinetta.trust.sealing import new_sealing_key, public_of
 
@@ -53,6 +54,7 @@ class LabelKeeper:
         self._resealer = resealer
         self._clock = clock
         self._unused: dict[tuple[str, int], float] = {}
+        self._teller = Teller(log)
 
     async def run(self) -> None:
         """Look, for ever."""
@@ -60,12 +62,10 @@ class LabelKeeper:
         while True:
             try:
                 unsettled = 0 if await self.look() else min(unsettled + 1, 10)
-            except (StoreUnavailable, OutcomeUnknown, Compacted) as e:
-                log.debug("the keys of labels are not looked at now: %s", e)
-            except Denied as e:
-                log.info("the keys of labels are not looked at: %s", e)
             except UserError as e:
-                log.warning("the keys of labels: %s", e)
+                self._teller.tell(f"the keys of labels: {e}", _level(e))
+            except TROUBLE as e:
+                log.debug("the keys of labels are not looked at now: %s", e)
             # Apart from one another, so that the first to look has mostly done what the others would.
             wait_s = min(LOOK_AGAIN_S * 2 ** (unsettled - 1), LOOK_EVERY_S) if unsettled else LOOK_EVERY_S
             await asyncio.sleep(wait_s * random.uniform(0.7, 1.3))  # noqa: S311 - no secret
@@ -79,9 +79,13 @@ class LabelKeeper:
         labels = sorted({*self._clearances(), MEMBERS})
         is_settled = True
         for state in await self._desk.states(labels):
-            if state.key is not None:
-                self._vault.learn(state.key)
-            is_settled = await self._settle(state) and is_settled
+            try:
+                if state.key is not None:
+                    self._vault.learn(state.key)
+                is_settled = await self._settle(state) and is_settled
+            except UserError as e:  # of this label only: the others are not to wait for it
+                self._teller.tell(f"the key of label {state.label}: {e}", _level(e))
+                is_settled = False
         return is_settled
 
     async def _settle(self, state: LabelState) -> bool:
@@ -165,6 +169,10 @@ class LabelKeeper:
         able = [n for n in state.cleared if n.live and n.role is NodeRole.VOTER and labelkeys.has_wrap(key.latest, n)]
         step = Drop(state.label, ())
         return labelkeys.doer(step, key, able) == self._me
+
+
+def _level(error: UserError) -> int:
+    return logging.INFO if isinstance(error, Denied) else logging.WARNING
 
 
 def _told(step: Step) -> str:

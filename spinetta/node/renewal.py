@@ -17,13 +17,14 @@ from cryptography.exceptions import InvalidSignature
 
 from spinetta import accesstxn, keys, units
 from spinetta.access import NodeAcl, Policy
-from spinetta.errors import Denied, OutcomeUnknown, RuntimeUnavailable, SpinettaError, StoreUnavailable, UserError
+from spinetta.errors import Denied, OutcomeUnknown, SpinettaError, StoreUnavailable
 from spinetta.model import NodeId
 from spinetta.node import keyring as keyrings
 from spinetta.node.answers import error_of
 from spinetta.node.keyring import Keyring
 from spinetta.node.services.access import read
 from spinetta.node.services.certify import node_certificates
+from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.store.protocol import Store
 from spinetta.trust import certificates
 from spinetta.trust.credentials import EtcdPems, NodeCredentials
@@ -220,6 +221,7 @@ class TrustKeeper:
         self._reported: Report | None = None
         self._noticed = asyncio.Event()
         self._refusal = ""
+        self._teller = Teller(log)
 
     def notice(self) -> None:
         """Look at once: something has changed."""
@@ -244,7 +246,7 @@ class TrustKeeper:
                 failures += 1
                 self._tell_denied(e)
                 wait_s = RETRY_MAX_S
-            except (StoreUnavailable, OutcomeUnknown, RuntimeUnavailable, UserError) as e:
+            except (*TROUBLE, OSError) as e:  # OSError: from starting etcd, e.g. the disk is full
                 failures += 1
                 self._tell_failure(e)
                 left_s = self._left_s()
@@ -259,7 +261,7 @@ class TrustKeeper:
 
         Raises:
             Denied: this node has no place in the cluster any more.
-            StoreUnavailable, OutcomeUnknown, RuntimeUnavailable, UserError: something did not work: try again.
+            UserError, StoreUnavailable and others, see `TROUBLE`; OSError: something did not work: try again.
         """
         trust = await self._source.look()
         await self._believe(trust)
@@ -368,7 +370,7 @@ class TrustKeeper:
             if self._denied is not None:
                 self._denied(error.message)
 
-    def _tell_failure(self, error: SpinettaError) -> None:
+    def _tell_failure(self, error: Exception) -> None:
         left_s = self._left_s()
         pem = self._credentials.node_pem
         life_s = certificates.expiry(pem)[1] - _issued_s(pem)
@@ -379,7 +381,7 @@ class TrustKeeper:
                 "this node's certificate ends in %s and cannot be renewed: %s", units.format_duration(left_s), error
             )
         else:
-            log.info("the cluster's certificate authorities cannot be looked up now: %s", error)
+            self._teller.tell(f"the cluster's certificate authorities cannot be looked up now: {error}")
 
 
 def _issued_s(pem: bytes) -> float:

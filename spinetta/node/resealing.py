@@ -15,6 +15,7 @@ from spinetta import codec, keys, payload, trustcodec, txn
 from spinetta.access import Envelope, LabelKey, SecretRecord
 from spinetta.errors import CorruptRecord, OutcomeUnknown, UserError
 from spinetta.model import Task
+from spinetta.node.trouble import Teller
 from spinetta.store.protocol import KeyValue, Store
 from spinetta.trust.envelope import LabelPublicKey, PrivateKeys, reseal
 
@@ -30,6 +31,7 @@ class Resealer:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._teller = Teller(log)
 
     async def run(self, key: LabelKey, private_of: PrivateKeys) -> set[int]:
         """Seal anew what is sealed to an older generation; the generations that something still refers to.
@@ -104,7 +106,7 @@ class Resealer:
             try:
                 secret = trustcodec.decode(SecretRecord, entry.value)
             except CorruptRecord as e:
-                log.warning("%s: %s", entry.key, e)
+                self._teller.tell(f"{entry.key}: {e}", logging.WARNING)
                 continue
             found = _generations(secret.envelope, latest.label) - {latest.generation}
             in_use |= found

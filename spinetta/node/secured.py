@@ -12,7 +12,7 @@ from typing import Any
 import grpc.aio
 
 from spinetta.access import Limits, NodeAcl, NodeRole
-from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.errors import Denied, StoreUnavailable
 from spinetta.model import NodeId, Revision
 from spinetta.node.acl import AclView
 from spinetta.node.gateway.server import GatewayService, add_gateway
@@ -28,6 +28,7 @@ from spinetta.node.services.desk import Desk
 from spinetta.node.services.enroll import EnrollApi
 from spinetta.node.services.server import Register
 from spinetta.node.services.trust import TrustApi
+from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.node.vault import Vault
 from spinetta.rights import Call, CallerKind
 from spinetta.store.protocol import Store
@@ -126,13 +127,14 @@ class Secured:
             await self._link.close()
 
     async def _rotate(self, rotation: RotationKeeper) -> None:
+        teller = Teller(log)
         while True:
             await asyncio.sleep(ROTATE_EVERY_S)
             if self._hooks.is_leading():
                 try:
                     await rotation.step()
-                except (StoreUnavailable, OutcomeUnknown, UserError) as e:
-                    log.info("the authorities are not looked at now: %s", e)
+                except TROUBLE as e:
+                    teller.tell(f"the authorities are not looked at now: {e}")
 
     async def _who(self, context: Any) -> tuple[NodeId, NodeAcl, Revision]:
         """The node that calls the gateway."""

@@ -18,7 +18,8 @@ from spinetta.errors import CorruptRecord, SpinettaError, StoreUnavailable, User
 from spinetta.labelkeys import key_id
 from spinetta.match import uncleared
 from spinetta.model import NodeId, Reason, TaskSpec
-from spinetta.store.protocol import Store
+from spinetta.node.trouble import Teller
+from spinetta.store.protocol import READ_KEYS_MAX, Store
 from spinetta.trust.envelope import KeyMissing, open_envelope
 from spinetta.trust.sealing import SealBroken, public_of, seal, unseal
 
@@ -72,6 +73,7 @@ class Vault:
         self._me = me
         self._sealing_private = sealing_private
         self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._teller = Teller(log)
 
     def __repr__(self) -> str:
         return f"<vault of {self._me}: {len(self._kept)} keys>"
@@ -106,7 +108,8 @@ class Vault:
                     return private
             except UserError:
                 pass
-            log.warning("what is wrapped for this node as key %d of label %s is no such key", generation.number, label)
+            words = f"what is wrapped for this node as key {generation.number} of label {label} is no such key"
+            self._teller.tell(words, logging.WARNING)
         return None
 
     async def learn_from_store(self, labels: Sequence[str]) -> dict[str, LabelKey]:
@@ -123,7 +126,7 @@ class Vault:
             try:
                 key = labelkeys.stored(entry.key.removeprefix(keys.LABEL), entry.value)
             except CorruptRecord as e:
-                log.warning("%s: %s", entry.key, e)
+                self._teller.tell(f"{entry.key}: {e}", logging.WARNING)
                 continue
             self.learn(key)
             found[key.label] = key
@@ -162,6 +165,8 @@ class Vault:
         if not spec.owner:
             raise CannotOpen(Reason.SPAWN_FAILED, "a task without an owner has no secrets")
         where = {name: keys.secret(spec.owner, name) for name, _ in spec.secrets}
+        if len(where) > READ_KEYS_MAX:  # nothing that was submitted
+            raise CannotOpen(Reason.SPAWN_FAILED, f"{len(where)} secrets: at most {READ_KEYS_MAX}")
         found = (await self._store.read(sorted(set(where.values())))).entries
         contents: dict[str, bytes] = {}
         for name, key in where.items():
@@ -189,6 +194,8 @@ class Vault:
             CannotOpen: `what` cannot be opened here, or by anybody.
             StoreUnavailable: the keys cannot be read now.
         """
+        if len(labels) > READ_KEYS_MAX:
+            raise CannotOpen(Reason.SPAWN_FAILED, f"{what} carries {len(labels)} labels: at most {READ_KEYS_MAX}")
         try:
             async with asyncio.timeout(WAIT_S):
                 while True:

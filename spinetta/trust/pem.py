@@ -121,7 +121,7 @@ def load_certificate(pem: bytes) -> Certificate:
     """
     try:
         certificate = x509.load_pem_x509_certificate(pem[:PEM_BYTES_MAX])
-        certificate.public_key(), certificate.extensions
+        certificate.public_key(), certificate.extensions, certificate.subject, certificate.issuer
     except MALFORMED:
         raise UserError("this is no certificate in PEM", reason="bad-certificate") from None
     return certificate

@@ -20,6 +20,7 @@ from spinetta.node.services.desk import Asked
 from spinetta.node.services.nodeadmin import NODES_MAX
 from spinetta.node.services.renew import is_certified
 from spinetta.node.services.useradmin import OVERLAP_MAX_S
+from spinetta.node.trouble import Teller
 from spinetta.rotation import NodeTrust
 from spinetta.store.protocol import Store
 from spinetta.trust import certificates
@@ -139,6 +140,7 @@ class RotationKeeper:
     def __init__(self, store: Store, wall_ms: Callable[[], int]) -> None:
         self._store = store
         self._wall_ms = wall_ms
+        self._teller = Teller(log)
 
     async def step(self, guards: tuple[Guard, ...] = ()) -> None:
         """Look, and step if it is due. `guards`: of the office.
@@ -157,6 +159,10 @@ class RotationKeeper:
         old = known.authorities[kind]
         new = rotation.advance_rotation(old, nodes, self._wall_ms())
         if new == old:
+            late = [n.name for n in rotation.lagging(old, nodes)]
+            if late and self._wall_ms() >= max(e.retire_at_ms for e in old.entries):
+                words = f"authority {kind}: the overlap is over, but still waits for "
+                self._teller.tell(words + ", ".join(late[: rotation.NAMED_MAX]), logging.WARNING)
             return
         result = await self._store.commit(accesstxn.change((known.change(new),), guards))
         if isinstance(result, Committed):

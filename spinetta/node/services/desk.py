@@ -15,7 +15,15 @@ import grpc.aio
 
 from spinetta import rights
 from spinetta.access import Limits
-from spinetta.errors import AskElsewhere, Denied, OutcomeUnknown, SpinettaError, StoreUnavailable, UserError
+from spinetta.errors import (
+    AskElsewhere,
+    CorruptRecord,
+    Denied,
+    OutcomeUnknown,
+    SpinettaError,
+    StoreUnavailable,
+    UserError,
+)
 from spinetta.node.hub import closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits
@@ -199,7 +207,10 @@ class Desk:
         """What one identity may ask for unless its record says otherwise."""
         if self.callers.is_worker:  # it answers few calls: not worth a read each
             return Limits()
-        return (await self.callers.acl.policy())[0].limits
+        try:
+            return (await self.callers.acl.policy())[0].limits
+        except CorruptRecord:  # what it grants is granted to nobody, but an administrator must get in to mend it
+            return Limits()
 
     async def _watched(self, asked: Asked, work: Awaitable[T]) -> T:
         """Await it, and look at the caller's rights meanwhile."""

@@ -18,6 +18,7 @@ from spinetta.node.port import NodePort
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.peers import FORWARDED, Peers
+from spinetta.node.trouble import TROUBLE
 from spinetta.rights import CallerKind
 from spinetta.store.protocol import KeyValue
 from spinetta.v1 import api_pb2 as api
@@ -38,7 +39,7 @@ class Beats:
     async def run(self) -> None:
         """Look now and then, so that the first question gets a useful answer. Runs until it is cancelled."""
         while True:
-            with contextlib.suppress(StoreUnavailable):  # an age that grows meanwhile is the truth
+            with contextlib.suppress(*TROUBLE):  # an age that grows meanwhile is the truth
                 await self.look()
             await asyncio.sleep(limits.BEAT_POLL_S)
 

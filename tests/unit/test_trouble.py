@@ -1,0 +1,41 @@
+"""Loops tell of their trouble once for each cause."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+import pytest
+
+from spinetta import errors
+from spinetta.errors import InvariantViolation, SpinettaError
+from spinetta.node.trouble import AGAIN_S, TEXTS_MAX, TROUBLE, Teller
+
+
+def test_all_of_our_errors_but_a_bug_are_outlived() -> None:
+    ours = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, SpinettaError)]
+    assert {e for e in ours if not issubclass(e, TROUBLE)} == {SpinettaError, InvariantViolation}
+
+
+def test_the_same_is_told_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    now_s = 0.0
+    teller = Teller(logging.getLogger("test"), lambda: now_s)
+    for _ in range(10):
+        teller.tell("no store")
+        teller.tell("bad record", logging.WARNING)
+        now_s += 1.0
+    assert [(r.levelname, r.message) for r in caplog.records] == [("INFO", "no store"), ("WARNING", "bad record")]
+    now_s = AGAIN_S
+    teller.tell("no store")
+    assert len(caplog.records) == 3
+
+
+def test_what_is_remembered_has_a_limit(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    teller = Teller(logging.getLogger("test"), lambda: 0.0)
+    for i in range(10 * TEXTS_MAX):
+        teller.tell(str(i))
+    assert len(teller._told_s) == TEXTS_MAX
+    teller.tell(str(10 * TEXTS_MAX - 1))
+    assert len(caplog.records) == 10 * TEXTS_MAX
