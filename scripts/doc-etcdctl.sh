@@ -7,8 +7,10 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 parent=$(mktemp -d "${TMPDIR:-/tmp}/spinetta-doc.XXXXXX")
 devcluster() { "$root/scripts/devcluster.sh" --state "$parent/cluster" "$@"; }
+secured() { "$root/scripts/devcluster.sh" --state "$parent/secured" "$@"; }
 finish() {
     devcluster down >&2 || true
+    secured down >&2 || true
     rm -rf "$parent"
 }
 trap finish EXIT
@@ -50,7 +52,8 @@ written by `scripts/doc-etcdctl.sh`, which starts such a cluster and prints what
 
 Reading is always safe. Never write: the cluster's own writes are guarded, yours would not be.
 
-`spinetta etcdctl` is `etcdctl` with the right endpoints, which it asks a node for.
+`spinetta etcdctl` is `etcdctl` with the right endpoints, which it asks a node for. What it takes in a
+[secured cluster](#a-secured-cluster), and what there is more to see, is at the end.
 
 ## The queue
 
@@ -93,3 +96,52 @@ text "etcd keeps at least the last hour of history, and a watch can begin in the
     "failed has had, one line for each put and each delete. The tests' checker replays a cluster's history in this way."
 failed=$(spinetta list --outcome failed -q)
 show "timeout 2 spinetta etcdctl watch --rev=1 --prefix /status/ | grep -a $failed"
+
+# --- a secured cluster -------------------------------------------------------------------------------------------
+
+devcluster down >&2
+secured --tls --workers 1 --base 127.0.43. --port 7220 up 2 >&2
+eval "$(secured env)"
+export SPINETTA_DATA_DIR=$parent/secured/n1
+label=patient-data
+spinetta user set admin --clearance $label >&2
+spinetta node grant n2 --clearance $label >&2
+limit=$((SECONDS + 30))
+until [ "$(printf secret | spinetta secret set db-password --clearance $label 2>/dev/null)" ]; do
+    [ $SECONDS -lt $limit ] || { echo "the label gets no key" >&2 && exit 1; }
+    sleep 0.2 # between two tries; n2 makes the key
+done
+open=$(spinetta submit --name cohort-8 -- echo Karamazov)
+sealed=$(spinetta submit --name cohort-7 --clearance $label --secret db-password --env PATIENT=Raskolnikov -- printenv PATIENT)
+spinetta wait "$open" "$sealed" >&2
+token=$(spinetta token list --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["tokens"][0]["id"])')
+
+cat <<'TEXT'
+
+## A secured cluster
+
+What follows is from a second cluster, with one voter `n1`, one worker `n2`, and `n2` cleared for a label. There etcd asks for
+a voter's certificate and is shown to nobody else: `spinetta etcdctl` and `spinetta decode` work on a voter's machine, for root or the
+user of its node. They find the certificate in the node's data directory, which `--data-dir` or `SPINETTA_DATA_DIR` names if it is not
+the usual one.
+TEXT
+show "spinetta etcdctl member list -w table"
+show "spinetta etcdctl get --prefix / --keys-only | grep -E '^/(acl|trust|secret)/'"
+text "Who may do what is under \`/acl/\`. A write for somebody is guarded by the revision of his record, so that rights that were" \
+    "taken away meanwhile undo it:"
+show "spinetta decode /acl/node/n2 | python3 -m json.tool"
+show "spinetta decode /acl/user/admin"
+text "Of a token there is a salt and a hash, not its secret:"
+show "spinetta decode /acl/token/$token | python3 -m json.tool"
+text "The certificate authorities' private keys (\`wraps\`: sealed once for each voter), and a label's (sealed for each cleared node):"
+show "spinetta decode /trust/authority/cluster | python3 -m json.tool | cut -c1-128"
+show "spinetta decode /trust/label/$label | python3 -m json.tool"
+text "A secret, sealed where it was set:"
+show "spinetta decode /secret/admin/db-password | python3 -m json.tool | cut -c1-128"
+text "Of a task with a clearance label the record has that label, the owner, the resources, the names of its secrets and how it ended." \
+    "Command, environment, working directory, name and other labels are in \`sealed\`, which only \`n2\` can open:"
+show "spinetta decode /task/$sealed | python3 -m json.tool | cut -c1-128"
+text "So neither etcd's files nor a copy of them show what it ran. Here two tasks have run: \`echo Karamazov\`, without a label, and" \
+    "one with the label whose environment held the other name. How often is either in the files of the voter's etcd?"
+show "strings -a \$(find \"\$SPINETTA_DATA_DIR/etcd\" -type f) | grep Karamazov | wc -l"
+show "strings -a \$(find \"\$SPINETTA_DATA_DIR/etcd\" -type f) | grep Raskolnikov | wc -l"
