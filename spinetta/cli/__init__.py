@@ -5,8 +5,12 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of the console script."""
+    import os
     import sys
 
+    # gRPC's core writes remarks of its own into our user's terminal otherwise ("Got goaway …", and each handshake that
+    # fails). It reads this when it is loaded, whichever import does that.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from spinetta.cli.app import run
     except KeyboardInterrupt:  # an impatient user's, before there is anything that could say so nicely

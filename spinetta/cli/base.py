@@ -52,6 +52,16 @@ def client_options(command: Callable[P, T]) -> Callable[P, T]:
 
     ``--credentials`` and ``--bearer-file`` are kept in click's context until `with_client` asks for them.
     """
+    timeout = click.option("--timeout", metavar="TIME", help="How long one call may take (SPINETTA_TIMEOUT; 20s).")
+    return _node_option(timeout(_identity_options(command)))
+
+
+def waiting_client_options(command: Callable[P, T]) -> Callable[P, T]:
+    """The same for a command with a ``--timeout`` of its own, or none."""
+    return _node_option(_identity_options(command))
+
+
+def _identity_options(command: Callable[P, T]) -> Callable[P, T]:
     command = config_option(command)
     for key, metavar, text in (
         ("bearer_file", "FILE", "OIDC bearer token to use instead of a certificate (SPINETTA_BEARER_FILE)."),
@@ -60,9 +70,10 @@ def client_options(command: Callable[P, T]) -> Callable[P, T]:
         command = click.option(
             "--" + key.replace("_", "-"), key, metavar=metavar, expose_value=False, callback=_keep, help=text
         )(command)
-    command = click.option("--timeout", metavar="TIME", help="How long one call may take (SPINETTA_TIMEOUT; 20s).")(
-        command
-    )
+    return command
+
+
+def _node_option(command: Callable[P, T]) -> Callable[P, T]:
     return click.option(
         "--node",
         metavar="HOST:PORT,…",
@@ -167,8 +178,6 @@ def with_client(
     """Run a coroutine with a client, on an event loop of its own."""
     import asyncio
 
-    # gRPC's core writes its own remarks ("Got goaway …") into our user's terminal otherwise. Read when it is loaded.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from spinetta.client.aio import AsyncClient
 
     resolved = _resolved_client(node, timeout, config_file)
@@ -231,8 +240,13 @@ def show_error(error: SpinettaError, *, as_json: bool, code: int) -> None:
         output.tell("Is a node running here? Name others with --node HOST:PORT or SPINETTA_NODE.")
 
 
+_UNSAID = ("yes", "wall_ms", "remove", "labels")  # what a request calls it, and nobody has typed
+
+
 def _says_more(error: UserError) -> bool:
     """Whether the field is worth showing: not when the message names it, or begins with an origin."""
+    if error.field in _UNSAID:
+        return False
     last = error.field.rpartition(".")[2].partition("[")[0].replace("_", "-")
     return (
         bool(error.field)

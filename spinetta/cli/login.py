@@ -71,7 +71,6 @@ def login(
       spinetta login --node 10.0.0.5:7220 --bearer-file ~/.oidc-token --ca-hash 5f0c…
     """
     _check_ways(token, token_file, bearer_file, keep_bearer)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as in `with_client`
     settings = _settings(node, timeout, config_file)
     path = _place(out, settings)
     there = _check_there(path, force=force)

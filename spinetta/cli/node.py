@@ -90,10 +90,22 @@ def join(config_file: str | None, **flags: str | None) -> None:
       spinetta node join --cpus 8 --memory 32GiB --countables gpu=2 --tags ssd,site-a
     """
     resolved = resolved_node(flags, config_file)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # of each handshake that fails it would tell in words of its own
+    warn_of_loopback(resolved)
     from spinetta.node import start
 
     raise Finished(start.run(resolved))
+
+
+def warn_of_loopback(resolved: Resolved) -> None:
+    """The default address is on loopback: in a cluster of several machines that is an oversight."""
+    from spinetta.names import is_loopback
+
+    settings = resolved.settings
+    if settings.peers and is_loopback(settings.address) and not any(is_loopback(p) for p in settings.peers):
+        output.tell(
+            f"warning: {settings.address} is on loopback, where no other machine reaches this node, e.g. for its logs: "
+            "give --address"
+        )
 
 
 @node.command("list")
@@ -103,7 +115,8 @@ def list_nodes(as_json: bool, node: str | None, timeout: str | None, config_file
     """List the nodes of the cluster.
 
     ROLE: a voter runs an etcd member, a worker does not; * holds the office of the leader. AGE is the time since the
-    node started, SEEN since its last heartbeat was noticed. Resources are free/total.
+    node started, SEEN since its last heartbeat was noticed. Resources are free/total. CLEARANCE is shown when a node
+    is cleared for a label.
     """
     found = with_client(_nodes, node, timeout, config_file)
     from spinetta.cli import show
@@ -119,7 +132,9 @@ def node_table(found: NodeList) -> None:
     from spinetta import units
     from spinetta.cli import show
 
-    header = ("NAME", "ADDRESS", "STATUS", "ROLE", "CORES", "MEMORY", "DISK", "OTHER", "RUNNING", "AGE", "SEEN", "TAGS")
+    cleared = any(n.record.clearances for n in found.nodes)  # in open clusters no node ever is
+    header = ["NAME", "ADDRESS", "STATUS", "ROLE", "CORES", "MEMORY", "DISK", "OTHER", "RUNNING", "AGE", "SEEN", "TAGS"]
+    header += ["CLEARANCE"] * cleared
     rows, colours = [], {}
     for i, n in enumerate(found.nodes):
         free, all_, r = n.record.free, n.record.capacity, n.record
@@ -138,6 +153,7 @@ def node_table(found: NodeList) -> None:
                 show.age(r.started_ms),
                 "" if n.beat_age_ms < 0 else units.format_duration(n.beat_age_ms / 1000),
                 ",".join(r.tags),
+                *((",".join(r.clearances),) if cleared else ()),
             )
         )
         colours[(i, 2)] = {"ready": "green", "draining": "yellow", "leaving": "yellow"}.get(n.status, "red")
@@ -180,10 +196,12 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
         ("Free", shown.resources_words(r.free) or "nothing"),
         ("Running", str(r.running)),
         ("Tags", ", ".join(r.tags)),
+        ("Cleared for", ", ".join(r.clearances)),
         ("Started", shown.moment(r.started_ms)),
         ("Heartbeat", f"{found.beat_age_ms / 1000:.1f} s ago" if found.beat_age_ms >= 0 else ""),
         ("etcd", r.etcd_client_url + (" (leader)" if found.etcd_leader else "")),
         ("Runtimes", ", ".join(r.runtimes)),
+        ("Certificate", f"until {shown.moment(r.certificate_expires_ms)}" if r.certificate_expires_ms else ""),
         ("Incarnation", r.incarnation),
         ("Version", r.version),
         *(("Warning", w) for w in r.warnings),

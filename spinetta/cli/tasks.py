@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from spinetta.cli import exits, output
-from spinetta.cli.base import Finished, client_options, config_option, json_option, with_client
+from spinetta.cli.base import Finished, client_options, json_option, waiting_client_options, with_client
 from spinetta.errors import UserError
 
 if TYPE_CHECKING:
@@ -367,8 +367,7 @@ def _confirmed(
 @click.option("--timeout", "limit", metavar="TIME", help="How long; default: as long as it takes.")
 @click.option("--any", "any_", is_flag=True, help="Until the first one has ended.")
 @json_option
-@click.option("--node", metavar="HOST:PORT,…", help="Nodes to talk to (SPINETTA_NODE).")
-@config_option
+@waiting_client_options
 def wait(
     ids: tuple[str, ...], limit: str | None, any_: bool, as_json: bool, node: str | None, config_file: str | None
 ) -> None:

@@ -283,3 +283,60 @@ def test_ctrl_c_before_anything_is_loaded_is_no_traceback(tmp_path: Path) -> Non
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (exits.INTERRUPTED, "", "")
+
+
+def test_grpc_is_told_to_be_quiet_before_it_is_loaded() -> None:
+    code = (
+        "import os, sys; sys.argv = ['spinetta', 'version']\n"
+        "from spinetta.cli import main\n"
+        "try: main()\n"
+        "finally: print(os.environ['GRPC_VERBOSITY'], 'grpc' in sys.modules)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "GRPC_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "NONE False"
+
+
+def test_every_command_that_asks_a_cluster_takes_credentials() -> None:
+    import click
+
+    def leaves(command: click.Command) -> list[click.Command]:
+        if not isinstance(command, click.Group):
+            return [command]
+        with click.Context(command) as ctx:
+            return [
+                leaf
+                for name in command.list_commands(ctx)
+                if (found := command.get_command(ctx, name)) is not None
+                for leaf in leaves(found)
+            ]
+
+    asking = [c for c in leaves(root) if "--node" in {o for p in c.params for o in p.opts}]
+    assert len(asking) > 30
+    assert [c.name for c in asking if "--credentials" not in {o for p in c.params for o in p.opts}] == []
+
+
+def test_what_a_request_calls_a_field_is_not_shown_to_people(capsys: pytest.CaptureFixture[str]) -> None:
+    from spinetta.cli.base import show_error
+
+    show_error(UserError("the clocks are 4m apart", field="wall_ms"), as_json=False, code=2)
+    show_error(UserError("too short", field="secrets[0].file"), as_json=False, code=2)
+    assert capsys.readouterr().err == "error: the clocks are 4m apart\nerror: secrets[0].file: too short\n"
+
+
+@pytest.mark.parametrize(
+    ("address", "peers", "warned"),
+    [
+        ("127.0.0.1:7220", "10.0.0.5:7220", True),
+        ("10.0.0.6:7220", "10.0.0.5:7220", False),
+        ("127.0.0.1:7220", "127.0.0.2:7220", False),
+        ("127.0.0.1:7220", "", False),
+    ],
+)
+def test_a_node_that_nobody_could_reach_is_warned(
+    address: str, peers: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spinetta.cli.node import resolved_node, warn_of_loopback
+
+    warn_of_loopback(resolved_node({"address": address, **({"peers": peers} if peers else {})}, None))
+    assert ("give --address" in capsys.readouterr().err) is warned

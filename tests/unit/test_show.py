@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from spinetta.cli.node import node_table
 from spinetta.cli.show import why_waiting
 from spinetta.client.views import NodeInfo, NodeList, TaskInfo
 from spinetta.model import NodeRecord, Revision, State, Task
@@ -53,3 +57,12 @@ def test_what_could_start_says_what_it_waits_for() -> None:
 def test_what_does_not_wait_has_no_reasons() -> None:
     assert why_waiting(info(Task(spec(1), State.RUNNING)), nodes(node_record("n1"))) == []
     assert waits(NodeList(())) == []
+
+
+def test_the_table_of_nodes_shows_clearance_where_there_is_some(capsys: pytest.CaptureFixture[str]) -> None:
+    node_table(nodes(node_record("n1"), node_record("n2")))
+    assert "CLEARANCE" not in capsys.readouterr().out
+    node_table(nodes(node_record("n1"), replace(node_record("n2"), clearances=("internal", "secret"))))
+    header, first, second = capsys.readouterr().out.splitlines()
+    at = header.index("CLEARANCE")
+    assert (first[at:], second[at:]) == ("", "internal,secret")
