@@ -8,15 +8,16 @@ limits in time and size, and not more often than `REFRESH_MIN_S`, whatever token
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import socket
 import ssl
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import OK, HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,11 +32,12 @@ log = logging.getLogger("spinetta.node")
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")  # no secrets
 TOKEN_BYTES_MAX = 16 << 10  # those with hundreds of groups have a few KB; gRPC takes no larger metadata by default
 DOCUMENT_BYTES_MAX = 1 << 20  # of keys: a hundred RSA keys with certificates
-FETCH_S = 5.0
+FETCH_S = 5.0  # for each of two documents, from their connection's standing on
 KEYS_KEPT_S = 3600.0  # then they are fetched anew: a key that the issuer has withdrawn is not believed for longer
 REFRESH_MIN_S = 30.0  # between two fetches, or anyone could make us ask the issuer with each made-up key id
 LEEWAY_S = 30.0  # between clocks, as for joining nodes
 GROUPS_MAX = 1000  # in one token
+UNTIL_S_MAX = 253_402_300_799.0  # the year 9999: later ends are shown as this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +88,16 @@ class OidcVerifier:
                 leeway=LEEWAY_S,
                 options={"require": ["exp", "iss", "aud"], "verify_iat": True, "verify_nbf": True},
             )
+            until_s = float(claims["exp"])
         except jwt.ExpiredSignatureError:
             raise _unknown("the bearer token has expired", "get a new one from its issuer") from None
         except jwt.InvalidAudienceError:
             raise _unknown("the bearer token is for another audience", f"ask for {issuer.audience!r}") from None
         except jwt.ImmatureSignatureError:
             raise _unknown("the bearer token is not valid yet", "set both clocks by NTP") from None
-        except (jwt.PyJWTError, TypeError, OverflowError):  # the latter two: claims of an unexpected type
+        except (jwt.PyJWTError, TypeError, ValueError, OverflowError):  # the latter: claims of an unexpected type
             raise _unknown("the bearer token is not good: its signature or form is wrong") from None
-        return _identity(issuer, claims)
+        return _identity(issuer, claims, min(until_s, UNTIL_S_MAX))
 
     def forget(self, issuers: Sequence[Issuer]) -> None:
         """Keep only what is known of these: the policy has changed."""
@@ -150,10 +153,12 @@ def _pick(keys: jwt.PyJWKSet, kid: str, alg: str) -> Any:
     return fitting[0].key if len(fitting) == 1 else None
 
 
-def _identity(issuer: Issuer, claims: dict[str, Any]) -> OidcIdentity:
+def _identity(issuer: Issuer, claims: dict[str, Any], until_s: float) -> OidcIdentity:
     name = claims.get(issuer.name_claim)
     if not isinstance(name, str) or not name:
         raise Denied(f"the bearer token has no claim {issuer.name_claim!r}, which names its bearer")
+    if issuer.name_claim == "email" and claims.get("email_verified", True) is not True:
+        raise Denied(f"the bearer token says itself that the address {names.quoted(name)} has not been verified")
     full = issuer.prefix + name
     try:
         names.check_owner(full)
@@ -173,7 +178,7 @@ def _identity(issuer: Issuer, claims: dict[str, Any]) -> OidcIdentity:
         max(m.role for m in mine),
         tuple(sorted({p for m in mine for p in m.projects})),
         tuple(sorted({c for m in mine for c in m.clearances})),
-        float(claims["exp"]),
+        until_s,
     )
 
 
@@ -184,11 +189,36 @@ def _unknown(text: str, hint: str = "") -> Denied:
 # --- fetching, in a thread ---------------------------------------------------------------------------------------
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """An issuer says where its keys are; whoever answers in its place does not."""
+class _Connection(HTTPConnection):
+    """A connection that is cut after `FETCH_S`, whatever comes: a byte now and then would hold its thread for ever."""
 
-    def redirect_request(self, *_: Any) -> None:
-        """Follow none."""
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        super().__init__(host, port, timeout=FETCH_S)
+        self._tls = tls
+        self._counting: tuple[threading.Timer, socket.socket] | None = None
+
+    def connect(self) -> None:
+        """Connect, and begin to count."""
+        super().connect()
+        again = self.sock.dup()  # the socket itself changes hands when TLS begins
+        timer = threading.Timer(FETCH_S, _cut, (again,))
+        self._counting = (timer, again)
+        timer.daemon = True
+        timer.start()
+        if self._tls is not None:
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+
+    def end(self) -> None:
+        """Close it."""
+        self.close()
+        if self._counting is not None:
+            self._counting[0].cancel()
+            self._counting[1].close()
+
+
+def _cut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _fetch_keys(issuer: Issuer) -> jwt.PyJWKSet:
@@ -199,16 +229,25 @@ def _fetch_keys(issuer: Issuer) -> jwt.PyJWKSet:
     uri = configuration.get("jwks_uri")
     if not isinstance(uri, str):
         raise ValueError("its configuration names no jwks_uri")
+    if urlsplit(uri).scheme != urlsplit(issuer.url).scheme:  # or it could make this machine ask itself, in clear
+        raise ValueError(f"its jwks_uri {names.quoted(uri)} is of another kind than its own address")
     return jwt.PyJWKSet.from_dict(_fetch(uri, context))
 
 
 def _fetch(url: str, context: ssl.SSLContext) -> dict[str, Any]:
     check_url(url)
-    opener = urllib.request.build_opener(
-        urllib.request.HTTPSHandler(context=context), urllib.request.ProxyHandler({}), _NoRedirect()
-    )
-    with opener.open(url, timeout=FETCH_S) as response:
+    parts = urlsplit(url)
+    tls = context if parts.scheme == "https" else None
+    connection = _Connection(str(parts.hostname), parts.port or (443 if tls else 80), tls)
+    try:
+        connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+        response = connection.getresponse()
+        # An issuer says where its keys are; whoever answers in its place does not: no redirect is followed.
+        if response.status != OK:
+            raise ValueError(f"{url} answers with status {response.status}")
         data = response.read(DOCUMENT_BYTES_MAX + 1)
+    finally:
+        connection.end()
     if len(data) > DOCUMENT_BYTES_MAX:
         raise ValueError(f"{url} answers with more than {DOCUMENT_BYTES_MAX} bytes")
     document = json.loads(data)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import jwt
 import pytest
 
-from spinetta.access import UserRole
+from spinetta.access import GroupMapping, Issuer, UserRole
+from spinetta.errors import Denied, StoreUnavailable
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.renew import is_certified
 from spinetta.rights import Call, Caller, CallerKind
-from spinetta.trust import certificates, guest
+from spinetta.trust import certificates, guest, oidc
 from spinetta.trust.credentials import UserCredentials
 from spinetta.trust.dial import VOTER, Dialer
+from spinetta.trust.oidc import OidcVerifier
 from spinetta.v1 import record_pb2 as records
 from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1.trust_pb2_grpc import EnrollStub
 from tests.contract.api_world import Etcd, failure, run
+from tests.contract.test_oidc import Forge, forge, issuer
 from tests.contract.trust_world import World, world
+
+__all__ = ["forge"]
 
 Story = Callable[[World], Awaitable[None]]
 CLIENT = records.TOKEN_ROLE_CLIENT
@@ -134,3 +143,87 @@ def guest_made(name: str) -> bytes:
     return certificates.issue_user(
         authority, certificates.csr(key, name), cluster="0" * 16, name=name, now_s=time.time(), lifetime_s=600
     )
+
+
+# --- issuers ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def dripping(first: bytes) -> Iterator[str]:
+    """An issuer that says something, and then a byte now and then, for ever."""
+    server = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = server.accept()
+                with client, contextlib.suppress(OSError):
+                    client.sendall(first)
+                    while not ended.wait(0.2):
+                        client.sendall(b" ")
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        ended.set()
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(10)
+
+
+@pytest.mark.parametrize("first", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n{"])
+def test_an_issuer_that_answers_for_ever_holds_nothing(first: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oidc, "FETCH_S", 1.0)
+    before = threading.active_count()
+    with dripping(first) as url:
+        began_s = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            _verify(_signed_by_nobody(url), issuer(url))
+        assert time.monotonic() - began_s < 4
+    assert threading.active_count() <= before
+
+
+def test_an_issuer_does_not_send_us_to_ourselves(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fetch(url: str, _: Any) -> dict[str, Any]:
+        asked.append(url)
+        return {"issuer": "https://id.example", "jwks_uri": f"{forge.url}/keys"}
+
+    monkeypatch.setattr(oidc, "_fetch", fetch)
+    with pytest.raises(StoreUnavailable):
+        _verify(_signed_by_nobody("https://id.example"), issuer("https://id.example"))
+    assert asked == ["https://id.example/.well-known/openid-configuration"]
+
+
+@pytest.mark.parametrize("verified", [False, "true", None, 0])
+def test_an_address_that_the_issuer_has_not_verified_names_nobody(forge: Forge, verified: object) -> None:
+    named = Issuer(
+        forge.url, issuer(forge.url).audience, "lab-", "email", groups=(GroupMapping("staff", UserRole.USER),)
+    )
+    good = forge.token(email="ann@example.org", email_verified=True)
+    assert _verify(good, named).name == "lab-ann@example.org"
+    claims = jwt.decode(good, options={"verify_signature": False}) | {"email_verified": verified}
+    lie = jwt.encode(claims, forge.key, algorithm=forge.alg, headers={"kid": forge.kid})
+    with pytest.raises(Denied, match="has not been verified"):
+        _verify(lie, named)
+
+
+@pytest.mark.parametrize("until", [10**400, 1e300, "1e400", 10**18])
+def test_a_token_that_never_ends_breaks_nothing(forge: Forge, until: Any) -> None:
+    with contextlib.suppress(Denied):
+        assert _verify(forge.token(exp=until), issuer(forge.url)).expires_s * 1000 < 2**63
+
+
+def _signed_by_nobody(url: str) -> str:
+    return jwt.encode({"iss": url, "aud": "x", "sub": "x"}, "x" * 64, algorithm="HS256", headers={"kid": "k1"})
+
+
+def _verify(token: str, believed: Issuer) -> Any:
+    async def main() -> Any:
+        return await OidcVerifier().verify(token, [believed])
+
+    return run(main())
