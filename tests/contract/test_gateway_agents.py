@@ -62,6 +62,12 @@ class Played:
             loop.call_later(random.uniform(0.0, 0.05), self.end, launch.key, how)
         return None
 
+    def finish(self) -> None:
+        """All that runs ends well, and nothing is endless any more."""
+        self.endless = False
+        for key in list(self.running):
+            self.end(key, Exit(Reason.EXIT, 0, started_ms=10, ended_ms=20))
+
     def end(self, key: str, how: Exit) -> None:
         launch = self.running.pop(key, None)
         if launch is not None:
@@ -308,10 +314,11 @@ def test_a_worker_that_falls_silent_is_given_up_and_what_it_held_runs_elsewhere(
 def test_a_late_finish_of_a_fenced_worker_is_lost() -> None:
     async def scenario() -> None:
         async with fresh() as world, cluster(world, 2) as nodes:
-            worker = nodes[1]
-            worker.runtime.endless = True
-            await submit(world, *range(1, 10), resources=builders.cpus(0.5))
+            _, worker, other = nodes
+            worker.runtime.endless = other.runtime.endless = True
+            await submit(world, *range(1, 10), resources=builders.cpus(0.5))  # one more than one of them has room for
             await eventually(lambda: len(worker.runtime.running) > 0, within_s=20)
+            other.runtime.finish()
             key = next(iter(worker.runtime.running))
             number = int(key[:8], 16)
             task_id = builders.task_id(number)
@@ -326,9 +333,7 @@ def test_a_late_finish_of_a_fenced_worker_is_lost() -> None:
             taken = txn.give_back(NodeId("w1"), task_id, running.modified, codec.encode_task(lost), hint)
             assert isinstance(await world.etcd.commit(taken), Committed)
             worker.runtime.end(key, Exit(Reason.EXIT, 0, started_ms=10, ended_ms=20))
-            worker.runtime.endless = False
-            for other in list(worker.runtime.running):
-                worker.runtime.end(other, Exit(Reason.EXIT, 0, started_ms=10, ended_ms=20))
+            worker.runtime.finish()
             done = await complete(world, *range(1, 10))
             assert next(t for t in done if t.id == task_id).attempts[0].outcome is Outcome.LOST
             assert nothing_was_refused(world)
