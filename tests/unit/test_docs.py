@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from pathlib import Path
 import click
 import pytest
 
+from spinetta import keys
 from spinetta.cli.app import root
+from spinetta.v1 import api_pb2, trust_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -89,3 +92,49 @@ def test_scripts_that_are_named_exist(document: Path) -> None:
 def test_every_decision_is_listed() -> None:
     listed = set(LINK.findall((ROOT / "docs/adr/README.md").read_text()))
     assert listed == {p.name for p in (ROOT / "docs/adr").glob("0*.md")}
+
+
+def test_the_architecture_names_every_pure_module_and_every_prefix_of_the_store() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    modules = {p.stem for p in (ROOT / "spinetta").glob("*.py")} - {"__init__"}
+    assert modules - set(re.findall(r"`([a-z]+)`", text)) == set()
+    prefixes = {v for k, v in vars(keys).items() if k.isupper() and isinstance(v, str) and v.startswith("/")}
+    assert {p for p in prefixes if f"`{p}" not in text} <= {keys.BLOCKED}  # nothing is there yet
+
+
+def test_the_api_page_names_every_call_and_every_field_of_an_error() -> None:
+    text = (ROOT / "docs/api.md").read_text()
+    calls = {
+        method.name
+        for file in (api_pb2, trust_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        if service.name != "Peer"
+        for method in service.methods
+    }
+    fields = {f.name for f in api_pb2.ErrorDetail.DESCRIPTOR.fields}
+    assert {name for name in calls | fields if f"`{name}`" not in text} == set()
+
+
+def said_in_the_code() -> str:
+    """All texts of the package, one after the other; what is filled in is left out."""
+    parts = []
+    for path in (ROOT / "spinetta").rglob("*.py"):
+        if "v1" not in path.parts:
+            tree = ast.parse(path.read_text())
+            parts += [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return "\0".join(parts)
+
+
+def test_messages_that_the_operating_page_quotes_are_said() -> None:
+    """Of each message the longest run of words that are no names, or its end: the rest is filled in."""
+    text = (ROOT / "docs/operating.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \|", text.partition("## What can go wrong at the start")[2], re.M)
+    said, unknown = said_in_the_code(), []
+    for message in (m for row in rows for m in re.findall(r"`([^`]+)`", row)):
+        runs = re.findall(r"[A-Za-z]{2,}(?:[ ,']+[A-Za-z]+)+", re.sub(r"…|\S*\d\S*|'\S+'|\b[X]\b", "|", message))
+        words = max(runs, key=len).split() if runs else []
+        ends = [" ".join(words[i:]) for i in range(max(1, len(words) - 2))]
+        if not any(end in said for end in ends):
+            unknown.append(message)
+    assert len(rows) > 25
+    assert unknown == []
