@@ -289,7 +289,7 @@ class Connections:
             left_s = deadline_s - now()
             if left_s <= 0:
                 break
-            if not await connection.ready(min(CONNECT_S, left_s)):
+            if not await connection.ready(_patience_s(at, order, left_s)):
                 connection.hold()
                 failures.append(f"{connection.endpoint}: {connection.trouble}")
                 continue
@@ -320,11 +320,12 @@ class Connections:
         now = asyncio.get_running_loop().time
         deadline_s = now() + timeout_s
         failed: list[str] = []
-        for connection in self._order():
+        order = self._order()
+        for at, connection in enumerate(order):
             left_s = deadline_s - now()
             if left_s <= 0:
                 break
-            if await connection.ready(min(CONNECT_S, left_s)):
+            if await connection.ready(_patience_s(at, order, left_s)):
                 return connection
             connection.hold()
             failed.append(f"{connection.endpoint}: {connection.trouble}")
@@ -341,6 +342,11 @@ class Connections:
             (good if each.usable(now_s) else held).append(each)
         held.sort(key=lambda each: each.held_until_s)
         return good + held
+
+
+def _patience_s(at: int, order: Sequence[Connection], left_s: float) -> float:
+    """How long to wait for a connection: with nobody left to ask, giving up early would gain nothing."""
+    return min(CONNECT_S, left_s) if at + 1 < len(order) else left_s
 
 
 def normal_endpoints(endpoints: Sequence[str], *, secured: bool = False) -> tuple[str, ...]:

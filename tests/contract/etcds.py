@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from spinetta.errors import StoreUnavailable
 from spinetta.model import Exit, Reason
 from spinetta.store.members import status
@@ -205,8 +207,13 @@ class Etcd:
             await asyncio.sleep(0.02)
 
     def send(self, number: int) -> None:
+        """Signal it; returns from SIGSTOP when it has stopped: its threads do so one after the other."""
         assert self.process is not None
         self.process.send_signal(number)
+        until_s = time.monotonic() + START_S
+        while number == signal.SIGSTOP and psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < until_s, "it does not stop"
+            time.sleep(0.001)
 
     def kill(self) -> None:
         if self.process is not None:
