@@ -13,6 +13,8 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from spinetta.cli.app import run
-    except KeyboardInterrupt:  # an impatient user's, before there is anything that could say so nicely
-        sys.exit(130)
-    sys.exit(run(sys.argv[1:]))
+
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # an impatient user's, before or after there is anything that says so nicely
+        code = 130
+    sys.exit(code)

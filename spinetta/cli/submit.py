@@ -199,6 +199,22 @@ def login_name() -> str:
     return name
 
 
+def own_name(node: str | None, timeout: str | None, config_file: str | None) -> str:
+    """Whose the tasks are that we submit: in a secured cluster the user's that it takes us for.
+
+    Raises:
+        UserError: nobody knows, and a filter without an owner would be everybody's tasks.
+    """
+
+    async def ask(client: AsyncClient) -> str:
+        return (await client.admin.whoami()).name
+
+    found = with_client(ask, node, timeout, config_file) if is_somebody(node, timeout, config_file) else login_name()
+    if not found:
+        raise UserError("this system does not know your login name", field="mine", hint="name one with --owner")
+    return found
+
+
 def _submit(
     specs: Sequence[TaskSpec], wait: bool, follow: bool, as_json: bool, where: tuple[str | None, str | None, str | None]
 ) -> int:

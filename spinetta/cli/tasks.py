@@ -124,7 +124,7 @@ def filter_options(command: F) -> F:
     for decorate in (
         click.option("--on", "on_node", metavar="NODE", help="Run, or ran last, on this node."),
         click.option("--name", "task_name", metavar="NAME", help="With exactly this name."),
-        click.option("--mine", is_flag=True, help="Short for --owner with your login name."),
+        click.option("--mine", is_flag=True, help="Short for --owner with your own name, as submit has it."),
         click.option("--owner", metavar="NAME", help="Of this owner."),
         click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="With this label; may be repeated."),
     ):
@@ -132,12 +132,23 @@ def filter_options(command: F) -> F:
     return command
 
 
+def _named(filters: dict[str, Any], where: tuple[str | None, str | None, str | None]) -> dict[str, Any]:
+    """The filter's options with the owner that --mine means."""
+    from spinetta.cli.submit import own_name
+
+    owner = filters["owner"]
+    if filters["mine"]:
+        if owner is not None:
+            raise UserError("--mine and --owner are given", field="owner", hint="give one of them")
+        owner = own_name(*where)
+    return {key: value for key, value in filters.items() if key != "mine"} | {"owner": owner}
+
+
 def make_filter(
     states: Sequence[str] = (),
     outcomes: Sequence[str] = (),
     labels: Sequence[str] = (),
     owner: str | None = None,
-    mine: bool = False,
     task_name: str | None = None,
     on_node: str | None = None,
 ) -> TaskFilter:
@@ -146,18 +157,16 @@ def make_filter(
     Raises:
         UserError: names the option.
     """
-    from spinetta.cli.submit import login_name, pair
+    from spinetta.cli.submit import pair
     from spinetta.client.views import TaskFilter
     from spinetta.model import Outcome, State
     from spinetta.validate import check_filter
 
-    if mine and owner is not None:
-        raise UserError("--mine and --owner are given", field="owner", hint="give one of them")
     found = TaskFilter(
         states=tuple(sorted({State[_STATES[s]] for s in states})),
         outcomes=tuple(sorted({Outcome[o.upper()] for o in outcomes})),
         labels=tuple(sorted(dict(pair(text, "label") for text in labels).items())),
-        owner=login_name() if mine else owner or "",
+        owner=owner or "",
         name=task_name or "",
         node=on_node or "",
     )
@@ -196,7 +205,7 @@ def list_tasks(
       spinetta list --outcome failed --label run=7 --limit 0
       spinetta list --mine -q --state pending | xargs spinetta cancel
     """
-    wanted = make_filter(states, outcomes, **filters)
+    wanted = make_filter(states, outcomes, **_named(filters, (node, timeout, config_file)))
     if watch:
         _watch(wanted, quiet, as_json, (node, timeout, config_file))
         return
@@ -309,7 +318,7 @@ def cancel(
       spinetta cancel --all --mine --yes --reason "wrong reference"
     """
     where = (node, timeout, config_file)
-    wanted = make_filter(states or ("blocked", "queued", "running"), **filters)
+    wanted = make_filter(states or ("blocked", "queued", "running"), **_named(filters, where))
     if all_ and ids:
         raise UserError("ids and --all are given", field="ids", hint="give one of them")
     if not all_ and (states or wanted != make_filter(("blocked", "queued", "running"))):

@@ -132,7 +132,7 @@ def list_users(as_json: bool, node: str | None, timeout: str | None, config_file
 @click.argument("name", shell_complete=complete_user)
 @click.option("--role", type=ROLES, help="What the user may do.")
 @_options
-@click.option("--restore", is_flag=True, help="Let a revoked user in again.")
+@click.option("--restore", is_flag=True, help="Let a revoked user log in again.")
 @json_option
 @client_options
 def set_user(
@@ -181,6 +181,8 @@ def set_user(
 
     found = with_client(work, node, timeout, config_file)
     done(f"user {name}: {rights_words(found)}", document(found), as_json=as_json)
+    if restore and not as_json:  # certificates from before the revocation stay worthless
+        output.tell(f"To let them in again: spinetta token create --role client --user {name}")
 
 
 @user.command()

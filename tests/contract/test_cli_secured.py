@@ -122,6 +122,10 @@ def test_from_founding_to_a_user_who_may_and_may_not(play: Callable[..., None], 
         task = (await ann.good("submit", "--", "true")).out.strip()
         [shown] = (await ann.json("status", task))["tasks"]
         assert shown["spec"]["owner"] == "ann"
+        assert [t["id"] for t in (await ann.json("list", "--mine"))["tasks"]] == [task]
+        assert (await admin.json("list", "--mine"))["tasks"] == []
+        await admin("cancel", "--all", "--mine", "--yes")
+        assert (await ann.json("status", task))["tasks"][0]["state"] == "queued"
         assert "may not" in await ann.refused(7, "user", "add", "eve", "--role", "admin")
         document = (await ann("user", "add", "eve", "--json")).document
         assert (document["error"]["reason"], document["error"]["exit_code"]) == ("denied", 7)
@@ -133,6 +137,9 @@ def test_from_founding_to_a_user_who_may_and_may_not(play: Callable[..., None], 
         await ann.refused(8, "list")
         [listed] = [u for u in (await admin.json("user", "list"))["users"] if u["name"] == "ann"]
         assert (listed["revoked"], listed["reason"], listed["role"]) == (True, "left", "operator")
+        restored = await admin.good("user", "set", "ann", "--restore")
+        assert "token create --role client --user ann" in restored.err
+        assert "log in again" in await ann.refused(8, "list")  # with a new token
 
     play(story)
 

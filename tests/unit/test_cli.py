@@ -340,3 +340,27 @@ def test_a_node_that_nobody_could_reach_is_warned(
 
     warn_of_loopback(resolved_node({"address": address, **({"peers": peers} if peers else {})}, None))
     assert ("give --address" in capsys.readouterr().err) is warned
+
+
+def test_mine_is_nobodys_when_the_system_knows_no_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be everybody's tasks otherwise."""
+    monkeypatch.setenv("SPINETTA_CREDENTIALS", "none")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "no name!")
+    assert run(["cancel", "--all", "--mine", "--yes"]) == 2
+    assert "does not know your login name" in capsys.readouterr().err
+
+
+def test_ctrl_c_when_all_is_done_is_no_traceback() -> None:
+    code = (
+        "import sys, spinetta.cli.app as app\n"
+        "class Out:\n"
+        "    def __getattr__(self, name): return getattr(sys.__stdout__, name)\n"
+        "    def flush(self): raise KeyboardInterrupt\n"
+        "app._call = lambda arguments: setattr(sys, 'stdout', Out())\n"
+        "from spinetta.cli import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (exits.INTERRUPTED, "")
