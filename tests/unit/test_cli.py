@@ -358,7 +358,9 @@ def test_ctrl_c_when_all_is_done_is_no_traceback() -> None:
         "import sys, spinetta.cli.app as app\n"
         "class Out:\n"
         "    def __getattr__(self, name): return getattr(sys.__stdout__, name)\n"
-        "    def flush(self): raise KeyboardInterrupt\n"
+        "    def flush(self):\n"
+        "        sys.stdout = sys.__stdout__\n"
+        "        raise KeyboardInterrupt\n"
         "app._call = lambda arguments: setattr(sys, 'stdout', Out())\n"
         "from spinetta.cli import main; main()\n"
     )
