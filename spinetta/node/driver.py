@@ -275,12 +275,12 @@ class Driver:
     async def _read(self, effect: Read) -> None:
         try:
             snapshot = await self._store.read(effect.keys)
-        except StoreUnavailable as e:
-            self._remark("no answer to a read", e)
-            await self.tell(ReadDone(effect.tag, None))
-            return
         except Denied as e:
             await self._refused(e)
+            await self.tell(ReadDone(effect.tag, None))
+            return
+        except (StoreUnavailable, UserError) as e:  # the latter: what a voter cannot tell this node now
+            self._remark("no answer to a read", e)
             await self.tell(ReadDone(effect.tag, None))
             return
         entries = {k: entry_of(v) for k, v in snapshot.entries.items()}
@@ -289,7 +289,7 @@ class Driver:
     async def _list(self, effect: List) -> None:
         try:
             page = await self._store.list(effect.prefix, after=effect.after, limit=effect.limit)
-        except (StoreUnavailable, Compacted, Denied) as e:  # a long list is read in pages, all at one revision
+        except (StoreUnavailable, Compacted, UserError) as e:  # a long list is read in pages, all at one revision
             self._remark("no answer to a list", e)
             await self.tell(ListDone(effect.tag, None))
             return
@@ -302,14 +302,14 @@ class Driver:
                 told = tuple(Change(c.key, entry_of(c.value), c.revision) for c in changes.events)
                 if told:
                     await self.tell(Changed(effect.tag, effect.serial, told, changes.revision))
-        except (Compacted, StoreUnavailable, Denied) as e:
+        except (Compacted, StoreUnavailable, UserError) as e:
             self._remark("a watch ended and begins again", e)
         await self.tell(WatchLost(effect.tag, effect.serial))
 
     async def _grant(self, effect: GrantLease) -> None:
         try:
             lease = await self._store.grant_lease(effect.ttl_s)
-        except (OutcomeUnknown, StoreUnavailable, Denied) as e:
+        except (OutcomeUnknown, StoreUnavailable, UserError) as e:
             self._remark("no lease", e)
             lease = None
         await self.tell(LeaseGranted(effect.tag, lease))
@@ -318,7 +318,7 @@ class Driver:
         ttl_s: float | NoAnswer | None
         try:
             ttl_s = await self._store.keep_alive(effect.lease, timeout_s=self._busy_s)
-        except (OutcomeUnknown, StoreUnavailable, Denied) as e:
+        except (OutcomeUnknown, StoreUnavailable, UserError) as e:
             self._remark("no answer to keeping a lease alive", e)
             ttl_s = NoAnswer.UNKNOWN
         await self.tell(KeptAlive(effect.tag, effect.lease, ttl_s))
@@ -326,7 +326,7 @@ class Driver:
     async def _revoke(self, effect: RevokeLease) -> None:
         try:
             await self._store.revoke_lease(effect.lease)
-        except (OutcomeUnknown, StoreUnavailable, Denied) as e:
+        except (OutcomeUnknown, StoreUnavailable, UserError) as e:
             self._remark("a lease was not revoked and will run out", e)
 
     async def _write_down(self, effect: Remember) -> None:

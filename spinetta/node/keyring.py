@@ -66,9 +66,12 @@ def known_of(entries: Mapping[str, KeyValue | None]) -> Known:
 
 
 def _readable(kind: str, value: bytes) -> Authorities:
-    found = trustcodec.decode(Authorities, value)
+    try:
+        found = trustcodec.decode(Authorities, value)
+    except CorruptRecord as e:
+        raise CorruptRecord(f"{keys.authority(kind)}: {e}") from e
     if found.kind != kind or [e.state for e in found.entries].count(AuthorityState.ACTIVE) != 1:
-        raise CorruptRecord(f"the {kind} certificate authorities cannot be read: not exactly one of them signs")
+        raise CorruptRecord(f"{keys.authority(kind)}: it cannot be read: not exactly one authority signs")
     return found
 
 

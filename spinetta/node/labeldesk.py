@@ -83,7 +83,7 @@ class DirectDesk:
             try:
                 key = labelkeys.stored(name, entry.value) if entry is not None else None
             except CorruptRecord as e:  # left as it is, and no reason to leave the other labels alone
-                self._teller.tell(str(e), logging.WARNING)
+                self._teller.tell(f"label {name}: {e}", logging.WARNING)
                 continue
             revision = entry.modified if entry is not None else Revision(0)
             states.append(LabelState(name, key, revision, labelkeys.cleared_for(name, acls, live)))
@@ -175,7 +175,7 @@ class RemoteDesk:
             try:
                 states += [state_from_pb(m)] if m.label in wanted else []
             except CorruptRecord as e:  # as in `DirectDesk.states`
-                self._teller.tell(str(e), logging.WARNING)
+                self._teller.tell(f"label {m.label}: {e}", logging.WARNING)
         return states
 
     async def update(self, key: LabelKey, revision: Revision) -> bool:

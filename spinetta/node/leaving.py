@@ -8,11 +8,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
-from spinetta.errors import StoreUnavailable
 from spinetta.events import LeaveWanted, SetCandidate, SetDraining
 from spinetta.node.driver import Driver
 from spinetta.node.port import LeaveStep
 from spinetta.node.seats import OwnSeat
+from spinetta.node.trouble import TROUBLE
 
 log = logging.getLogger("spinetta.node")
 
@@ -86,7 +86,7 @@ class Leaving:
         looked = False
         while self._seat.member_id:
             self._step = LeaveStep("giving up the voter's seat")
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(*TROUBLE):
                 if not looked and await self._seat.others_vote():
                     # While this node is the leader it would have to remove itself; another voter does it better.
                     await self._driver.tell(SetCandidate(False))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from spinetta import codec, keys, txn
+from spinetta.access import MEMBERS
 from spinetta.lifecycle import submitted
 from spinetta.model import NodeId, QueueHint, TaskId, TaskSpec
+from spinetta.node.keyring import KINDS
 from spinetta.store.etcd import EtcdStore
 from tests.cluster.harness import alive, eventually, running_cluster
 
@@ -54,3 +57,45 @@ def test_a_node_outlives_what_it_cannot_read(tmp_path: Path) -> None:
         assert {t["reason"] for t in listed} == {"exit", "spawn-failed"}
         assert cluster.cli("submit", "--wait", "--", "true").returncode == 0
         assert alive(daemon.pid)
+
+
+def test_a_secured_node_outlives_rights_and_keys_that_it_cannot_read(tmp_path: Path) -> None:
+    with running_cluster(tmp_path, 2, "--lease-ttl", "3s", "--kill-margin", "2s", secured=True, workers=1) as cluster:
+        voter, worker = cluster.nodes[0], cluster.nodes[1]
+        daemons = [n.process.pid for n in (voter, worker) if n.process is not None]
+        before = {n.name: len(n.log.read_text(errors="replace").splitlines()) for n in (voter, worker)}
+        for key in (
+            keys.ACL, keys.ACL_NODE, keys.ACL_USER + "eve", keys.ACL_GROUP + "g", keys.TOKEN + "t", keys.REQUEST + "r",
+            keys.ACL_NODE + "n9", keys.NODE + "n9", keys.POLICY, keys.AUTHORITY, keys.LABEL + "phi", keys.LABEL,
+            keys.SECRET + "ann/s", keys.SECRET, keys.LABEL + MEMBERS, *(keys.authority(kind) for kind in KINDS),
+        ):  # fmt: skip
+            cluster.etcdctl("put", "--", key, "\udcff\udcff not a record")
+        # What needs none of these records works as before.
+        assert cluster.cli("submit", "--wait", "--", "true").returncode == 0
+        eventually(
+            lambda: "cannot be read" in voter.log.read_text(errors="replace"), within_s=20, what="it is told in the log"
+        )
+        cluster.etcdctl("del", keys.POLICY)  # how it is mended
+        cluster.cli("policy", "set", "--node-certificate", "30d")
+        assert cluster.cli("submit", "--wait", "--", "true").returncode == 0
+        assert all(alive(pid) for pid in daemons)
+        for node in (voter, worker):
+            lines = node.log.read_text(errors="replace").splitlines()[before[node.name] :]
+            assert "Traceback" not in "\n".join(lines)
+            told = Counter(line.partition(" spinetta")[2] for line in lines if "cannot be read" in line)
+            assert all(n <= 2 for n in told.values()), told
+
+
+def test_nodes_whose_own_rights_cannot_be_read_wait_for_them(tmp_path: Path) -> None:
+    with running_cluster(tmp_path, 2, "--lease-ttl", "3s", "--kill-margin", "2s", secured=True, workers=1) as cluster:
+        daemons = [n.process.pid for n in cluster.nodes if n.process is not None]
+        for name in ("n1", "n2"):
+            cluster.etcdctl("put", "--", keys.acl_node(NodeId(name)), "\udcff\udcff not a record")
+        task = cluster.cli("submit", "--", "true").stdout.strip()
+        assert cluster.cli("wait", "--timeout", "8s", task, check=False).returncode != 0
+        assert cluster.etcdctl("get", "--prefix", "--keys-only", keys.COMPLETE).strip() == ""
+        assert all(alive(pid) for pid in daemons)
+        for node in cluster.nodes:
+            text = node.log.read_text(errors="replace")
+            assert "Traceback" not in text, text[-3000:]
+            assert len(text.splitlines()) < 200

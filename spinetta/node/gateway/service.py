@@ -19,7 +19,7 @@ from spinetta import codec, gatekeeper, keys, visibility
 from spinetta import gatewaycodec as gc
 from spinetta.access import NodeAcl
 from spinetta.codec import readable
-from spinetta.errors import Denied, InvariantViolation, StoreUnavailable, UserError
+from spinetta.errors import CorruptRecord, Denied, InvariantViolation, StoreUnavailable, UserError
 from spinetta.gatekeeper import Admitted, Moot, Refused
 from spinetta.model import LeaseId, NodeId, Revision
 from spinetta.node.gateway.fanout import Fanout
@@ -286,7 +286,10 @@ class GatewayService:
         """Who calls. Raises `Denied`, or `StoreUnavailable` when this node is not the one to ask."""
         if not self._serves():
             raise StoreUnavailable("this node has no seat: ask another")
-        caller = Caller(*await self._who(context))
+        try:
+            caller = Caller(*await self._who(context))
+        except CorruptRecord as e:  # neither a yes nor a no
+            raise StoreUnavailable(f"the rights of who calls cannot be read: {e}") from e
         if caller.acl.revoked:
             raise Denied(f"the rights of node {caller.node} have been revoked")
         return caller
