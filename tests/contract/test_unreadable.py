@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from spinetta import codec, keys, trustcodec, txn
 from spinetta.access import MEMBERS, Authorities, AuthorityState, LabelKey, NodeAcl, NodeRole, Policy
 from spinetta.errors import CorruptRecord, Denied, RuntimeUnavailable, StoreUnavailable, UserError
+from spinetta.gatewaycodec import Busy
 from spinetta.lifecycle import submitted
 from spinetta.model import NodeId, Revision, TaskId, TaskSpec
 from spinetta.node import hub as hubs
@@ -31,6 +33,7 @@ from spinetta.store.etcd import EtcdStore
 from spinetta.trust import certificates
 from spinetta.v1 import trust_pb2 as pb
 from tests.contract.api_world import Etcd, etcd, etcd_member, eventually, failure, put, run
+from tests.contract.test_gateway_agents import Node
 from tests.contract.trust_world import Newcomer, World, acl_key, world
 
 __all__ = ["etcd", "etcd_member"]
@@ -346,6 +349,71 @@ def test_a_voter_without_a_seat_that_is_refused_goes_on(etcd: Etcd, monkeypatch:
             await store.close()
 
     run(story())
+
+
+class Overloaded(EtcdStore):
+    """A voter's gateway that has too much to do: the first calls of each kind are turned away."""
+
+    def __init__(self, endpoints: list[str]) -> None:
+        super().__init__(endpoints)
+        self.left = Counter(dict.fromkeys(("commit", "read", "list", "watch", "grant", "keep", "revoke"), 3))
+
+    def _turn_away(self, kind: str) -> None:
+        if self.left[kind] > 0:
+            self.left[kind] -= 1
+            raise Busy("too many calls", hint="try again later")
+
+    async def commit(self, *args: Any, **options: Any) -> Any:
+        self._turn_away("commit")
+        return await super().commit(*args, **options)
+
+    async def read(self, *args: Any, **options: Any) -> Any:
+        self._turn_away("read")
+        return await super().read(*args, **options)
+
+    async def list(self, *args: Any, **options: Any) -> Any:
+        self._turn_away("list")
+        return await super().list(*args, **options)
+
+    async def watch(self, prefix: str, *, start: Revision) -> Any:
+        self._turn_away("watch")
+        async with contextlib.aclosing(super().watch(prefix, start=start)) as changes:
+            async for each in changes:
+                yield each
+
+    async def grant_lease(self, *args: Any, **options: Any) -> Any:
+        self._turn_away("grant")
+        return await super().grant_lease(*args, **options)
+
+    async def keep_alive(self, *args: Any, **options: Any) -> Any:
+        self._turn_away("keep")
+        return await super().keep_alive(*args, **options)
+
+    async def revoke_lease(self, *args: Any, **options: Any) -> Any:
+        self._turn_away("revoke")
+        return await super().revoke_lease(*args, **options)
+
+
+def test_a_node_that_is_turned_away_for_a_while_registers_all_the_same(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        await w.joined("n2")
+        store = Overloaded([etcd.endpoint])
+        node = Node("n2", store)
+        try:
+            node.start()
+
+            def is_up() -> bool:
+                assert node.task is not None
+                assert not node.task.done(), node.task
+                busy = {kind for kind, n in store.left.items() if n and kind not in ("revoke", "list")}
+                return node.agent.session.told and not busy
+
+            await eventually(is_up, within_s=40, what="it is registered")
+        finally:
+            await node.stop()
+            await store.close()
+
+    scenario(etcd, tmp_path, story)
 
 
 class _Port:
