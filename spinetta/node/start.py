@@ -17,6 +17,7 @@ from spinetta.node.daemon import Daemon
 from spinetta.node.entry import Entrance, enter, etcd_tls, remembered
 from spinetta.node.lock import DirectoryLock
 from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.shim import sysapi
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.gateway import GatewayStore
 from spinetta.store.supervisor import SERVICE as ETCD_SERVICE
@@ -60,6 +61,7 @@ def run(resolved: Resolved) -> int:
         UserError: it cannot start, and says why and what to do.
     """
     configure_logging(resolved.settings.log_level)
+    sysapi.keep_memory_private()  # it holds the keys of authorities, labels and this node
     for warning in resolved.warnings:
         log.warning("%s", warning)
     data_dir = Path(resolved.settings.data_dir)

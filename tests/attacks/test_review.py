@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -227,3 +229,41 @@ def _verify(token: str, believed: Issuer) -> Any:
         return await OidcVerifier().verify(token, [believed])
 
     return run(main())
+
+
+# --- what a daemon keeps in memory -----------------------------------------------------------------------------------
+
+DAEMON = """
+import ctypes, os, subprocess, sys
+from pathlib import Path
+from spinetta.config import resolve
+from spinetta.node import start
+
+async def main(settings, data_dir):
+    own = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)  # PR_GET_DUMPABLE
+    child = "1"
+    if os.geteuid():  # what the kernel keeps to itself belongs to root there
+        owner = subprocess.run(["stat", "-c", "%u", "/proc/self/"], capture_output=True, check=True).stdout
+        child = str(int(int(owner) == os.geteuid()))
+    folder = os.open(data_dir, os.O_PATH)  # as the way to the shim's socket
+    print(own, child, sorted(os.listdir(f"/proc/self/fd/{folder}")))
+    return 0
+
+(Path(sys.argv[1]) / "here").touch()
+if len(sys.argv) > 2:
+    os.setresuid(65534, 65534, 65534)
+start._main = main
+raise SystemExit(start.run(resolve({}, {}, (), {"name": "n1", "data_dir": sys.argv[1]})))
+"""
+
+
+@pytest.mark.parametrize("as_user", [[], ["nobody"]])
+def test_a_daemon_leaves_no_core_dump_and_its_memory_to_itself(tmp_path: Path, as_user: list[str]) -> None:
+    tmp_path.chmod(0o755)
+    tmp_path.parent.chmod(0o755)
+    tmp_path.parent.parent.chmod(0o755)
+    ran = subprocess.run(
+        [sys.executable, "-c", DAEMON, str(tmp_path), *as_user], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.stdout.split(maxsplit=2)[:2] == ["0", "1"], ran
+    assert "here" in ran.stdout
