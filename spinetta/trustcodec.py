@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import types
 import typing
 from dataclasses import fields, is_dataclass
@@ -56,8 +57,12 @@ def from_pb(kind: type[T], message: Any) -> T:
     Raises:
         ValueError: it holds a role or state that this version does not know.
     """
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: _typed(hint, getattr(message, name)) for name, hint in hints.items()})
+    return kind(**{name: _typed(hint, getattr(message, name)) for name, hint in _hints(kind).items()})
+
+
+@functools.cache  # looking them up takes four times as long as all the rest; there are as many as records
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _typed(hint: Any, value: Any) -> Any:
