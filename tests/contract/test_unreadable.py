@@ -186,6 +186,16 @@ def test_nobody_may_more_by_a_record_that_cannot_be_read(etcd: Etcd, tmp_path: P
     scenario(etcd, tmp_path, story)
 
 
+def test_how_to_mend_the_policy_is_told(etcd: Etcd, tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        await put(w.voter.store, keys.POLICY, GARBAGE)
+        failed = await failure((await w.admin()).GetPolicy(pb.GetPolicyRequest()))
+        assert failed.detail.reason == "corrupt"
+        assert f"etcdctl del {keys.POLICY}" in failed.detail.hint
+
+    scenario(etcd, tmp_path, story)
+
+
 @pytest.mark.parametrize("states", [(), (AuthorityState.NEXT,), (AuthorityState.ACTIVE,) * 2])
 def test_authorities_of_which_not_exactly_one_signs_are_not_followed(
     etcd: Etcd, tmp_path: Path, states: tuple[AuthorityState, ...]

@@ -9,7 +9,7 @@ from typing import Any
 from spinetta import accesstxn, keys, names, trustcodec
 from spinetta.access import GroupAcl, Limits, NodeAcl, Policy, UserAcl, UserRole, effective_clearances
 from spinetta.accesstxn import Change, Seen
-from spinetta.errors import AlreadyExists, NotFound, UserError
+from spinetta.errors import AlreadyExists, CorruptRecord, NotFound, UserError
 from spinetta.node.keyring import Keyring
 from spinetta.node.port import NodePort
 from spinetta.node.services import access
@@ -189,10 +189,19 @@ class UserAdmin:
     # --- policy ---
 
     async def get_policy(self) -> pb.GetPolicyResponse:
-        """The policy; the default one when none was ever set."""
+        """The policy; the default one when none was ever set.
+
+        Raises:
+            CorruptRecord: it cannot be read.
+        """
         needs_keyring(self._keyring, self._port)
         found = await read(self._port.store, [keys.POLICY])
-        return pb.GetPolicyResponse(policy=trustcodec.to_pb(found.value(Policy, keys.POLICY) or Policy()))
+        try:
+            policy = found.value(Policy, keys.POLICY) or Policy()
+        except CorruptRecord as e:
+            hint = f"on a voter: spinetta etcdctl del {keys.POLICY}; then set what was not the default anew"
+            raise CorruptRecord(e.message, hint=hint) from e
+        return pb.GetPolicyResponse(policy=trustcodec.to_pb(policy))
 
     async def set_policy(self, request: pb.SetPolicyRequest, asked: Asked) -> pb.SetPolicyResponse:
         """A whole new policy.
