@@ -37,7 +37,7 @@ GENESIS = "0" * 64
 TORN = "audit.torn"  # a line was cut short by a crash; `detail` is the hash of what was left of it
 GAP = "audit.gap"  # `detail` tells how many lines could not be written
 
-_FILE = re.compile(r"audit-([0-9]{8})\.jsonl", re.ASCII)
+_FILE = re.compile(r"audit-([0-9]{8,18})\.jsonl", re.ASCII)  # eight digits, or as many as the number takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,12 @@ def parse(raw: bytes) -> Entry:
 
 def files(directory: Path) -> list[Path]:
     """The files of a log, the oldest first."""
-    return sorted(p for p in directory.iterdir() if _FILE.fullmatch(p.name))
+    return sorted((p for p in directory.iterdir() if _FILE.fullmatch(p.name)), key=order)
+
+
+def order(path: Path) -> tuple[int, str]:
+    """By which the files of a log follow one another: a longer number is a larger one."""
+    return len(path.name), path.name
 
 
 def _append_whole(path: Path, data: bytes) -> None:

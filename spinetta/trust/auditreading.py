@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spinetta.errors import UserError
-from spinetta.trust.audit import GENESIS, TORN, Entry, digest, files, parse
+from spinetta.trust.audit import GENESIS, TORN, Entry, digest, files, order, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Tail:
             UserError: there is no audit log, or it cannot be read.
         """
         for path in _existing(self._directory):
-            if self._path is not None and path.name < self._path.name:
+            if self._path is not None and order(path) < order(self._path):
                 continue
             if path != self._path:
                 self._path, self._offset = path, 0

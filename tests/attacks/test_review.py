@@ -21,7 +21,7 @@ from spinetta.errors import Denied, StoreUnavailable
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.renew import is_certified
 from spinetta.rights import Call, Caller, CallerKind
-from spinetta.trust import certificates, guest, oidc
+from spinetta.trust import audit, auditreading, certificates, guest, oidc
 from spinetta.trust.credentials import UserCredentials
 from spinetta.trust.dial import VOTER, Dialer
 from spinetta.trust.oidc import OidcVerifier
@@ -267,3 +267,24 @@ def test_a_daemon_leaves_no_core_dump_and_its_memory_to_itself(tmp_path: Path, a
     )
     assert ran.stdout.split(maxsplit=2)[:2] == ["0", "1"], ran
     assert "here" in ran.stdout
+
+
+# --- the audit log ---------------------------------------------------------------------------------------------------
+
+
+def test_calls_without_end_do_not_make_the_log_forget_itself(tmp_path: Path) -> None:
+    """A hundred calls a second reach the hundred-millionth line in eleven days."""
+    chain = audit._Chain(99_999_996)
+    for i in range(4):
+        log = audit.AuditLog(tmp_path, "n1", chain, file_bytes_max=1, files_max=3) if not i else None
+        log = log or audit.open_log(tmp_path, "n1", file_bytes_max=1, files_max=3)
+        log.record("submit", "user ann", f"task {i}", "ok")
+        log.close()
+    tail = auditreading.Tail(tmp_path)
+    assert [e.seq for e in tail.read()] == [99_999_998, 99_999_999, 100_000_000]
+    audit_log = audit.open_log(tmp_path, "n1", file_bytes_max=1, files_max=3)
+    audit_log.record("submit", "user ann", "task 4", "ok")
+    audit_log.close()
+    assert [e.seq for e in tail.read()] == [100_000_001]
+    assert auditreading.verify(tmp_path).faults == ()
+    assert len(list(tmp_path.iterdir())) == 3
