@@ -10,7 +10,7 @@ import pytest
 
 from spinetta import codec, keys, lifecycle, txn
 from spinetta.gatekeeper import Admitted, Moot, Refused
-from spinetta.model import Exit, Holding, IncarnationId, LeaseId, Reason, State
+from spinetta.model import Exit, Holding, IncarnationId, LeaseId, Reason, Revision, State
 from spinetta.txn import Delete, Put, RevisionIs, Txn
 from tests import builders, lives
 from tests.unit.test_gatekeeper import ME, OTHER, Yard, ready
@@ -151,3 +151,11 @@ def test_a_give_back_names_the_queue_as_the_voter_would() -> None:
     put = verdict.txn.nested[0].then[1]
     assert isinstance(put, Put)
     assert codec.decode_hint(put.value) is not None
+
+
+def test_a_batch_has_no_guard_beside_its_own() -> None:
+    """Or a worker could ask by it whether a key that it may not see is there."""
+    yard = ready()
+    asks = RevisionIs("/acl/token/abcdefgh", Revision(3))
+    for body in (yard.claims(yard.claim(1)), yard.ends(yard.end(5))):
+        yard.refuses(replace(body, when=(*body.when, asks)), "stands under its registration")
