@@ -104,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
     except SpinettaError as e:
         code = _ours(exits.code_of(e), arguments)
         with contextlib.suppress(BrokenPipeError):
-            show_error(e, as_json=as_json, code=code)
+            show_error(e, as_json=as_json, code=code, asks=list(arguments[:2]) != ["node", "join"])
     except click.exceptions.NoArgsIsHelpError as e:
         output.tell(e.ctx.get_help() if e.ctx else e.format_message())
         code = exits.USAGE

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from spinetta.cli import exits, output
-from spinetta.errors import SpinettaError, UserError
+from spinetta.errors import SpinettaError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient
@@ -216,8 +216,11 @@ def default_data_dir() -> str:
     return str(Path(state) / "spinetta")
 
 
-def show_error(error: SpinettaError, *, as_json: bool, code: int) -> None:
-    """Say what went wrong: a line for people on standard error, a document for programs on standard output."""
+def show_error(error: SpinettaError, *, as_json: bool, code: int, asks: bool = True) -> None:
+    """Say what went wrong: a line for people on standard error, a document for programs on standard output.
+
+    `asks`: whether the command asks nodes, which one may name.
+    """
     if as_json:
         detail: dict[str, object] = {"message": str(error), "reason": exits.word_of(error), "exit_code": code}
         if isinstance(error, UserError):
@@ -234,9 +237,7 @@ def show_error(error: SpinettaError, *, as_json: bool, code: int) -> None:
     prefix = output.paint("error:", "red", on=output.in_colour(sys.stderr))
     field = f"{error.field}: " if isinstance(error, UserError) and _says_more(error) else ""
     output.tell(f"{prefix} {field}{error}")
-    if isinstance(error, UserError) or code != exits.UNAVAILABLE:
-        return
-    if "SPINETTA_NODE" not in os.environ:
+    if asks and isinstance(error, StoreUnavailable) and "SPINETTA_NODE" not in os.environ:
         output.tell("Is a node running here? Name others with --node HOST:PORT or SPINETTA_NODE.")
 
 

@@ -14,7 +14,7 @@ import pytest
 from spinetta.cli import exits
 from spinetta.cli.app import COMMANDS, root, run
 from spinetta.cli.taskfile import read_specs
-from spinetta.errors import UserError
+from spinetta.errors import RuntimeUnavailable, SpinettaError, StoreUnavailable, UserError
 from tests.bad_input import CLI, FILES, Cli, File
 
 
@@ -366,3 +366,20 @@ def test_ctrl_c_when_all_is_done_is_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (exits.INTERRUPTED, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "asks", "told"),
+    [
+        (StoreUnavailable("nothing answers"), True, True),
+        (StoreUnavailable("nothing answers"), False, False),  # `node join` has --peers
+        (RuntimeUnavailable("the shim could not be started"), True, False),
+    ],
+)
+def test_other_nodes_are_named_to_who_asks_nodes(
+    error: SpinettaError, asks: bool, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spinetta.cli.base import show_error
+
+    show_error(error, as_json=False, code=exits.UNAVAILABLE, asks=asks)
+    assert ("--node HOST:PORT" in capsys.readouterr().err) is told
