@@ -61,7 +61,7 @@ def from_pb(kind: type[T], message: Any) -> T:
 
 
 @functools.cache  # looking them up takes four times as long as all the rest; there are as many as records
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

@@ -45,14 +45,11 @@ class EtcdTls:
         ca_file: the CAs trusted, one or more. etcd reads this one only when it starts.
         cert_file: this voter's certificate.
         key_file: its key.
-        crl_file: certificates that are let in no more, as `tls.revocation_list` makes it; read for each connection.
-            Once it is named it must be there: without it etcd lets nobody in.
     """
 
     ca_file: Path
     cert_file: Path
     key_file: Path
-    crl_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +130,6 @@ def _tls_flags(tls: EtcdTls, version: Version) -> tuple[str, ...]:
     # etcd would look up the DNS names of a peer's certificate and compare them with where the connection comes from.
     # Only voters have certificates of this CA, and behind address translation a voter comes from anywhere.
     skip = "peer-skip-client-san-verification"
-    crl = () if tls.crl_file is None else (f"--client-crl-file={tls.crl_file}", f"--peer-crl-file={tls.crl_file}")
     return (
         f"--cert-file={tls.cert_file}",
         f"--key-file={tls.key_file}",
@@ -146,7 +142,6 @@ def _tls_flags(tls: EtcdTls, version: Version) -> tuple[str, ...]:
         f"--{skip}=true" if version >= (3, 6, 0) else f"--experimental-{skip}=true",
         f"--cipher-suites={','.join(CIPHER_SUITES)}",  # TLS 1.2 is the least that etcd takes anyway
         "--enable-grpc-gateway=false",  # JSON over HTTP: nobody here uses it, and it is a door
-        *crl,
     )
 
 

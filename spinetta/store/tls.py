@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from spinetta.errors import InvariantViolation, StoreUnavailable
+from spinetta.errors import StoreUnavailable
 from spinetta.store.process import EtcdTls
 
 TlsSource = Callable[[], EtcdTls]
@@ -22,7 +20,6 @@ TlsSource = Callable[[], EtcdTls]
 # What every etcd certificate is for. Members are dialled at addresses, which their certificates need not name.
 SERVER_NAME = "etcd.spinetta.internal"
 FILE_BYTES_MAX = 256 << 10  # a certificate has about 1 KB; a bundle holds two CAs while they are exchanged
-CRL_LIFETIME = timedelta(days=3650)  # nobody looks at it; a form without an end is not known everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +82,3 @@ def read(tls: EtcdTls) -> Material:
         raise StoreUnavailable(f"the certificate in {tls.cert_file} is not for the key in {tls.key_file}")
     since_s, until_s = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
     return Material(ca_pem, cert_pem, key_pem, since_s, until_s, tls.cert_file)
-
-
-def revocation_list(serials: Iterable[int], material: Material, *, now_s: float) -> bytes:
-    """The list of certificates that this voter's etcd lets in no more, for `EtcdTls.crl_file`.
-
-    Made by each voter for itself and signed with its own key: etcd looks at the serial numbers only, and takes what its
-    own node has put into that file. Connections that stand are not cut; a restart of etcd ends them.
-
-    Args:
-        serials: of the certificates; none is a list too.
-        material: of this voter.
-        now_s: seconds since 1970.
-    """
-    key = load_pem_private_key(material.key_pem, None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise InvariantViolation("an etcd certificate that is not ours: its key is not on an elliptic curve")
-    now = datetime.fromtimestamp(int(now_s), UTC)
-    builder = (
-        x509.CertificateRevocationListBuilder()
-        .issuer_name(x509.load_pem_x509_certificate(material.cert_pem).issuer)
-        .last_update(now)
-        .next_update(now + CRL_LIFETIME)
-    )
-    for serial in sorted(set(serials)):
-        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
-        builder = builder.add_revoked_certificate(entry)
-    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)

@@ -22,14 +22,11 @@ from spinetta.store.etcd import EtcdStore
 from spinetta.store.members import status
 from spinetta.store.offline import read_offline
 from spinetta.store.protocol import Changes
-from spinetta.store.supervisor import EtcdSupervisor
-from spinetta.store.tls import read, revocation_list
 from spinetta.trust.certificates import Authority
 from spinetta.txn import Committed, Put, Txn
-from tests.contract.etcds import VoterFiles, etcd, etcd_authority, replace_file
+from tests.contract.etcds import VoterFiles, etcd, etcd_authority
 from tests.contract.test_membership import Cluster, Node, cluster
 from tests.contract.tls_stores import (
-    CALL_S,
     WRITE,
     eventually,
     in_file,
@@ -338,64 +335,6 @@ def test_reading_without_the_cluster_says_what_is_wrong(tmp_path: Path) -> None:
 
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if "reading" in path.name]
-
-
-# --- thrown out --------------------------------------------------------------------------------------------------
-
-
-def test_a_revoked_certificate_opens_nothing_more(tmp_path: Path) -> None:
-    """Without a restart for whoever comes anew; what stands is ended by a restart."""
-
-    async def scenario() -> None:
-        async with cluster(tmp_path, "ab", etcd_authority()) as world:
-            node = world.nodes["a"]
-            files, gone = files_of(node), voter(tmp_path / "gone", files_of(node).authority)
-            crl = tmp_path / "etcd.crl"
-
-            def revoke(*serials: int) -> None:
-                replace_file(crl, revocation_list(serials, read(files.tls), now_s=time.time()))
-
-            revoke()
-            assert node.supervisor is not None
-            await node.supervisor.stop()
-            settings = replace(node.settings(), tls=replace(files.tls, crl_file=crl))
-            supervisor = EtcdSupervisor(node.services, settings, log_path=tmp_path / "a.log")
-            await supervisor.start(timeout_s=30)
-            async with store_of(node.client_url, tls=lambda: gone.tls) as store:
-                assert isinstance(await store.commit(WRITE), Committed)
-                assert shown_by(node.peer_url, gone) == in_file(files)
-                revoke(in_file(gone).serial_number, 12345)
-                assert isinstance(await store.commit(WRITE), Committed), "its connection stands"
-                with pytest.raises(StoreUnavailable):
-                    await status(node.client_url, lambda: gone.tls)
-                for url in urls_of(node):
-                    assert turned_away(url, gone)
-                    assert not turned_away(url, files)
-                await supervisor.restart(timeout_s=30)
-                with pytest.raises(StoreUnavailable):
-                    await store.commit(WRITE)
-                gone.renew()  # another certificate: whoever issues it again lets it in again
-                await eventually(lambda: store.commit(WRITE))
-                crl.unlink()
-                assert all(turned_away(url, files) for url in urls_of(node)), "without its list it lets nobody in"
-                revoke(in_file(gone).serial_number)
-                assert (await status(node.client_url, lambda: files.tls)).healthy
-
-    run(scenario())
-
-
-def turned_away(url: str, files: VoterFiles) -> bool:
-    """Whether a request with this certificate gets no answer."""
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
-    made.load_cert_chain(files.tls.cert_file, files.tls.key_file)
-    host, _, port = url.rpartition("//")[2].rpartition(":")
-    with contextlib.closing(http.client.HTTPSConnection(host, int(port), timeout=CALL_S, context=made)) as sent:
-        try:
-            sent.request("GET", "/version")
-            return sent.getresponse().status != 200
-        except (ConnectionError, ssl.SSLError):
-            return True
 
 
 # --- a new authority ---------------------------------------------------------------------------------------------
