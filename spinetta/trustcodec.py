@@ -57,7 +57,7 @@ def from_pb(kind: type[T], message: Any) -> T:
     Raises:
         ValueError: it holds a role or state that this version does not know.
     """
-    return kind(**{name: _typed(hint, getattr(message, name)) for name, hint in _hints(kind).items()})
+    return kind(**{name: _typed(hint, getattr(message, name)) for name, hint in _hints(typing.cast(Any, kind)).items()})
 
 
 @functools.cache  # looking them up takes four times as long as all the rest; there are as many as records
