@@ -28,6 +28,7 @@ from spinetta.v1.trust_pb2_grpc import EnrollStub
 ASK_S = 10.0  # one Join: two reads and a transaction
 ASK_AGAIN_S = 2.0  # while an administrator decides; an hour of it is 1,800 small reads
 ASK_AGAIN_MAX_S = 15.0
+FINGERPRINT_DIGITS = 16  # as many as `spinetta node requests` shows
 REACH_S = 60.0  # how long a cluster that let itself be seen may be silent before a node gives up joining
 _ROLES = {TokenRole.VOTER: NodeRole.VOTER, TokenRole.WORKER: NodeRole.WORKER}
 
@@ -134,10 +135,18 @@ async def _ask_until_decided(request: pb.JoinRequest, met: Met, say: Callable[[s
         if answer.decision != pb.JoinResponse.PENDING:
             raise UserError("the cluster's answer is of a later version", hint="use the cluster's version of spinetta")
         if not said:
-            say(f"waiting to be approved by an administrator: spinetta node approve {request.name}")
+            say(
+                f"waiting to be approved by an administrator: spinetta node approve {request.name}; "
+                f"the key of this node, as `spinetta node requests` shows it: {_fingerprint(request.csr)}"
+            )
             said = True
         await asyncio.sleep(wait_s)
         wait_s = min(wait_s * 1.5, ASK_AGAIN_MAX_S)
+
+
+def _fingerprint(csr_pem: bytes) -> str:
+    """What tells this node from another that says the same name, in the form of `spinetta node requests`."""
+    return certificates.csr_key_hash(csr_pem).hex()[:FINGERPRINT_DIGITS]
 
 
 async def _ask_any(

@@ -498,6 +498,9 @@ def test_enlist_waits_and_goes_on_after_a_restart(play: Callable[..., None], mon
         waiting = asyncio.create_task(ask)
         await eventually(lambda: said, what="it says that it waits")
         assert "spinetta node approve n2" in said[0]
+        waits = await w.voter.record(JoinRequest, keys.request(NodeId("n2")))
+        assert waits is not None
+        assert said[0].endswith(f" {waits.key_hash.hex()[:16]}")  # what an administrator compares
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         before = PendingKeys.load_or_create(directory).node_key_pem
