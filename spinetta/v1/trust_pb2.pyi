@@ -605,9 +605,12 @@ class DecideJoinRequest(_message.Message):
     APPROVE_FIELD_NUMBER: _builtins.int
     CLEARANCES_FIELD_NUMBER: _builtins.int
     SET_CLEARANCES_FIELD_NUMBER: _builtins.int
+    KEY_HASH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     approve: _builtins.bool
     set_clearances: _builtins.bool
+    key_hash: _builtins.bytes
+    """Of the request that was looked at; it must be the one that waits, or the reason is "changed". To approve takes it."""
     @_builtins.property
     def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Replace what the token grants; absent: as the token says."""
@@ -619,10 +622,11 @@ class DecideJoinRequest(_message.Message):
         approve: _builtins.bool = ...,
         clearances: _abc.Iterable[_builtins.str] | None = ...,
         set_clearances: _builtins.bool = ...,
+        key_hash: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approve", b"approve", "clearances", b"clearances", "name", b"name", "set_clearances", b"set_clearances"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approve", b"approve", "clearances", b"clearances", "key_hash", b"key_hash", "name", b"name", "set_clearances", b"set_clearances"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
