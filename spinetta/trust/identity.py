@@ -23,6 +23,7 @@ from spinetta.trust.pem import (
     is_authority,
     is_good_key,
     load_certificate,
+    parse_certificate,
     spki_hash,
     split_pem,
 )
@@ -125,7 +126,7 @@ def _identity(pem: bytes, authorities: tuple[bytes, ...], cluster: str) -> tuple
     if len(pem) > PEM_BYTES_MAX:
         raise _NotOurs
     try:
-        certificate = x509.load_pem_x509_certificate(pem)
+        certificate = parse_certificate(pem)
         for issuer in issuers:
             if issuer.subject == certificate.issuer and _has_issued(issuer, certificate):
                 if cluster_of(issuer.public_bytes(Encoding.PEM), "cluster") != cluster:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
+import warnings
 from typing import TypeAlias, TypeGuard
 
 from cryptography import exceptions, x509
@@ -11,8 +13,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.utils import CryptographyDeprecationWarning
 
 from spinetta.errors import UserError
+
+# The filters of warnings are the process's, and certificates are read in threads too.
+_warnings_turn = threading.Lock()
 
 PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey
 Certificate: TypeAlias = x509.Certificate
@@ -31,6 +37,7 @@ MALFORMED = (
     x509.ExtensionNotFound,
     x509.UnsupportedGeneralNameType,
     exceptions.UnsupportedAlgorithm,
+    CryptographyDeprecationWarning,  # see `parse_certificate`
 )
 
 
@@ -113,6 +120,17 @@ def split_pem(bundle: bytes) -> tuple[bytes, ...]:
     return found
 
 
+def parse_certificate(pem: bytes) -> Certificate:
+    """The first certificate in a PEM text; its parts may still turn out to be malformed, raising one of `MALFORMED`.
+
+    What the library takes with a warning for now, such as a negative serial number, is malformed here: nobody whom we
+    believe makes such certificates, and a stranger's must not write into a daemon's standard error.
+    """
+    with _warnings_turn, warnings.catch_warnings():
+        warnings.simplefilter("error", CryptographyDeprecationWarning)
+        return x509.load_pem_x509_certificate(pem)
+
+
 def load_certificate(pem: bytes) -> Certificate:
     """The first certificate in a PEM text.
 
@@ -120,7 +138,7 @@ def load_certificate(pem: bytes) -> Certificate:
         UserError: there is none.
     """
     try:
-        certificate = x509.load_pem_x509_certificate(pem[:PEM_BYTES_MAX])
+        certificate = parse_certificate(pem[:PEM_BYTES_MAX])
         certificate.public_key(), certificate.extensions, certificate.subject, certificate.issuer
     except MALFORMED:
         raise UserError("this is no certificate in PEM", reason="bad-certificate") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import ipaddress
+import warnings
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spinetta.access import NodeRole
@@ -470,15 +471,33 @@ def test_any_bytes_name_nobody(data: bytes) -> None:
 
 GOOD_PEM = WORLD.node()[0]
 GOOD_DER = c.load_certificate(GOOD_PEM).public_bytes(Encoding.DER)
+SERIAL_AT = 15  # the first byte of its serial number
 
 
 @settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(0, len(GOOD_DER) - 1), st.integers(1, 255))
+@example(SERIAL_AT, 128)  # a negative serial number, which the library warns of
 def test_a_certificate_with_one_byte_changed_names_nobody_else(at: int, flip: int) -> None:
     der = bytearray(GOOD_DER)
     der[at] ^= flip
     text = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(bytes(der)) + b"-----END CERTIFICATE-----\n"
     assert WORLD.identity(text) is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_negative_serial_number_is_malformed_and_writes_nothing(known: bool) -> None:
+    """As in a daemon, where a warning is a line in standard error and raises nothing."""
+    der = bytearray(GOOD_DER)
+    der[SERIAL_AT] |= 128
+    text = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(bytes(der)) + b"-----END CERTIFICATE-----\n"
+    with warnings.catch_warnings(record=True) as written:
+        warnings.simplefilter("always")
+        if known:
+            assert WORLD.identity(text) is None
+        else:
+            with pytest.raises(UserError):
+                c.load_certificate(text)
+    assert written == []
 
 
 def test_huge_certificates_are_not_read() -> None:
