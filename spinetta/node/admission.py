@@ -14,7 +14,7 @@ from spinetta.node.enlist import enlist
 from spinetta.node.founding import ADMIN_FILE, found_cluster
 from spinetta.store.identity import Identity
 from spinetta.trust import certificates
-from spinetta.trust.credentials import NodeCredentials
+from spinetta.trust.credentials import NodeCredentials, PendingKeys
 
 log = logging.getLogger("spinetta.node")
 
@@ -60,6 +60,14 @@ async def admit(settings: Settings, data_dir: Path, known: Identity | None) -> N
         made = await found_cluster(directory, settings.name, settings.address)
         log.warning("a secured cluster is founded; its administrator's credentials: %s", data_dir / ADMIN_FILE)
         return made
+    if not token and PendingKeys.are_in(directory):
+        raise UserError(
+            "this node has asked to be let in before, and was stopped before it had the answer",
+            field="node.token",
+            hint="the same command with the same token goes on from there, also when the node has been approved "
+            "meanwhile and the token is used up",
+            reason="no-token",
+        )
     if not token:
         raise UserError(
             "a secured cluster lets in only who has a join token",

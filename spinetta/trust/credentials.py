@@ -251,6 +251,11 @@ class PendingKeys:
         return cls(*keys, private)
 
     @staticmethod
+    def are_in(directory: Path) -> bool:
+        """Whether there are some: this node has asked to be let in, and has had no answer yet."""
+        return (directory / PENDING).exists()
+
+    @staticmethod
     def forget(directory: Path) -> None:
         """Remove them, once they are in the credentials or will not be certified. May be done twice."""
         with contextlib.suppress(FileNotFoundError):

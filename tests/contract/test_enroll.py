@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 
 from spinetta import keys, tokens, trustcodec
 from spinetta.access import Authorities, JoinRequest, NodeAcl, NodeRole, Policy, TokenRecord, TokenRole, UserAcl
+from spinetta.config import Settings
 from spinetta.errors import UserError
 from spinetta.model import NodeId
 from spinetta.node import founding
+from spinetta.node.admission import admit
 from spinetta.node.enlist import enlist
 from spinetta.node.keyring import Keyring
 from spinetta.store.etcd import EtcdStore
@@ -506,6 +509,10 @@ def test_enlist_waits_and_goes_on_after_a_restart(play: Callable[..., None], mon
         before = PendingKeys.load_or_create(directory).node_key_pem
         admin = await w.admin()
         await admin.DecideJoin(pb.DecideJoinRequest(name="n2", approve=True))
+        again = Settings(name="n2", data_dir=str(directory.parent), address="127.0.0.1:7221", tls="on")
+        with pytest.raises(UserError) as caught:
+            await admit(replace(again, peers=(w.voter.address,)), directory.parent, None)
+        assert "the same command with the same token" in caught.value.hint
         made = await enlist(
             [w.voter.address], token, name="n2", address="127.0.0.1:7221", directory=directory, say=said.append
         )
