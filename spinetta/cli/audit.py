@@ -70,6 +70,8 @@ def show(
     """
     from spinetta.units import parse_duration
 
+    if call:
+        _check_call(call)
     since_ms = int((time.time() - parse_duration(since, "since")) * 1000) if since else 0
 
     def wanted(e: Entry) -> bool:
@@ -101,6 +103,16 @@ def show(
         raise Finished(exits.INTERRUPTED) from None
 
 
+def _check_call(call: str) -> None:
+    """Refuse what no line has: an empty table would look like an answer."""
+    from spinetta.rights import Call
+    from spinetta.trust.audit import GAP, TORN
+
+    known = [*(c.value for c in Call), TORN, GAP]
+    if call.lower() not in known:
+        raise UserError(f"there is no call {call[:80]!r}", field="call", hint=f"one of {', '.join(known)}")
+
+
 _WIDTHS = (24, 18, 16, 16, 9)
 _HEADINGS = ("TIME", "WHO", "CALL", "OUTCOME", "REVISION")
 _HEADER = "  ".join([*(h.ljust(w) for h, w in zip(_HEADINGS, _WIDTHS, strict=True)), "WHAT"])
@@ -114,8 +126,9 @@ def _put(e: Entry, *, as_json: bool) -> None:
         return
     from spinetta.cli.show import moment
 
-    what = " ".join(part for part in (e.object, f"({e.detail})" if e.detail else "") if part)
-    cells = (moment(e.time_ms), e.identity, e.call, e.outcome, str(e.revision or ""))
+    outcome, _, words = e.outcome.partition(": ")  # of a refusal the reason; its words are as long as they are
+    what = " ".join(part for part in (e.object, *(f"({more})" for more in (words, e.detail) if more)) if part)
+    cells = (moment(e.time_ms), e.identity, e.call, outcome, str(e.revision or ""))
     line = "  ".join(output.printable(c).ljust(w) for c, w in zip(cells, _WIDTHS, strict=True))
     output.say(f"{line}  {output.printable(what)}".rstrip())
 

@@ -1,8 +1,9 @@
 """Who did what at this node: JSON lines in files that only grow, each line bound to the one before it by its hash.
 
 A line that is changed, removed, added in between or put elsewhere breaks the chain for all that follow. Lines cut off
-at the *end* do not: therefore a node tells the others of its latest line now and then (`head`), and `verify` can be
-given what they remember (`trust.auditreading`).
+at the *end* do not, and a log written anew from its beginning is whole in itself. No node looks after another's log:
+an administrator keeps the latest line's number and hash (`head`) elsewhere, and gives it to `verify` the next time
+(`trust.auditreading`).
 
 Lines are written by a thread of their own, so that no call waits for a disk; after a crash of the machine the last
 moments may be missing, never something in the middle.

@@ -80,7 +80,7 @@ def verify(directory: Path, heads: Iterator[tuple[int, str]] | tuple[tuple[int, 
 
     Args:
         directory: DATA/audit of a node.
-        heads: numbers and hashes of lines that others remember: each must be there.
+        heads: numbers and hashes of lines that were noted elsewhere before: each must be there.
 
     Raises:
         UserError: there is no audit log, or it cannot be read.
@@ -104,11 +104,14 @@ def verify(directory: Path, heads: Iterator[tuple[int, str]] | tuple[tuple[int, 
             broken = None
             count, first_seq, seq, prev = count + 1, first_seq or entry.seq, entry.seq, entry.hash
             if wanted.pop(seq, prev) != prev:
-                return _faulty(count, first_seq, (seq, prev), f"{where}: other nodes remember another line {seq}")
+                return _faulty(count, first_seq, (seq, prev), f"{where}: line {seq} is not the one of the given head")
     faults = [f"{broken[0]}: the last line is not whole"] if broken is not None else []
     missing = sorted(n for n in wanted if n >= first_seq)
     if missing:
-        faults.append(f"lines have been cut off: other nodes remember line {missing[-1]}, the last one here is {seq}")
+        faults.append(
+            f"line {missing[-1]} of a given head is not there, the last one is {seq}: lines have been cut off, or the head "
+            "is another log's"
+        )
     return Verdict(count, first_seq, (seq, prev or GENESIS), tuple(faults))
 
 

@@ -85,7 +85,7 @@ def test_lines_put_in_another_order_or_twice_are_noticed(tmp_path: Path) -> None
     assert auditreading.verify(tmp_path).faults
 
 
-def test_lines_cut_off_at_the_end_are_noticed_by_what_others_remember(tmp_path: Path) -> None:
+def test_lines_cut_off_at_the_end_are_noticed_by_a_kept_head(tmp_path: Path) -> None:
     written(tmp_path)
     head = auditreading.verify(tmp_path).head
     path = only_file(tmp_path)
@@ -94,7 +94,7 @@ def test_lines_cut_off_at_the_end_are_noticed_by_what_others_remember(tmp_path: 
     assert "cut off" in auditreading.verify(tmp_path, (head,)).faults[0]
 
 
-def test_a_line_rewritten_with_a_fresh_hash_is_noticed_by_what_others_remember(tmp_path: Path) -> None:
+def test_a_line_rewritten_with_a_fresh_hash_is_noticed_by_a_kept_head(tmp_path: Path) -> None:
     written(tmp_path)
     head = auditreading.verify(tmp_path).head
     path = only_file(tmp_path)
@@ -104,7 +104,7 @@ def test_a_line_rewritten_with_a_fresh_hash_is_noticed_by_what_others_remember(t
     last["hash"] = audit.digest(last)
     path.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
     assert auditreading.verify(tmp_path).faults == ()
-    assert "remember another line" in auditreading.verify(tmp_path, (head,)).faults[0]
+    assert "is not the one of the given head" in auditreading.verify(tmp_path, (head,)).faults[0]
 
 
 def test_a_line_that_a_crash_has_cut_short_is_told_and_not_a_fault(tmp_path: Path) -> None:

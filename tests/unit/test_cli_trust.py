@@ -97,6 +97,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("list --node 10.0.0.1:7220", "off loopback"),
         ("list --bearer-file absent", "does not tell which authorities to believe"),
         ("audit show --since x", "not a duration"),
+        ("audit show --call cancle", "there is no call 'cancle' (one of status, payload,"),
         ("audit verify --head 1:abc", "not NUMBER:HASH"),
     ],
 )
@@ -187,7 +188,7 @@ def test_a_submit_takes_labels_and_secrets(capsys: pytest.CaptureFixture[str]) -
 def log_dir(tmp_path: Path) -> Path:
     log = open_log(tmp_path / "audit", "n1")
     log.record("submit", "user ann", "task 1", "ok", 7)
-    log.record("cancel", "user bob", "task 1", "refused: denied")
+    log.record("cancel", "user bob", "task 1", "denied: user bob may not cancel tasks of ann's")
     log.record("tokens", "user ann", "token x", "ok", 9, "made\x1b[31m")
     log.close()
     return tmp_path
@@ -203,6 +204,10 @@ def test_audit_show(log_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(shown("--identity", "ann")) == len(shown("--identity", "user ann")) == 3
     assert len(shown("--call", "cancel")) == len(shown("--refused")) == 2
     assert len(shown("--since", "1h")) == 4
+    header, _, refused, last = shown()
+    assert refused[header.index("OUTCOME") :].startswith("denied   ")
+    assert refused[header.index("WHAT") :] == "task 1 (user bob may not cancel tasks of ann's)"
+    assert last[header.index("WHAT") :].startswith("token x")
     lines = [json.loads(line) for line in shown("--json")]
     assert [(e["seq"], e["revision"]) for e in lines] == [(1, 7), (2, 0), (3, 9)]
 
@@ -225,6 +230,8 @@ def test_audit_verify(log_dir: Path, capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
     assert run([*argv, "--head", head]) == 1
     assert "cut off" in capsys.readouterr().err
+    assert run([*argv, "--head", f"9999:{'0' * 64}"]) == 1
+    assert "line 9999 of a given head is not there, the last one is 2" in capsys.readouterr().err
 
 
 def test_no_audit_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
