@@ -109,8 +109,8 @@ def verify(directory: Path, heads: Iterator[tuple[int, str]] | tuple[tuple[int, 
     missing = sorted(n for n in wanted if n >= first_seq)
     if missing:
         faults.append(
-            f"line {missing[-1]} of a given head is not there, the last one is {seq}: lines have been cut off, or the head "
-            "is another log's"
+            f"line {missing[-1]} of a given head is not there, the last one is {seq}: lines have been cut off, or the "
+            "head is another log's"
         )
     return Verdict(count, first_seq, (seq, prev or GENESIS), tuple(faults))
 
