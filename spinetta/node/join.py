@@ -10,6 +10,7 @@ import grpc
 from spinetta import units
 from spinetta.errors import UserError
 from spinetta.options import PEERS_MAX
+from spinetta.trust.certificates import CLOCK_SKEW_MAX_S
 from spinetta.trust.dial import ANY, VOTER, Dialer
 from spinetta.v1 import api_pb2 as pb
 from spinetta.v1 import trust_pb2 as trust
@@ -18,7 +19,6 @@ from spinetta.v1.trust_pb2_grpc import EnrollStub
 
 ASK_S = 5.0  # a node that needs longer than this to describe its cluster is as good as absent
 UNREACHABLE = "unreachable"
-CLOCK_SKEW_MAX_S = 30.0  # ids are ordered by the submitting node's clock, and people compare times across nodes
 
 
 @dataclass(frozen=True, slots=True)

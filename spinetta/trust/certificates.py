@@ -24,6 +24,7 @@ from spinetta.errors import UserError
 from spinetta.trust.identity import (
     ANY_NODE_NAME,
     BACKDATE_S,
+    CLOCK_SKEW_MAX_S,
     ETCD_NAME,
     ROLE_NAMES,
     SUBJECTS,
@@ -57,6 +58,7 @@ from spinetta.trust.pem import (
 __all__ = [
     "ANY_NODE_NAME",
     "BACKDATE_S",
+    "CLOCK_SKEW_MAX_S",
     "BUNDLE_MAX",
     "ETCD_NAME",
     "PEM_BYTES_MAX",

@@ -17,6 +17,7 @@ import grpc.aio
 from spinetta import names
 from spinetta.errors import StoreUnavailable, UserError
 from spinetta.trust import certificates
+from spinetta.trust.certificates import CLOCK_SKEW_MAX_S
 from spinetta.trust.dial import ANY, Dialer, fetch_leaf, unverified
 from spinetta.v1 import trust_pb2 as trust
 from spinetta.v1.trust_pb2_grpc import EnrollStub
@@ -24,7 +25,6 @@ from spinetta.v1.trust_pb2_grpc import EnrollStub
 ATTEMPT_S = 5.0  # of each step at one node: it is there and answers at once, or another is asked
 ANSWER_BYTES_MAX = 1 << 20  # from somebody who is not believed yet; a bundle has 64 KiB at most
 VOTERS_MAX = 64
-CLOCKS_APART_S = certificates.BACKDATE_S  # beyond that a new certificate would not be good here yet
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -114,10 +114,10 @@ async def _meet(address: str, ca_hash: bytes | None, timeout_s: float) -> Met:
     # of the other authorities, with the certificate that it gives.
     met = replace(_met(address, answer, ca_hash, verified=True), ca_bundle=b"".join(believed))
     apart_s = abs(met.wall_ms / 1000 - time.time())
-    if apart_s > CLOCKS_APART_S:
+    if apart_s > CLOCK_SKEW_MAX_S:
         raise UserError(
             f"the clock here and that of node {met.node} are {apart_s:.0f} s apart",
-            hint=f"set both, e.g. with NTP; up to {CLOCKS_APART_S:.0f} s are taken",
+            hint=f"set both, e.g. with NTP; at most {CLOCK_SKEW_MAX_S:g} s are allowed",
             reason="clock",
         )
     return met

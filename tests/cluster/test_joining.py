@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from spinetta.errors import UserError
-from spinetta.node.join import CLOCK_SKEW_MAX_S, introduce
+from spinetta.node.join import introduce
+from spinetta.trust.certificates import CLOCK_SKEW_MAX_S
 from spinetta.trust.dial import Dialer
 from tests.cluster.harness import API_PORT, CLIENT_PORT, Cluster, Node, alive, eventually, free_base, running_cluster
 from tests.cluster.history import check_history

@@ -18,10 +18,13 @@ from spinetta import tokens
 from spinetta.access import NodeRole, TokenRole
 from spinetta.client import AsyncClient, Client, diagnose
 from spinetta.client.credentials import CredentialsFile, Stored, load, save
-from spinetta.client.login import renew, with_bearer, with_token
-from spinetta.errors import Denied, StoreUnavailable, UserError
+from spinetta.client.login import renew, whose_bearer, with_bearer, with_token
+from spinetta.errors import Denied, InvariantViolation, StoreUnavailable, UserError
+from spinetta.node.services.tokendesk import check_clocks
 from spinetta.trust import certificates
+from spinetta.trust.certificates import CLOCK_SKEW_MAX_S
 from spinetta.trust.contact import meet
+from spinetta.trust.credentials import write_private
 from spinetta.trust.dial import Dialer
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import trust_pb2 as trust
@@ -210,9 +213,9 @@ def test_tls_where_plain_text_is_expected(world: World) -> None:
 
 def test_plain_text_is_not_spoken_off_loopback() -> None:
     for address in ("10.0.0.5:7220", "node.example.org:7220", "[::1]:7220"):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(Denied, match=r"^you have no credentials for the cluster at ") as caught:
             AsyncClient(address)
-        assert caught.value.reason == "off-loopback"
+        assert caught.value.reason == "unauthenticated"
         assert "spinetta login" in caught.value.hint
 
 
@@ -537,6 +540,29 @@ def test_first_contact_tells_of_clocks_that_are_apart(world: World) -> None:
             error = await refused(meet([at], world.ca_hash))
         assert error.reason == "clock"
         assert "3600 s apart" in error.message
+        assert f"at most {CLOCK_SKEW_MAX_S:g} s" in error.hint
+
+    run(story())
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_first_contact_and_the_door_have_one_limit_for_clocks(world: World, sign: int) -> None:
+    """What the first contact takes, the door must not refuse right after it."""
+
+    async def met_with(apart_s: float) -> str:
+        answer = world.authorities()
+        answer.wall_ms += int(sign * apart_s * 1000)
+        async with serving(Stand(GetAuthorities=answer), world.node("n1")) as at:
+            try:
+                await meet([at], world.ca_hash)
+            except UserError as e:
+                return e.reason
+        return ""
+
+    async def story() -> None:
+        assert await met_with(CLOCK_SKEW_MAX_S - 15) == ""
+        assert await met_with(CLOCK_SKEW_MAX_S + 15) == "clock"
+        check_clocks(int(CLOCK_SKEW_MAX_S * 1000), 0, "n1")
 
     run(story())
 
@@ -551,6 +577,9 @@ def test_first_contact_without_a_hash_is_for_comparing_only(world: World) -> Non
             assert verified.verified
             stored = await with_bearer(verified, "abc", 8.0)
             assert stored.credentials is not None
+            for showing in (with_bearer(met, "abc", 8.0), whose_bearer(met, "abc", 8.0)):
+                with pytest.raises(InvariantViolation):
+                    await showing
         assert [m.get("authorization") for m in stand.metadata] == [None, None, None, "Bearer abc"]
 
     run(story())
@@ -567,7 +596,7 @@ def renewing(world: World, **answers: Any) -> Stand:
 def test_a_new_authority_is_learned_of_and_its_certificate_fetched(world: World, tmp_path: Path) -> None:
     async def story() -> None:
         path, bearer = world.user_file(tmp_path / "c.pem"), tmp_path / "b.pem"
-        (tmp_path / "token").write_text("abc")
+        write_private(tmp_path / "token", b"abc")
         save(bearer, Stored(world.ca_pem, None, ("10.0.0.5:7220",), str(tmp_path / "token")))
         before, heir = load(path), World()  # of the same cluster
         stand = renewing(heir, GetTrust=trust.GetTrustResponse(ca_bundle=heir.ca_pem + world.ca_pem))

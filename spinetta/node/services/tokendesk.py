@@ -12,8 +12,8 @@ from spinetta.errors import Busy, Denied, UserError
 from spinetta.node.services.throttle import Bucket
 from spinetta.tokens import JoinToken
 from spinetta.trust import certificates
+from spinetta.trust.certificates import CLOCK_SKEW_MAX_S
 
-CLOCK_SKEW_MAX_S = 30.0  # certificates are good from five minutes before they are made; tokens end to the second
 # A secret of 128 bits is not guessed; the limits keep those who try from filling logs and asking the store for ever.
 GUESSES_PER_PEER_PER_S = 0.5  # sustained, and BURST_S seconds' worth at once; a person mistypes less often
 GUESSES_PER_S = 20.0  # of all peers together

@@ -17,8 +17,8 @@ from spinetta.node.services.access import check_room, committed, read, read_unde
 from spinetta.node.services.certify import needs_keyring
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.nodeadmin import GROUPS_MAX, NODES_MAX, USERS_MAX, check_reason
-from spinetta.node.services.tokendesk import CLOCK_SKEW_MAX_S
 from spinetta.trust import certificates, oidc
+from spinetta.trust.certificates import CLOCK_SKEW_MAX_S
 from spinetta.txn import Txn
 from spinetta.v1 import trust_pb2 as pb
 
