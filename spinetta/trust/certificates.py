@@ -58,8 +58,8 @@ from spinetta.trust.pem import (
 __all__ = [
     "ANY_NODE_NAME",
     "BACKDATE_S",
-    "CLOCK_SKEW_MAX_S",
     "BUNDLE_MAX",
+    "CLOCK_SKEW_MAX_S",
     "ETCD_NAME",
     "PEM_BYTES_MAX",
     "ROLE_NAMES",

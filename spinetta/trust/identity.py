@@ -29,7 +29,7 @@ from spinetta.trust.pem import (
 )
 
 # By how much the clocks of a cluster's nodes and of those who come to it may differ: tokens end to the second, ids are
-# ordered by the submitting node's clock, and people compare times across nodes. The one limit, wherever clocks are seen.
+# ordered by the submitting node's clock, and people compare times across nodes. The one limit.
 CLOCK_SKEW_MAX_S = 30.0
 BACKDATE_S = 300.0  # a new certificate is good everywhere at once, also where a clock has gone astray since it was seen
 IDENTITIES_MAX = 2048  # remembered: 2 KB each; more peers than that cost a verification more often
