@@ -493,12 +493,14 @@ def test_the_policy_is_checked(play: Callable[..., None]) -> None:
         admin = await w.admin()
         policy = (await admin.GetPolicy(pb.GetPolicyRequest())).policy
         assert policy.node_certificate_s == Policy().node_certificate_s
-        policy.node_certificate_s = 10.0
+        policy.node_certificate_s = 30.0
         await admin.SetPolicy(pb.SetPolicyRequest(policy=policy))
-        assert (await w.voter.record(Policy, keys.POLICY)).node_certificate_s == 10.0  # type: ignore[union-attr]
+        assert (await w.voter.record(Policy, keys.POLICY)).node_certificate_s == 30.0  # type: ignore[union-attr]
         good = records.Issuer(url="https://issuer", audience="spinetta")
         bad: list[tuple[dict[str, Any], str]] = [
-            ({"node_certificate_s": 9.0}, "policy.node_certificate_s"),
+            ({"node_certificate_s": 29.9}, "policy.node_certificate_s"),
+            ({"user_certificate_s": 10.0}, "policy.user_certificate_s"),
+            ({"node_certificate_s": 366 * 86400.0}, "policy.node_certificate_s"),
             ({"user_certificate_s": float("inf")}, "policy.user_certificate_s"),
             ({"overlap_s": -1.0}, "policy.overlap_s"),
             ({"issuers": [records.Issuer(url="http://issuer", audience="x")]}, "policy.issuers[0].url"),
@@ -511,6 +513,9 @@ def test_the_policy_is_checked(play: Callable[..., None]) -> None:
             failed = await failure(admin.SetPolicy(pb.SetPolicyRequest(policy=records.Policy(**base))))
             assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
             assert failed.detail.field == field
+            is_short = min(base["node_certificate_s"], base["user_certificate_s"]) < 30
+            assert (failed.detail.reason == "too-short") == is_short
+            assert ("at least 30 s" in failed.text) == is_short
 
     play(story)
 

@@ -24,7 +24,9 @@ from spinetta.v1 import trust_pb2 as pb
 
 PROJECTS_MAX = 256  # of one user: each call looks through them
 LIMIT_MAX = 1e6  # calls or tasks a second
-LIFETIME_MIN_S, LIFETIME_MAX_S = 10.0, 365 * 86400.0  # below, renewing would be all that nodes do
+# A node renews at two thirds: of 30 s there are 10 left, in which a voter may restart. Below, one that is slow for a
+# moment is shut out of its cluster, and renewing would be all that nodes do.
+LIFETIME_MIN_S, LIFETIME_MAX_S = 30.0, 365 * 86400.0
 OVERLAP_MAX_S = 365 * 86400.0
 ISSUERS_MAX = 8  # asked for keys by every voter
 MAPPINGS_MAX = 100  # of one issuer
@@ -236,7 +238,7 @@ def check_policy(policy: Policy) -> Policy:
         UserError: it cannot.
     """
     for name in ("node_certificate_s", "user_certificate_s"):
-        _check_range(getattr(policy, name), LIFETIME_MIN_S, LIFETIME_MAX_S, f"policy.{name}")
+        _check_lifetime(getattr(policy, name), f"policy.{name}")
     _check_range(policy.overlap_s, 0.0, OVERLAP_MAX_S, "policy.overlap_s")
     check_limits(policy.limits, "policy.limits")
     if len(policy.issuers) > ISSUERS_MAX:
@@ -293,6 +295,17 @@ def check_limits(limits: Limits, where: str) -> Limits:
     _check_range(limits.calls_per_s, 0.0, LIMIT_MAX, f"{where}.calls_per_s")
     _check_range(limits.tasks_per_s, 0.0, LIMIT_MAX, f"{where}.tasks_per_s")
     return limits
+
+
+def _check_lifetime(value_s: float, where: str) -> None:
+    if math.isfinite(value_s) and 0 <= value_s < LIFETIME_MIN_S:
+        raise UserError(
+            f"{value_s:g} s is too short a life for certificates: at least {LIFETIME_MIN_S:g} s",
+            field=where,
+            hint="they are renewed at two thirds; who is slower than that is shut out. Days or weeks are usual",
+            reason="too-short",
+        )
+    _check_range(value_s, LIFETIME_MIN_S, LIFETIME_MAX_S, where)
 
 
 def _check_range(value: float, least: float, most: float, where: str) -> None:
