@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+FINGERPRINT_DIGITS = 16  # hexadecimal, 64 bits: nobody makes a key to fit
 MEMBERS = "members"
 """The label that every approved node is cleared for: what carries no other label is sealed to it."""
 
@@ -143,6 +144,11 @@ class JoinRequest:
     groups: tuple[str, ...] = ()
     rejected: bool = False
     created_ms: int = 0
+
+
+def fingerprint(key_hash: bytes) -> str:
+    """The beginning of a key's hash, which people compare."""
+    return key_hash.hex()[:FINGERPRINT_DIGITS]
 
 
 @dataclass(frozen=True, slots=True)

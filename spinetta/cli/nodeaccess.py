@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -19,10 +21,13 @@ from spinetta.cli.who import (
     role_word,
     words,
 )
-from spinetta.errors import UserError
+from spinetta.errors import NotFound, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spinetta.access import JoinRequest, NodeAcl
+    from spinetta.client.admin import Access
     from spinetta.client.aio import AsyncClient
 
 
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 def requests(as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
     """List nodes that wait to be approved.
 
-    KEY is the beginning of the hash of the key that the node has made; it prints the same when it begins to wait.
+    KEY is the fingerprint of the key that the node has made; it prints the same when it begins to wait.
     """
 
     async def work(client: AsyncClient) -> tuple[JoinRequest, ...]:
@@ -42,6 +47,7 @@ def requests(as_json: bool, node: str | None, timeout: str | None, config_file: 
     if as_json:
         output.put_json({"requests": [document(r, without=("csr", "etcd_csr")) for r in found]})
         return
+    from spinetta.access import fingerprint
     from spinetta.cli.show import age
 
     rows = [
@@ -52,7 +58,7 @@ def requests(as_json: bool, node: str | None, timeout: str | None, config_file: 
             r.address,
             ",".join(r.clearances),
             ",".join(r.groups),
-            r.key_hash.hex()[:16],
+            fingerprint(r.key_hash),
             age(r.created_ms),
             r.token_id,
         )
@@ -64,30 +70,92 @@ def requests(as_json: bool, node: str | None, timeout: str | None, config_file: 
 @click.command()
 @click.argument("name", shell_complete=complete_request)
 @click.option("--clearance", "-c", multiple=True, metavar="LABEL,…", help="Instead of what its token grants; '': none.")
+@click.option(
+    "--fingerprint", "given", metavar="HEX", help="The key that the node has printed, 8 digits of it or more."
+)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask: whichever machine waits under the name.")
 @json_option
 @client_options
 def approve(
     name: str,
     clearance: tuple[str, ...],
+    given: str | None,
+    yes: bool,
     as_json: bool,
     node: str | None,
     timeout: str | None,
     config_file: str | None,
 ) -> None:
-    """Let a node in that waits.
+    """Let a node in that waits: the machine whose key is shown, or named, and no other under its name.
+
+    At a terminal it asks, unless the fingerprint is given.
 
     \b
     Examples:
       spinetta node approve n7
+      spinetta node approve n7 --fingerprint 5d1f0c9a2b7e4410
       spinetta node approve n7 --clearance internal
     """
+    from spinetta.access import JoinRequest, fingerprint
+    from spinetta.names import check_node_name
+
+    check_node_name(name, "name")
     wanted = labels(clearance) if clearance else None
+    beginning = None if given is None else _digits(given)
+
+    async def look(client: AsyncClient) -> JoinRequest | NodeAcl:
+        return _meant(await client.admin.members(), name)
+
+    found = with_client(look, node, timeout, config_file)
+    key = fingerprint(found.key_hash)
+    if beginning is not None and not found.key_hash.hex().startswith(beginning):
+        raise UserError(
+            f"the machine that asks under the name {name} has another key: {key}",
+            field="fingerprint",
+            hint="look at both: spinetta node requests, and what the node has printed",
+            reason="changed",
+        )
+    if isinstance(found, JoinRequest) and beginning is None and not yes and sys.stdin.isatty():
+        _show(found, found.clearances if wanted is None else wanted)
+        click.confirm("Is that what the node has printed? Let it in?", abort=True, err=True)
 
     async def work(client: AsyncClient) -> None:
-        await client.admin.decide_join(name, approve=True, clearances=wanted)
+        await client.admin.decide_join(name, approve=True, key_hash=found.key_hash, clearances=wanted)
 
     with_client(work, node, timeout, config_file)
-    done(f"node {name} is approved", {"node": name, "decision": "approved"}, as_json=as_json)
+    decided = {"node": name, "decision": "approved", "fingerprint": key}
+    done(f"node {name} is approved, with key {key}", decided, as_json=as_json)
+
+
+def _digits(given: str) -> str:
+    """A fingerprint, or its beginning."""
+    beginning = given.strip().lower()
+    if not re.fullmatch(r"[0-9a-f]{8,64}", beginning):
+        raise UserError(
+            f"not a fingerprint: {given!r}", field="fingerprint", hint="8 to 64 hexadecimal digits, as the node prints"
+        )
+    return beginning
+
+
+def _meant(found: Access, name: str) -> JoinRequest | NodeAcl:
+    """The request of this name; else the node, as the answer to an approval may have been lost."""
+    waiting = next((r for r in found.requests if r.name == name), None)
+    approved = next((n for n in found.nodes if n.name == name and not n.revoked), None)
+    if meant := waiting or approved:
+        return meant
+    raise NotFound(f"no node {name} waits to be approved", field="name", hint="spinetta node requests")
+
+
+def _show(r: JoinRequest, clearances: Sequence[str]) -> None:
+    """A request, for who has to decide."""
+    from spinetta.access import fingerprint
+
+    state = f"{role_word(r.role)} at {r.address}" + (", rejected before" if r.rejected else "")
+    output.tell(f"node {r.name}: {state}")
+    output.tell(f"  clearance    {', '.join(clearances) or 'none'}")
+    if r.groups:
+        output.tell(f"  groups       {', '.join(r.groups)}")
+    output.tell(f"  fingerprint  {fingerprint(r.key_hash)}")
 
 
 @click.command()

@@ -175,13 +175,24 @@ class AsyncAdmin:
             _sorted(access.GroupAcl, m.groups),
         )
 
-    async def decide_join(self, name: str, *, approve: bool, clearances: Sequence[str] | None = None) -> None:
-        """Let a node in that waits for approval, or not. `clearances`: instead of what its token grants."""
+    async def decide_join(
+        self, name: str, *, approve: bool, key_hash: bytes = b"", clearances: Sequence[str] | None = None
+    ) -> None:
+        """Let a node in that waits for approval, or not.
+
+        Args:
+            name: of the node.
+            approve: or reject.
+            key_hash: of the request that was looked at (`members`): if another machine waits under the name by now the
+                answer is a `UserError` with reason ``changed``. To approve takes it.
+            clearances: instead of what its token grants.
+        """
         request = trust.DecideJoinRequest(
             name=names.check_node_name(name, "name"),
             approve=approve,
             clearances=clearances or (),
             set_clearances=clearances is not None,
+            key_hash=key_hash,
         )
         await self._nodes.trust(lambda stub: stub.DecideJoin, request, writes=True)
 

@@ -42,9 +42,11 @@ class Admin:
         """Nodes, requests, users and groups."""
         return self._run(self._admin.members())
 
-    def decide_join(self, name: str, *, approve: bool, clearances: Sequence[str] | None = None) -> None:
-        """Let a node in that waits for approval, or not."""
-        self._run(self._admin.decide_join(name, approve=approve, clearances=clearances))
+    def decide_join(
+        self, name: str, *, approve: bool, key_hash: bytes = b"", clearances: Sequence[str] | None = None
+    ) -> None:
+        """Let a node in that waits for approval, by the key that was looked at, or not."""
+        self._run(self._admin.decide_join(name, approve=approve, key_hash=key_hash, clearances=clearances))
 
     def set_node(self, name: str, **changes: Any) -> access.NodeAcl:
         """Change what a node may do; changes of `AsyncAdmin.set_node`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc.aio
 
 from spinetta import __version__, tokens
-from spinetta.access import NodeRole, TokenRole
+from spinetta.access import NodeRole, TokenRole, fingerprint
 from spinetta.errors import InvariantViolation, OutcomeUnknown, SpinettaError, StoreUnavailable, UserError
 from spinetta.node.answers import error_of
 from spinetta.tokens import JoinToken
@@ -28,7 +28,6 @@ from spinetta.v1.trust_pb2_grpc import EnrollStub
 ASK_S = 10.0  # one Join: two reads and a transaction
 ASK_AGAIN_S = 2.0  # while an administrator decides; an hour of it is 1,800 small reads
 ASK_AGAIN_MAX_S = 15.0
-FINGERPRINT_DIGITS = 16  # as many as `spinetta node requests` shows
 REACH_S = 60.0  # how long a cluster that let itself be seen may be silent before a node gives up joining
 _ROLES = {TokenRole.VOTER: NodeRole.VOTER, TokenRole.WORKER: NodeRole.WORKER}
 
@@ -146,7 +145,7 @@ async def _ask_until_decided(request: pb.JoinRequest, met: Met, say: Callable[[s
 
 def _fingerprint(csr_pem: bytes) -> str:
     """What tells this node from another that says the same name, in the form of `spinetta node requests`."""
-    return certificates.csr_key_hash(csr_pem).hex()[:FINGERPRINT_DIGITS]
+    return fingerprint(certificates.csr_key_hash(csr_pem))
 
 
 async def _ask_any(

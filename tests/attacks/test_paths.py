@@ -60,7 +60,7 @@ def test_no_name_leads_to_another_key(stage: Stage, trick: str) -> None:
             asked: dict[str, Any] = {
                 "a user": trust.SetUser(pb.SetUserRequest(user=user, create=True)),
                 "a node": trust.SetNode(pb.SetNodeRequest(name=trick, revoke=True)),
-                "a request": trust.DecideJoin(pb.DecideJoinRequest(name=trick, approve=True)),
+                "a request": trust.DecideJoin(pb.DecideJoinRequest(name=trick, approve=True, key_hash=bytes(32))),
                 "a group": trust.SetGroup(pb.SetGroupRequest(group=records.GroupAcl(name=trick))),
                 "a token": trust.RevokeToken(pb.RevokeTokenRequest(id=trick)),
                 "a token's user": trust.CreateToken(pb.CreateTokenRequest(role=records.TOKEN_ROLE_CLIENT, user=trick)),

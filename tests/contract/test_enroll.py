@@ -438,7 +438,8 @@ def test_the_audit_log_tells_of_changes_and_not_of_waiting(play: Callable[..., N
         for _ in range(5):
             assert (await w.join(newcomer, token)).decision == pb.JoinResponse.PENDING
         assert told() == [("enroll", "ok")]
-        await (await w.admin()).DecideJoin(pb.DecideJoinRequest(name="n2", approve=approve))
+        decision = pb.DecideJoinRequest(name="n2", approve=approve, key_hash=newcomer.key_hash)
+        await (await w.admin()).DecideJoin(decision)
         assert told() == [("enroll", "ok"), ("access-change", "ok")]
         for _ in range(3):
             answer = await w.join(newcomer, token)
@@ -460,7 +461,9 @@ def test_an_approved_node(play: Callable[..., None]) -> None:
         listed = await admin.ListAccess(pb.ListAccessRequest())
         assert [r.name for r in listed.requests] == ["n2"]
         for _ in range(2):
-            decision = pb.DecideJoinRequest(name="n2", approve=True, clearances=["eu"], set_clearances=True)
+            decision = pb.DecideJoinRequest(
+                name="n2", approve=True, clearances=["eu"], set_clearances=True, key_hash=newcomer.key_hash
+            )
             await admin.DecideJoin(decision)
         answer = await w.join(newcomer, token)
         assert answer.decision == pb.JoinResponse.APPROVED
@@ -508,7 +511,8 @@ def test_enlist_waits_and_goes_on_after_a_restart(play: Callable[..., None], mon
         await asyncio.gather(waiting, return_exceptions=True)
         before = PendingKeys.load_or_create(directory).node_key_pem
         admin = await w.admin()
-        await admin.DecideJoin(pb.DecideJoinRequest(name="n2", approve=True))
+        [request] = (await admin.ListAccess(pb.ListAccessRequest())).requests
+        await admin.DecideJoin(pb.DecideJoinRequest(name="n2", approve=True, key_hash=request.key_hash))
         again = Settings(name="n2", data_dir=str(directory.parent), address="127.0.0.1:7221", tls="on")
         with pytest.raises(UserError) as caught:
             await admit(replace(again, peers=(w.voter.address,)), directory.parent, None)

@@ -169,7 +169,7 @@ def test_nobody_may_more_by_a_record_that_cannot_be_read(etcd: Etcd, tmp_path: P
             with pytest.raises(grpc.aio.AioRpcError):
                 await w.join(Newcomer("n4"), spent)
             with pytest.raises(grpc.aio.AioRpcError):
-                await admin.DecideJoin(pb.DecideJoinRequest(name="n4", approve=True))
+                await admin.DecideJoin(pb.DecideJoinRequest(name="n4", approve=True, key_hash=bytes(32)))
             assert await w.voter.record(NodeAcl, acl_key("n4")) is None
             await put(store, keys.token(token.split(".")[0]), value)
             await put(store, keys.acl_user("admin"), value)

@@ -68,6 +68,11 @@ class Newcomer:
         self.key, self.etcd_key = certificates.new_key(), certificates.new_key()
         self.private = sealing.new_sealing_key()
 
+    @property
+    def key_hash(self) -> bytes:
+        """What an administrator compares."""
+        return certificates.csr_key_hash(certificates.csr(self.key, self.name))
+
     def request(self, token: str, **changes: Any) -> pb.JoinRequest:
         fields: dict[str, Any] = {
             "token": token,

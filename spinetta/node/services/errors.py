@@ -66,6 +66,7 @@ BY_REASON = {
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
     "ask-a-voter": grpc.StatusCode.FAILED_PRECONDITION,
     "ask-node": grpc.StatusCode.FAILED_PRECONDITION,
+    "changed": grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 

@@ -13,6 +13,7 @@ from spinetta.access import (
     NodeRole,
     UserAcl,
     effective_clearances,
+    fingerprint,
 )
 from spinetta.accesstxn import Change, Seen
 from spinetta.errors import NotFound, UserError
@@ -65,10 +66,17 @@ class NodeAdmin:
 
         Raises:
             NotFound: no node of that name waits.
+            UserError: it does not say which key was looked at, or (reason ``changed``) another one waits.
         """
         keyring = needs_keyring(self._keyring, self._port)
         name = NodeId(names.check_node_name(request.name, "name"))
         asked.subject = f"node {name}"
+        if request.approve and not request.key_hash:
+            raise UserError(
+                f"to approve node {name} takes the hash of its key, as it was looked at",
+                field="key_hash",
+                hint="spinetta node requests shows it; an older spinetta does not send it: use the cluster's version",
+            )
         instead = access.clearances(request.clearances, "clearances") if request.set_clearances else None
 
         async def attempt() -> pb.DecideJoinResponse | None:
@@ -76,9 +84,14 @@ class NodeAdmin:
             found = await read(self._port.store, [request_key, acl_key, *keyrings.KEYS])
             waiting, acl = found.value(JoinRequest, request_key), found.value(NodeAcl, acl_key)
             if waiting is None and acl is not None and not acl.revoked and request.approve:
+                if request.key_hash not in (acl.key_hash, acl.next_key_hash):
+                    raise _changed(name, "is in", acl.key_hash)
                 return pb.DecideJoinResponse()
             if waiting is None:
                 raise NotFound(f"no node {name} waits to be approved", field="name", hint="spinetta node requests")
+            # The transaction is guarded by the revision of the very record that is looked at here.
+            if request.key_hash and request.key_hash != waiting.key_hash:
+                raise _changed(name, "waits", waiting.key_hash)
             if not request.approve:
                 if waiting.rejected:
                     return pb.DecideJoinResponse()
@@ -233,6 +246,16 @@ def answer_of(acl: NodeAcl) -> pb.SetNodeResponse:
     """The answer that shows a node's rights as they are now."""
     shown: records.NodeAcl = trustcodec.to_pb(acl)
     return pb.SetNodeResponse(node=shown)
+
+
+def _changed(name: str, does: str, key_hash: bytes) -> UserError:
+    return UserError(
+        f"another machine {does} under the name {name} than the one that was looked at: its key is "
+        f"{fingerprint(key_hash)}",
+        field="name",
+        hint="look again: spinetta node requests",
+        reason="changed",
+    )
 
 
 def check_reason(reason: str) -> str:
