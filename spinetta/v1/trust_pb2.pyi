@@ -499,18 +499,24 @@ class ListTokensResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKENS_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_record_pb2.TokenRecord]:
         """without salt and hash"""
+
+    @_builtins.property
+    def unreadable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """keys of records that cannot be read: nobody joins with them"""
 
     def __init__(
         self,
         *,
         tokens: _abc.Iterable[_record_pb2.TokenRecord] | None = ...,
+        unreadable: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens", "unreadable", b"unreadable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -573,6 +579,7 @@ class ListAccessResponse(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     USERS_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_record_pb2.NodeAcl]: ...
     @_builtins.property
@@ -581,6 +588,10 @@ class ListAccessResponse(_message.Message):
     def users(self) -> _containers.RepeatedCompositeFieldContainer[_record_pb2.UserAcl]: ...
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_record_pb2.GroupAcl]: ...
+    @_builtins.property
+    def unreadable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """keys of records that cannot be read: nobody has rights by them"""
+
     def __init__(
         self,
         *,
@@ -588,10 +599,11 @@ class ListAccessResponse(_message.Message):
         requests: _abc.Iterable[_record_pb2.JoinRequestRecord] | None = ...,
         users: _abc.Iterable[_record_pb2.UserAcl] | None = ...,
         groups: _abc.Iterable[_record_pb2.GroupAcl] | None = ...,
+        unreadable: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "nodes", b"nodes", "requests", b"requests", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "nodes", b"nodes", "requests", b"requests", "unreadable", b"unreadable", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
