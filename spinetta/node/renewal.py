@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import grpc.aio
 from cryptography.exceptions import InvalidSignature
 
-from spinetta import accesstxn, keys, units
-from spinetta.access import NodeAcl, Policy
+from spinetta import accesstxn, keys
+from spinetta.access import NodeAcl, NodeRole, Policy
 from spinetta.errors import Denied, OutcomeUnknown, SpinettaError, StoreUnavailable
 from spinetta.model import NodeId
 from spinetta.node import keyring as keyrings
@@ -221,6 +221,7 @@ class TrustKeeper:
         self._reported: Report | None = None
         self._noticed = asyncio.Event()
         self._refusal = ""
+        self._cause = ""  # why certificates are not renewed: the last that was said while they were good
         self._teller = Teller(log)
 
     def notice(self) -> None:
@@ -240,7 +241,7 @@ class TrustKeeper:
             self._noticed.clear()
             try:
                 await self.step()
-                failures, self._refusal = 0, ""
+                failures, self._refusal, self._cause = 0, "", ""
                 wait_s = min(LOOK_S, max(self.renew_at_s() - self._clock(), 0.1))
             except Denied as e:
                 failures += 1
@@ -250,7 +251,7 @@ class TrustKeeper:
                 failures += 1
                 self._tell_failure(e)
                 left_s = self._left_s()
-                soon_s = max(left_s / 10, 0.2) if left_s else LOOK_S
+                soon_s = max(left_s / 10, RETRY_MIN_S) if left_s else LOOK_S
                 wait_s = min(RETRY_MIN_S * 2 ** min(failures - 1, 8), RETRY_MAX_S, soon_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s * random.uniform(0.8, 1.0)):  # noqa: S311 - spreads the load
@@ -360,8 +361,19 @@ class TrustKeeper:
             trust.etcd_generation - int(not is_etcd_signed) if etcd is not None else 0,
         )
 
+    def _ends_s(self) -> float:
+        return min(certificates.expiry(pem)[1] for pem in self._certificates())
+
     def _left_s(self) -> float:
-        return max(0.0, min(certificates.expiry(pem)[1] for pem in self._certificates()) - self._clock())
+        return max(0.0, self._ends_s() - self._clock())
+
+    def _way_back(self) -> str:
+        if self._credentials.role is NodeRole.WORKER:
+            return (
+                "start it again with --peers and a join token (spinetta token create --role worker): "
+                "it stays the same node"
+            )
+        return "start it again: a voter with a seat makes itself a new one"
 
     def _tell_denied(self, error: Denied) -> None:
         if str(error) != self._refusal:
@@ -374,12 +386,18 @@ class TrustKeeper:
         left_s = self._left_s()
         pem = self._credentials.node_pem
         life_s = certificates.expiry(pem)[1] - _issued_s(pem)
+        is_silence = isinstance(error, StoreUnavailable | OutcomeUnknown)
+        if left_s > 0 or not is_silence or not self._cause:  # with a certificate that has ended, nobody answers
+            self._cause = str(error)
         if left_s <= 0:
-            log.error("this node's certificate has EXPIRED and could not be renewed: %s; join anew with a token", error)
-        elif left_s < LAST_PART * life_s:
-            log.warning(
-                "this node's certificate ends in %s and cannot be renewed: %s", units.format_duration(left_s), error
+            self._teller.tell(
+                f"this node's certificate ended at {_utc(self._ends_s())}, as it could not be renewed: {self._cause}; "
+                f"put that right, and then {self._way_back()}",
+                logging.ERROR,
             )
+        elif left_s < LAST_PART * life_s:
+            text = f"this node's certificate ends at {_utc(self._ends_s())} and cannot be renewed: {error}"
+            self._teller.tell(text, logging.WARNING)
         else:
             self._teller.tell(f"the cluster's certificate authorities cannot be looked up now: {error}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
@@ -220,13 +221,68 @@ def test_a_failure_is_told_ever_more_loudly(etcd: Etcd, tmp_path: Path, caplog: 
             caplog.clear()
             keeper = TrustKeeper(worker, source, report=say, clock=lambda now_s=now_s: now_s)  # type: ignore[misc]
             task = asyncio.create_task(keeper.run())
-            await eventually(lambda: [r for r in caplog.records if "cannot be" in r.message or "EXPIRED" in r.message])
+            await eventually(lambda: [r for r in caplog.records if "cannot be" in r.message or "ended at" in r.message])
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             assert {r.levelname for r in caplog.records if r.name == "spinetta.node"} == {level}
 
     caplog.set_level("INFO", "spinetta.node")
     scenario(etcd, tmp_path, story, policy=Policy(node_certificate_s=20.0))
+
+
+class Counted(WorkerSource):
+    """Remembers when it was asked."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked_s: list[float] = []
+
+    async def look(self) -> renewal.Trust:
+        self.asked_s.append(time.monotonic())
+        return await super().look()
+
+
+def test_a_disk_that_takes_no_certificate_is_told_once_and_named_after_the_end(
+    etcd: Etcd, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renewal, "RETRY_MIN_S", 0.5)
+    monkeypatch.setattr(renewal, "RETRY_MAX_S", 1.0)
+    caplog.set_level("INFO", "spinetta.node")
+
+    def told(level: str) -> list[str]:
+        return [r.message for r in caplog.records if r.levelname == level]
+
+    async def say(_: Report) -> None:
+        return
+
+    async def story(w: World) -> None:
+        worker = await w.joined("n2")
+        worker.directory.rename(worker.directory.with_name("away"))
+        worker.directory.write_text("in the way")
+        now_s = expires_s(worker) - 0.05
+        addresses = [w.voter.address]
+        source = Counted(Dialer.secured(worker.pems), lambda: tuple(addresses))
+        task = asyncio.create_task(TrustKeeper(worker, source, report=say, clock=lambda: now_s).run())
+        try:
+            await eventually(lambda: len(source.asked_s) >= 3, what="it tries again")
+            gaps_s = [b - a for a, b in itertools.pairwise(source.asked_s)]
+            assert min(gaps_s) >= 0.8 * renewal.RETRY_MIN_S
+            addresses.clear()  # nobody answers a node whose certificate has ended
+            now_s += 1.0
+            await eventually(lambda: bool(told("ERROR")), what="it tells of the end")
+            count = len(source.asked_s)
+            await eventually(lambda: len(source.asked_s) >= count + 2, what="it tries again")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert len(told("WARNING")) == 1
+        assert len(told("ERROR")) == 1
+        for text in (*told("WARNING"), *told("ERROR")):
+            assert "credentials cannot be written" in text
+        assert "--peers and a join token" in told("ERROR")[0]
+        assert "the same node" in told("ERROR")[0]
+
+    scenario(etcd, tmp_path, story, policy=Policy(node_certificate_s=60.0))
 
 
 def test_a_voter_that_was_off_for_too_long_makes_itself_new_certificates(etcd: Etcd, tmp_path: Path) -> None:
