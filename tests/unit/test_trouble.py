@@ -31,6 +31,19 @@ def test_the_same_is_told_now_and_then(caplog: pytest.LogCaptureFixture) -> None
     assert len(caplog.records) == 3
 
 
+def test_the_same_cause_at_other_nodes_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    teller = Teller(logging.getLogger("test"), lambda: 0.0)
+    assert teller.tell("not followed now: the watch broke: 10.0.0.1:7221: Stream removed (Socket closed)")
+    assert not teller.tell("not followed now: the watch broke: [fd00::2]:7221: Stream removed (Socket closed)")
+    assert teller.tell("no member answered: a:1: no connection; b:2: no connection; c:3: refused")
+    assert not teller.tell("no member answered: c:3: refused; b:2: no connection; a:1: no connection")
+    assert teller.tell("no member answered: c:3: no connection; b:2: no connection; a:1: no connection")
+    assert teller.tell("node n1 has been revoked")
+    assert teller.tell("node n2 has been revoked")
+    assert len(caplog.records) == 5
+
+
 def test_what_is_remembered_has_a_limit(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     teller = Teller(logging.getLogger("test"), lambda: 0.0)
