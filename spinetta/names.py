@@ -99,11 +99,11 @@ def check_label(key: str, value: str, field: str = "") -> None:
     check_printable(value, f"label {key!r}", field)
 
 
-def check_owner(owner: str, field: str = "") -> None:
+def check_owner(owner: str, field: str = "", what: str = "an owner") -> None:
     """Raise UserError unless `owner` is empty or like a login name or mail address."""
     if owner and not _OWNER.fullmatch(owner):
         raise UserError(
-            f"not an owner: {quoted(owner)}", field=field, hint=f"1 to {OWNER_MAX} letters, digits and '._@+-'"
+            f"not {what}: {quoted(owner)}", field=field, hint=f"1 to {OWNER_MAX} letters, digits and '._@+-'"
         )
 
 

@@ -77,7 +77,7 @@ def _named(authority: AuthorityInfo) -> str:
 @click.option("--kind", type=click.Choice(["cluster", "etcd"]), default="cluster", show_default=True)
 @click.option("--overlap", metavar="TIME", help="How long the old one is believed beside the new (see the policy).")
 @click.option("--retire-now", is_flag=True, help="Do not wait for the end of the overlap: drop the old one.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask, with --retire-now; without it nothing is asked.")
 @json_option
 @client_options
 def rotate_ca(
@@ -108,6 +108,8 @@ def rotate_ca(
 
     if retire_now and overlap:
         raise UserError("--overlap and --retire-now are given", field="overlap", hint="give one of the two")
+    if yes and not retire_now:
+        raise UserError("--yes is for --retire-now", field="yes", hint="nothing else is asked")
     overlap_s = parse_duration(overlap, "overlap") if overlap else 0.0
     if retire_now:
         confirm(f"Make all certificates of the old {kind} authority worthless now?", yes=yes, as_json=as_json)

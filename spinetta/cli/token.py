@@ -137,7 +137,7 @@ def list_tokens(as_json: bool, node: str | None, timeout: str | None, config_fil
         return
     from spinetta.cli.show import age, moment
 
-    header = ("ID", "ROLE", "FOR", "STATE", "USES", "EXPIRES", "CLEARANCE", "GROUPS", "APPROVAL", "AGE", "BY")
+    header = ("ID", "ROLE", "FOR", "STATE", "LEFT", "EXPIRES", "CLEARANCE", "GROUPS", "APPROVAL", "AGE", "BY")
     rows = [
         (
             t.id,

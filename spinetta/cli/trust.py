@@ -130,15 +130,19 @@ async def _policy(client: AsyncClient) -> Policy:
 
 
 def _show(p: Policy) -> None:
-    from spinetta.units import format_duration
+    from spinetta.node.services import limits
+    from spinetta.units import format_duration_exact
+
+    def rate(given: float, built_in: float) -> str:
+        return f"{given or built_in:g}/s for each identity{'' if given else ' (built in)'}"
 
     pairs = [
         ("Approval", "each joining node" if p.approval else "by token alone"),
-        ("Node certs", format_duration(p.node_certificate_s)),
-        ("User certs", format_duration(p.user_certificate_s)),
-        ("Overlap", format_duration(p.overlap_s)),
-        ("Calls", f"{p.limits.calls_per_s:g}/s for each identity" if p.limits.calls_per_s else ""),
-        ("Tasks", f"{p.limits.tasks_per_s:g}/s for each identity" if p.limits.tasks_per_s else ""),
+        ("Node certs", format_duration_exact(p.node_certificate_s)),
+        ("User certs", format_duration_exact(p.user_certificate_s)),
+        ("Overlap", format_duration_exact(p.overlap_s)),
+        ("Calls", rate(p.limits.calls_per_s, limits.CALLS_PER_S)),
+        ("Tasks", rate(p.limits.tasks_per_s, limits.TASKS_PER_S)),
     ]
     for issuer in p.issuers:
         pairs.append(

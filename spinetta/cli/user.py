@@ -78,7 +78,9 @@ def add(
       spinetta user add ci-runner --project pipelines --clearance internal --tasks-per-s 50
     """
     from spinetta.access import Limits, UserAcl, UserRole
+    from spinetta.names import check_owner
 
+    check_owner(name, "name", "a name for a user")
     wanted = UserAcl(
         name,
         role_of(UserRole, role),

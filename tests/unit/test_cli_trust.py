@@ -18,9 +18,11 @@ from spinetta import tokens
 from spinetta.access import TokenRole, UserRole
 from spinetta.cli import exits
 from spinetta.cli.app import COMMANDS, root, run
+from spinetta.cli.base import show_error
 from spinetta.cli.trust import _mapping
 from spinetta.cli.who import labels, words
-from spinetta.errors import Denied, UserError
+from spinetta.config import DEFAULT_ADDRESS
+from spinetta.errors import Denied, StoreUnavailable, UserError
 from spinetta.trust.audit import open_log
 
 TOKEN = tokens.format(tokens.create(TokenRole.CLIENT, bytes(32), bytes(tokens.CHANCE_BYTES)))
@@ -65,7 +67,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("login --node 127.0.0.1:0 --token x", "not a port"),
         ("user add", "Missing argument 'NAME'"),
         ("user add ann --role king", "'king' is not one of"),
-        ("user add a/b", "not an owner: 'a/b'"),
+        ("user add a/b", "not a name for a user: 'a/b'"),
         ("user add ann --clearance a,b,C", "not a clearance label: 'C'"),
         ("user add ann --tasks-per-s -1", "-1.0 is not in the range"),
         ("user revoke ann", "Nobody is here to say so"),
@@ -86,6 +88,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("cluster rotate-ca --kind mine", "'mine' is not one of"),
         ("cluster rotate-ca --overlap 1d --retire-now", "give one of the two"),
         ("cluster rotate-ca --retire-now", "Nobody is here to say so"),
+        ("cluster rotate-ca --yes", "--yes is for --retire-now"),
         ("secret set s3", "the secret is empty"),
         ("secret set s3 --file absent", "there is no file absent"),
         ("secret set s3 --file /dev/zero", "more than 64 KiB"),
@@ -94,7 +97,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("submit --clearance PHI -- true", "not a clearance label: 'PHI'"),
         ("submit --secret a/b -- true", "not a name for a secret"),
         ("submit --secret a=../b -- true", "not a name for"),
-        ("list --node 10.0.0.1:7220", "off loopback"),
         ("list --bearer-file absent", "does not tell which authorities to believe"),
         ("audit show --since x", "not a duration"),
         ("audit show --call cancle", "there is no call 'cancle' (one of status, payload,"),
@@ -116,7 +118,19 @@ def test_refused(line: str, message: str, capsys: pytest.CaptureFixture[str]) ->
 def test_missing_credentials_are_a_matter_of_logging_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list", "--credentials", "absent.pem"]) == exits.UNAUTHENTICATED
     assert "spinetta login" in capsys.readouterr().err
+    assert run(["list", "--node", "10.0.0.1:7220"]) == exits.UNAUTHENTICATED
+    err = capsys.readouterr().err
+    assert err.startswith("error: you have no credentials for the cluster at '10.0.0.1:7220'")
+    assert "spinetta login --node 10.0.0.1:7220" in err
     assert run(["logout"]) == exits.NOT_FOUND
+
+
+def test_who_has_said_nothing_is_told_of_logging_in(capsys: pytest.CaptureFixture[str]) -> None:
+    for address, says in ((DEFAULT_ADDRESS, True), ("127.0.0.9:1", False)):
+        show_error(StoreUnavailable(f"no node answers at {address}"), as_json=False, code=exits.UNAVAILABLE)
+        err = capsys.readouterr().err
+        assert "Is a node running here?" in err
+        assert ("for a cluster elsewhere: spinetta login" in err) == says
 
 
 def test_no_secret_in_what_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
