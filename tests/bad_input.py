@@ -120,7 +120,11 @@ CLI = [
     ),
     Cli(("submit", "--wait", "--memory", "lots", "--", "true"), "not a size", code=125),
     # which cluster
-    Cli(("list", "--node", "10.0.0.1:7220"), "is off loopback, where plain text is not spoken"),
+    Cli(
+        ("list", "--node", "10.0.0.1:7220"),
+        "you have no credentials for the cluster at '10.0.0.1:7220'",
+        code=8,
+    ),
     Cli(("list", "--node", "127.0.0.1"), "--node: not an address: '127.0.0.1' (write HOST:PORT"),
     Cli(("list", "--node", "127.0.0.1:99999"), "not a port: '99999'"),
     Cli(("list", "--timeout", "0"), "--timeout: 0s is out of range"),

@@ -238,7 +238,11 @@ def show_error(error: SpinettaError, *, as_json: bool, code: int, asks: bool = T
     field = f"{error.field}: " if isinstance(error, UserError) and _says_more(error) else ""
     output.tell(f"{prefix} {field}{error}")
     if asks and isinstance(error, StoreUnavailable) and "SPINETTA_NODE" not in os.environ:
-        output.tell("Is a node running here? Name others with --node HOST:PORT or SPINETTA_NODE.")
+        from spinetta.config import DEFAULT_ADDRESS
+
+        hint = "Is a node running here? Name others with --node HOST:PORT or SPINETTA_NODE"
+        is_usual = DEFAULT_ADDRESS in str(error) and usual_credentials() is None  # nothing at all was said
+        output.tell(f"{hint}; for a cluster elsewhere: spinetta login." if is_usual else f"{hint}.")
 
 
 _UNSAID = ("yes", "wall_ms", "remove", "labels")  # what a request calls it, and nobody has typed

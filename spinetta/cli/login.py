@@ -71,18 +71,23 @@ def login(
       spinetta login --node 10.0.0.5:7220 --bearer-file ~/.oidc-token --ca-hash 5f0c…
     """
     _check_ways(token, token_file, bearer_file, keep_bearer)
+    if bearer_file and keep_bearer:
+        _check_kept(bearer_file)
     settings = _settings(node, timeout, config_file)
     path = _place(out, settings)
     there = _check_there(path, force=force)
     addresses, timeout_s = settings.nodes, settings.timeout_s
     if bearer_file:
         bearer_file = bearer_file if bearer_file == "-" else str(Path(bearer_file).absolute())
-        stored = asyncio.run(_by_bearer(addresses, bearer_file, ca_hash, timeout_s, keep=keep_bearer, as_json=as_json))
+        stored, name = asyncio.run(
+            _by_bearer(addresses, bearer_file, ca_hash, timeout_s, keep=keep_bearer, as_json=as_json)
+        )
     else:
         text = token or os.environ.get("SPINETTA_TOKEN") or _secret_text(token_file or _no_token(), "token_file")
         stored = asyncio.run(_by_token(addresses, text, timeout_s))
+        name = stored.credentials.name if stored.credentials else ""
     _save(path, stored, there)
-    _tell(path, stored, as_json=as_json)
+    _tell(path, stored, name, as_json=as_json)
 
 
 def _check_ways(token: str | None, token_file: str | None, bearer_file: str | None, keep_bearer: bool) -> None:
@@ -92,6 +97,12 @@ def _check_ways(token: str | None, token_file: str | None, bearer_file: str | No
         )
     if keep_bearer and (not bearer_file or bearer_file == "-"):
         raise UserError("--keep-bearer is for a --bearer-file", field="keep_bearer", hint="name a file, not -")
+
+
+def _check_kept(bearer_file: str) -> None:
+    from spinetta.client.credentials import check_private
+
+    check_private(Path(bearer_file))
 
 
 def _no_token() -> str:
@@ -149,18 +160,21 @@ async def _by_token(addresses: Sequence[str], text: str, timeout_s: float) -> St
 
 async def _by_bearer(
     addresses: Sequence[str], bearer_file: str, ca_hash: str | None, timeout_s: float, *, keep: bool, as_json: bool
-) -> Stored:
+) -> tuple[Stored, str]:
+    """What to keep, and the name by which the cluster knows the token's holder."""
     from spinetta.client.credentials import NODES_MAX, Stored, check_bearer
-    from spinetta.client.login import with_bearer
+    from spinetta.client.login import whose_bearer, with_bearer
     from spinetta.trust.contact import meet
 
     text = check_bearer(_secret_text(bearer_file, "bearer_file"), bearer_file)
     wanted = _parse_hash(ca_hash) if ca_hash else _agreed(await meet(addresses, None), as_json=as_json)
     met = await meet(addresses, wanted)
     if keep:
+        found = await whose_bearer(met, text, timeout_s)  # a token that does not count is told now
         known = tuple(dict.fromkeys([*met.voters, met.address]))[:NODES_MAX]
-        return Stored(met.ca_bundle, None, known, bearer_file)
-    return await with_bearer(met, text, timeout_s)
+        return Stored(met.ca_bundle, None, known, bearer_file), found.name
+    stored = await with_bearer(met, text, timeout_s)
+    return stored, stored.credentials.name if stored.credentials else ""
 
 
 def _parse_hash(text: str) -> bytes:
@@ -235,7 +249,7 @@ def _save(path: Path, stored: Stored, there: Stored | None) -> None:
     )
 
 
-def _tell(path: Path, stored: Stored, *, as_json: bool) -> None:
+def _tell(path: Path, stored: Stored, name: str, *, as_json: bool) -> None:
     from spinetta.trust.certificates import expiry
 
     own = stored.credentials
@@ -243,7 +257,7 @@ def _tell(path: Path, stored: Stored, *, as_json: bool) -> None:
     if as_json:
         output.put_json(
             {
-                "user": own.name if own else "",
+                "user": name,
                 "cluster": stored.cluster,
                 "credentials": str(path),
                 "nodes": list(stored.nodes),
@@ -252,7 +266,7 @@ def _tell(path: Path, stored: Stored, *, as_json: bool) -> None:
         )
         return
     if own is None:
-        output.say(f"cluster {stored.cluster} is believed; {stored.bearer_file} says who you are, at each call")
+        output.say(f"you are {name} in cluster {stored.cluster}, as long as {stored.bearer_file} says so, at each call")
     else:
         when = time.strftime("%Y-%m-%d", time.gmtime(until_s))
         output.say(f"logged in as {own.name} to cluster {stored.cluster}, until {when} and renewed by use")

@@ -136,6 +136,22 @@ class CredentialsFile:
             return
 
 
+def check_private(path: Path) -> None:
+    """Refuse a bearer token's file that is to be kept in use and that others may read.
+
+    Raises:
+        UserError: they may, or it cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as e:
+        raise _unreadable(path, e, "bearer_file") from e
+    if stat.S_ISREG(mode) and mode & 0o077:
+        raise UserError(
+            f"others may read {path}", field="bearer_file", hint=f"chmod 600 {path}; whoever read the token can use it"
+        )
+
+
 def bearer_reader(path: Path) -> Callable[[], str]:
     """Reads a bearer token's file at each call: whoever renews it puts a new one there."""
 
@@ -186,6 +202,7 @@ def make_dialer(credentials: Source | None, bearer: Bearer | None) -> Dialer:
     file = CredentialsFile(Path(credentials))
     if bearer is None and file.stored.credentials is None:
         bearer = file.stored.bearer_file
+        check_private(Path(bearer))
     if bearer is not None:
         return Dialer.bearer(file.stored.ca_pem, _token(bearer))
     return Dialer.secured(file.pems)
@@ -241,11 +258,18 @@ def _unreadable(path: Path, error: OSError, field: str) -> UserError:
 
 
 def check_reachable(addresses: Sequence[str], dialer: Dialer) -> None:
-    """Refuse addresses off loopback for whom speaks plain text only.
+    """Refuse addresses off loopback for whom has no credentials: plain text is not spoken there.
 
     Raises:
-        UserError: with reason ``off-loopback``.
+        Denied: with reason ``unauthenticated``.
     """
-    if not dialer.is_secured:
-        for address in addresses:
-            names.require_loopback(address, "nodes")
+    if dialer.is_secured:
+        return
+    for address in addresses:
+        if not names.is_loopback(address):
+            raise Denied(
+                f"you have no credentials for the cluster at {names.quoted(address)}, and plain text is not spoken off "
+                "loopback",
+                hint=f"spinetta login --node {address} --token-file FILE; or name those you have with --credentials",
+                reason="unauthenticated",
+            )

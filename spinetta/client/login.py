@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from spinetta import names, tokens
 from spinetta.access import TokenRole
+from spinetta.client.admin import AsyncAdmin, WhoAmI
 from spinetta.client.channels import Nodes
 from spinetta.client.credentials import NODES_MAX, Stored, check_bearer, load, save
 from spinetta.errors import InvariantViolation, OutcomeUnknown, StoreUnavailable, UserError
@@ -57,6 +58,24 @@ async def with_bearer(met: Met, bearer: str, timeout_s: float) -> Stored:
         raise InvariantViolation("a bearer token is shown to a verified cluster only")
     checked = check_bearer(bearer, "the bearer token's file")
     return await _login(met, Dialer.bearer(met.ca_bundle, lambda: checked), "", timeout_s)
+
+
+async def whose_bearer(met: Met, bearer: str, timeout_s: float) -> WhoAmI:
+    """Who a verified cluster takes this bearer token's holder for.
+
+    Raises:
+        UserError: the token is not believed, or gives no rights here.
+        StoreUnavailable: nobody answers.
+    """
+    if not met.verified:
+        raise InvariantViolation("a bearer token is shown to a verified cluster only")
+    checked = check_bearer(bearer, "the bearer token's file")
+    addresses = tuple(dict.fromkeys([*met.voters, met.address]))
+    nodes = Nodes(addresses, timeout_s, timeout_s, Dialer.bearer(met.ca_bundle, lambda: checked))
+    try:
+        return await AsyncAdmin(nodes).whoami()
+    finally:
+        await nodes.close()
 
 
 async def _login(met: Met, dialer: Dialer, token: str, timeout_s: float) -> Stored:

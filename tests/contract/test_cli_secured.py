@@ -19,9 +19,10 @@ from spinetta.client.credentials import load
 from spinetta.node.founding import ADMIN_FILE
 from spinetta.trust import certificates
 from tests.contract.api_world import Etcd, etcd, etcd_member, run
+from tests.contract.test_oidc import Forge, forge
 from tests.contract.trust_world import Newcomer, World, world
 
-__all__ = ["etcd", "etcd_member"]
+__all__ = ["etcd", "etcd_member", "forge"]
 pytestmark = pytest.mark.contract
 
 LIMIT_S = 30.0
@@ -148,7 +149,9 @@ def test_without_credentials_and_with_those_of_nobody(play: Callable[..., None],
     async def story(w: World, admin: Shell) -> None:
         nobody = Shell(w, tmp_path / "nobody")
         assert "spinetta login" in await nobody.refused(8, "list")
-        assert "off loopback" in await nobody.refused(2, "list", "--node", "192.0.2.1:7220")
+        assert "you have no credentials for the cluster at" in await nobody.refused(
+            8, "list", "--node", "192.0.2.1:7220"
+        )
         assert "there is no file" in await nobody.refused(8, "list", "--credentials", "absent.pem")
         copy = nobody.home / "stolen.pem"
         copy.write_bytes((tmp_path / ADMIN_FILE).read_bytes())
@@ -213,11 +216,13 @@ def test_a_client_token_is_spent_once(play: Callable[..., None], tmp_path: Path)
 
 
 def test_a_bearer_token_is_kept_for_a_cluster_whose_authority_was_compared(
-    play: Callable[..., None], tmp_path: Path
+    play: Callable[..., None], tmp_path: Path, forge: Forge
 ) -> None:
     async def story(w: World, admin: Shell) -> None:
         ann = Shell(w, tmp_path / "ann")
-        (ann.home / "jwt").write_text("abc.def.ghi")
+        jwt = ann.home / "jwt"
+        jwt.write_text("abc.def.ghi")
+        jwt.chmod(0o600)
         keep = ("login", "--bearer-file", "jwt", "--keep-bearer")
         [right] = [
             a["hash"] for a in (await admin.json("cluster", "authorities"))["authorities"] if a["kind"] == "cluster"
@@ -226,11 +231,21 @@ def test_a_bearer_token_is_kept_for_a_cluster_whose_authority_was_compared(
         assert "somebody stands in between" in await ann.refused(2, *keep, "--ca-hash", "00" * 32)
         assert "not the hash of an authority" in await ann.refused(2, *keep, "--ca-hash", "12")
         assert not ann.credentials.exists()
-        await ann.good(*keep, "--ca-hash", right)
+        await ann.refused(8, *keep, "--ca-hash", right)  # no issuer is believed here
+        assert not ann.credentials.exists()
+        issuer = ("--audience", "spinetta", "--prefix", "uni-", "--map", "staff=user")
+        await admin.good("policy", "issuer", "add", forge.url, *issuer)
+        jwt.write_text(forge.token(aud="spinetta", sub="ann"))
+        jwt.chmod(0o644)
+        assert "others may read jwt" in await ann.refused(2, *keep, "--ca-hash", right)
+        jwt.chmod(0o600)
+        assert "you are uni-ann in cluster" in (await ann.good(*keep, "--ca-hash", right)).out
         stored = load(ann.credentials)
         assert (stored.credentials, stored.nodes) == (None, (w.voter.address,))
         assert stored.bearer_file == str(ann.home / "jwt")
-        await ann.refused(8, "whoami")  # no issuer is believed here
+        assert (await ann.json("whoami"))["name"] == "uni-ann"
+        jwt.chmod(0o640)
+        assert "others may read" in await ann.refused(2, "whoami")
 
     play(story)
 
@@ -310,6 +325,9 @@ def test_nodes_are_approved_cleared_and_shut_out(play: Callable[..., None]) -> N
 def test_policy(play: Callable[..., None], tmp_path: Path) -> None:
     async def story(w: World, admin: Shell) -> None:
         assert (await admin.json("policy", "show"))["approval"] is False
+        shown = (await admin.good("policy", "show")).out
+        assert "Node certs:  60d\n" in shown
+        assert "4000/s for each identity (built in)" in shown
         await admin.good("policy", "set", "--approval", "yes", "--node-certificate", "30d", "--calls-per-s", "50")
         url = "https://login.example.org"
         await admin.good(
@@ -323,6 +341,7 @@ def test_policy(play: Callable[..., None], tmp_path: Path) -> None:
             ("staff", "user", ["genomes", "imaging"], ["phi"]), ("/ops=lead", "operator", [], []),
         ]  # fmt: skip
         shown = (await admin.good("policy", "show")).out
+        assert "50/s for each identity\n" in shown
         assert "staff = user; projects genomes, imaging; cleared for phi" in shown
         await admin.good("policy", "issuer", "remove", url)
         assert (await admin.json("policy", "show"))["issuers"] == []
