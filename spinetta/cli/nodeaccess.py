@@ -19,6 +19,7 @@ from spinetta.cli.who import (
     done,
     labels,
     role_word,
+    tell_unreadable,
     words,
 )
 from spinetta.errors import NotFound, UserError
@@ -40,12 +41,15 @@ def requests(as_json: bool, node: str | None, timeout: str | None, config_file: 
     KEY is the fingerprint of the key that the node has made; it prints the same when it begins to wait.
     """
 
-    async def work(client: AsyncClient) -> tuple[JoinRequest, ...]:
-        return (await client.admin.members()).requests
+    async def work(client: AsyncClient) -> Access:
+        return await client.admin.members()
 
-    found = with_client(work, node, timeout, config_file)
+    members = with_client(work, node, timeout, config_file)
+    found = members.requests
+    tell_unreadable(members.unreadable)
     if as_json:
-        output.put_json({"requests": [document(r, without=("csr", "etcd_csr")) for r in found]})
+        waiting = [document(r, without=("csr", "etcd_csr")) for r in found]
+        output.put_json({"requests": waiting, "unreadable": members.unreadable})
         return
     from spinetta.access import fingerprint
     from spinetta.cli.show import age
@@ -139,10 +143,15 @@ def _digits(given: str) -> str:
 
 def _meant(found: Access, name: str) -> JoinRequest | NodeAcl:
     """The request of this name; else the node, as the answer to an approval may have been lost."""
+    from spinetta import keys
+    from spinetta.model import NodeId
+
     waiting = next((r for r in found.requests if r.name == name), None)
     approved = next((n for n in found.nodes if n.name == name and not n.revoked), None)
     if meant := waiting or approved:
         return meant
+    for key in (keys.request(NodeId(name)), keys.acl_node(NodeId(name))):
+        found.check_readable(key)
     raise NotFound(f"no node {name} waits to be approved", field="name", hint="spinetta node requests")
 
 
@@ -181,12 +190,14 @@ def access(as_json: bool, node: str | None, timeout: str | None, config_file: st
     CLEARANCE is what counts; labels in brackets were granted, but a group of the node does not have them.
     """
 
-    async def work(client: AsyncClient) -> tuple[NodeAcl, ...]:
-        return (await client.admin.members()).nodes
+    async def work(client: AsyncClient) -> Access:
+        return await client.admin.members()
 
-    found = with_client(work, node, timeout, config_file)
+    members = with_client(work, node, timeout, config_file)
+    found = members.nodes
+    tell_unreadable(members.unreadable)
     if as_json:
-        output.put_json({"nodes": [document(n) for n in found]})
+        output.put_json({"nodes": [document(n) for n in found], "unreadable": members.unreadable})
         return
     from spinetta.cli.show import age
 

@@ -9,11 +9,11 @@ import click
 
 from spinetta.cli import exits, output
 from spinetta.cli.base import client_options, json_option, with_client
-from spinetta.cli.who import complete_user, document, done, labels, role_of, role_word, words
+from spinetta.cli.who import complete_user, document, done, labels, role_of, role_word, tell_unreadable, words
 
 if TYPE_CHECKING:
     from spinetta.access import TokenRecord
-    from spinetta.client.admin import NewToken
+    from spinetta.client.admin import NewToken, Tokens
     from spinetta.client.aio import AsyncClient
 
 
@@ -128,12 +128,14 @@ def _words_left(t: TokenRecord) -> str:
 def list_tokens(as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
     """List the tokens there are, also those that are spent, revoked or past."""
 
-    async def work(client: AsyncClient) -> list[TokenRecord]:
-        return await client.admin.tokens()
+    async def work(client: AsyncClient) -> Tokens:
+        return await client.admin.all_tokens()
 
-    found = with_client(work, node, timeout, config_file)
+    tokens = with_client(work, node, timeout, config_file)
+    found = tokens.records
+    tell_unreadable(tokens.unreadable)
     if as_json:
-        output.put_json({"tokens": [_document(t) for t in found]})
+        output.put_json({"tokens": [_document(t) for t in found], "unreadable": tokens.unreadable})
         return
     from spinetta.cli.show import age, moment
 

@@ -10,13 +10,25 @@ import click
 
 from spinetta.cli import exits, output
 from spinetta.cli.base import client_options, json_option, with_client
-from spinetta.cli.who import complete_group, confirm, document, done, labels, rights_words, role_of, role_word, words
+from spinetta.cli.who import (
+    complete_group,
+    confirm,
+    document,
+    done,
+    labels,
+    rights_words,
+    role_of,
+    role_word,
+    tell_unreadable,
+    words,
+)
 from spinetta.errors import NotFound, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from spinetta.access import GroupAcl, GroupMapping, Issuer, Policy
+    from spinetta.access import GroupMapping, Issuer, Policy
+    from spinetta.client.admin import Access
     from spinetta.client.aio import AsyncClient
 
 CA_BYTES_MAX = 64 << 10
@@ -71,13 +83,15 @@ def set_group(
 def list_groups(as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
     """List groups with their nodes."""
 
-    async def work(client: AsyncClient) -> list[tuple[GroupAcl, list[str]]]:
-        found = await client.admin.members()
-        return [(g, [n.name for n in found.nodes if g.name in n.groups]) for g in found.groups]
+    async def work(client: AsyncClient) -> Access:
+        return await client.admin.members()
 
-    groups = with_client(work, node, timeout, config_file)
+    found = with_client(work, node, timeout, config_file)
+    groups = [(g, [n.name for n in found.nodes if g.name in n.groups]) for g in found.groups]
+    tell_unreadable(found.unreadable)
     if as_json:
-        output.put_json({"groups": [{**document(g), "nodes": members} for g, members in groups]})
+        documents = [{**document(g), "nodes": members} for g, members in groups]
+        output.put_json({"groups": documents, "unreadable": found.unreadable})
         return
     rows = [(g.name, ",".join(g.clearances), ",".join(members)) for g, members in groups]
     output.table(("NAME", "CLEARANCE", "NODES"), rows)

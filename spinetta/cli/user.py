@@ -8,13 +8,25 @@ import click
 
 from spinetta.cli import exits, output
 from spinetta.cli.base import client_options, json_option, with_client
-from spinetta.cli.who import complete_user, confirm, document, done, labels, rights_words, role_of, role_word, words
+from spinetta.cli.who import (
+    complete_user,
+    confirm,
+    document,
+    done,
+    labels,
+    rights_words,
+    role_of,
+    role_word,
+    tell_unreadable,
+    words,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
     from spinetta.access import UserAcl
+    from spinetta.client.admin import Access
     from spinetta.client.aio import AsyncClient
 
 ROLES = click.Choice(["viewer", "user", "operator", "admin"])
@@ -104,12 +116,14 @@ def add(
 def list_users(as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
     """List users. Those of an OIDC issuer are not among them unless they were added: their rights come with them."""
 
-    async def work(client: AsyncClient) -> tuple[UserAcl, ...]:
-        return (await client.admin.members()).users
+    async def work(client: AsyncClient) -> Access:
+        return await client.admin.members()
 
-    found = with_client(work, node, timeout, config_file)
+    members = with_client(work, node, timeout, config_file)
+    found = members.users
+    tell_unreadable(members.unreadable)
     if as_json:
-        output.put_json({"users": [document(u) for u in found]})
+        output.put_json({"users": [document(u) for u in found], "unreadable": members.unreadable})
         return
     from spinetta.cli.show import age
 

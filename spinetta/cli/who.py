@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=enum.IntEnum)
 
+UNREADABLE_TOLD_MAX = 20  # records: more than that is one cause, and a screen is full
 COMPLETION_LIMIT_S = "1s"  # somebody has pressed Tab and waits
 
 
@@ -102,6 +103,16 @@ def done(text: str, found: object, *, as_json: bool) -> None:
         output.put_json(found)
     else:
         output.say(text)
+
+
+def tell_unreadable(those: Sequence[str]) -> None:
+    """Warn of records that a list does not show, with what to do about them."""
+    for key in those[:UNREADABLE_TOLD_MAX]:
+        output.tell(f"warning: {output.printable(key)} cannot be read, and nobody has rights by it")
+    if len(those) > UNREADABLE_TOLD_MAX:
+        output.tell(f"warning: and {len(those) - UNREADABLE_TOLD_MAX} more cannot be read: --json names all")
+    if those:
+        output.tell("On a voter: spinetta etcdctl del KEY; then make it anew")
 
 
 def _completing(pick: Callable[[Access], Iterable[str]], incomplete: str) -> list[CompletionItem]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from spinetta import access, names, trustcodec
-from spinetta.errors import NotFound, UserError
+from spinetta import access, keys, names, trustcodec
+from spinetta.errors import CorruptRecord, NotFound, UserError
 from spinetta.v1 import record_pb2 as pb
 from spinetta.v1 import trust_pb2 as trust
 
@@ -50,12 +50,36 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """All that is allowed in, and nodes that wait for it."""
+    """All that is allowed in, and nodes that wait for it.
+
+    Attributes:
+        unreadable: keys of records that cannot be read: nobody has rights by them until they are mended.
+    """
 
     nodes: tuple[access.NodeAcl, ...]
     requests: tuple[access.JoinRequest, ...]
     users: tuple[access.UserAcl, ...]
     groups: tuple[access.GroupAcl, ...]
+    unreadable: tuple[str, ...] = ()
+
+    def check_readable(self, key: str) -> None:
+        """See that a record which is not among these is not there.
+
+        Raises:
+            CorruptRecord: it is there, and cannot be read.
+        """
+        if key in self.unreadable:
+            raise CorruptRecord(
+                f"the record {key} cannot be read", hint=f"on a voter: spinetta etcdctl del {key}; then make it anew"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """All tokens; `unreadable`: keys of records that cannot be read."""
+
+    records: tuple[access.TokenRecord, ...]
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +179,13 @@ class AsyncAdmin:
         return NewToken(m.token, trustcodec.from_pb(access.TokenRecord, m.record), tuple(m.addresses))
 
     async def tokens(self) -> list[access.TokenRecord]:
-        """All tokens, without what is secret of them."""
+        """All tokens that can be read, without what is secret of them."""
+        return list((await self.all_tokens()).records)
+
+    async def all_tokens(self) -> Tokens:
+        """The same, and the keys of those that cannot be read."""
         m = await self._nodes.trust(lambda stub: stub.ListTokens, trust.ListTokensRequest())
-        return [trustcodec.from_pb(access.TokenRecord, t) for t in m.tokens]
+        return Tokens(tuple(trustcodec.from_pb(access.TokenRecord, t) for t in m.tokens), tuple(m.unreadable))
 
     async def revoke_token(self, token_id: str) -> None:
         """Nobody joins with it any more; who has is not touched."""
@@ -173,6 +201,7 @@ class AsyncAdmin:
             _sorted(access.JoinRequest, m.requests),
             _sorted(access.UserAcl, m.users),
             _sorted(access.GroupAcl, m.groups),
+            tuple(m.unreadable),
         )
 
     async def decide_join(
@@ -231,10 +260,12 @@ class AsyncAdmin:
         return trustcodec.from_pb(access.UserAcl, m.user)
 
     async def user(self, name: str) -> access.UserAcl:
-        """One user. Raises NotFound."""
+        """One user. Raises NotFound, or CorruptRecord."""
         _check_user(name)
-        found = next((u for u in (await self.members()).users if u.name == name), None)
+        members = await self.members()
+        found = next((u for u in members.users if u.name == name), None)
         if found is None:
+            members.check_readable(keys.acl_user(name))
             raise NotFound(f"there is no user {name}", field="name", hint="see: spinetta user list")
         return found
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from spinetta import access
-from spinetta.client.admin import Access, AsyncAdmin, AuthorityInfo, NewToken, Rotated, WhoAmI
+from spinetta.client.admin import Access, AsyncAdmin, AuthorityInfo, NewToken, Rotated, Tokens, WhoAmI
 
 T = TypeVar("T")
 
@@ -37,6 +37,10 @@ class Admin:
     def revoke_token(self, token_id: str) -> None:
         """Nobody joins with it any more."""
         self._run(self._admin.revoke_token(token_id))
+
+    def all_tokens(self) -> Tokens:
+        """All tokens, and the keys of those that cannot be read."""
+        return self._run(self._admin.all_tokens())
 
     def members(self) -> Access:
         """Nodes, requests, users and groups."""

@@ -81,6 +81,13 @@ async def read_readable(store: Store, prefix: str, kind: type[T], limit: int) ->
     return {e.key: readable(partial(trustcodec.decode, kind), e.value) for e in page.entries}
 
 
+async def read_apart(store: Store, prefix: str, kind: type[T], limit: int) -> tuple[list[T], list[str]]:
+    """As `read_readable`, for lists: the records, and the keys of those that cannot be read, as text for messages."""
+    found = await read_readable(store, prefix, kind, limit)
+    unreadable = [key.encode("utf-8", "backslashreplace").decode() for key, value in found.items() if value is None]
+    return [value for value in found.values() if value is not None], unreadable
+
+
 @dataclass(frozen=True, slots=True)
 class Groups:
     """Groups of a node, as they were read.

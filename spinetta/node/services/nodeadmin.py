@@ -45,18 +45,19 @@ class NodeAdmin:
         self._keyring = keyring
 
     async def everybody(self) -> pb.ListAccessResponse:
-        """Everybody: nodes, those that wait, users, groups."""
+        """Everybody: nodes, those that wait, users, groups; and the keys of records that cannot be read."""
         needs_keyring(self._keyring, self._port)
         store = self._port.store
-        nodes = await read_under(store, keys.ACL_NODE, NodeAcl, NODES_MAX)
-        requests = await read_under(store, keys.REQUEST, JoinRequest, REQUESTS_MAX)
-        users = await read_under(store, keys.ACL_USER, UserAcl, USERS_MAX)
-        groups = await read_under(store, keys.ACL_GROUP, GroupAcl, GROUPS_MAX)
+        nodes, bad_nodes = await access.read_apart(store, keys.ACL_NODE, NodeAcl, NODES_MAX)
+        requests, bad_requests = await access.read_apart(store, keys.REQUEST, JoinRequest, REQUESTS_MAX)
+        users, bad_users = await access.read_apart(store, keys.ACL_USER, UserAcl, USERS_MAX)
+        groups, bad_groups = await access.read_apart(store, keys.ACL_GROUP, GroupAcl, GROUPS_MAX)
         return pb.ListAccessResponse(
-            nodes=[trustcodec.to_pb(v) for v, _ in nodes.values()],
-            requests=[trustcodec.to_pb(replace(v, csr=b"", etcd_csr=b"")) for v, _ in requests.values()],
-            users=[trustcodec.to_pb(v) for v, _ in users.values()],
-            groups=[trustcodec.to_pb(v) for v, _ in groups.values()],
+            nodes=[trustcodec.to_pb(v) for v in nodes],
+            requests=[trustcodec.to_pb(replace(v, csr=b"", etcd_csr=b"")) for v in requests],
+            users=[trustcodec.to_pb(v) for v in users],
+            groups=[trustcodec.to_pb(v) for v in groups],
+            unreadable=[*bad_nodes, *bad_requests, *bad_users, *bad_groups],
         )
 
     # --- joining ---

@@ -122,9 +122,9 @@ class Tokens:
             await store.commit(accesstxn.remove(seen, asked.caller.guards))
 
     async def everything(self) -> pb.ListTokensResponse:
-        """All tokens, without what their secrets could be checked by."""
-        found = await access.read_under(self._port.store, keys.TOKEN, TokenRecord, TOKENS_MAX + SWEEP_MAX)
-        return pb.ListTokensResponse(tokens=[shown(t) for t, _ in found.values()])
+        """All tokens, without what their secrets could be checked by; and the keys of those that cannot be read."""
+        found, bad = await access.read_apart(self._port.store, keys.TOKEN, TokenRecord, TOKENS_MAX + SWEEP_MAX)
+        return pb.ListTokensResponse(tokens=[shown(t) for t in found], unreadable=bad)
 
     async def revoke(self, request: pb.RevokeTokenRequest, asked: Asked) -> pb.RevokeTokenResponse:
         """A token counts no more. May be repeated.
