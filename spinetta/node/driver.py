@@ -52,6 +52,7 @@ from spinetta.events import (
     attempt_key,
 )
 from spinetta.model import Exit, IncarnationId, Reason, Revision, TaskSpec
+from spinetta.node.trouble import Teller
 from spinetta.node.vault import CannotOpen, Opened, Vault
 from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimLost
 from spinetta.store.protocol import KeyValue, Store
@@ -149,6 +150,7 @@ class Driver:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
         self._remarked_s: dict[str, float] = {}
+        self._teller = Teller(log)
         self._hushed = False
         self._busy_s = agent.settings.renew_every_s
         self._relist_s = agent.settings.reconcile_s  # an end that the shim could not forget is found again
@@ -196,12 +198,12 @@ class Driver:
         self._hushed = True
 
     def _remark(self, what: str, error: Exception) -> None:
-        """Say that something had no answer: in an outage once in a while, not each of hundreds of times."""
+        """Say that something had no answer: once for each cause, not each of hundreds of times. A node that was
+        revoked stays up, or what starts daemons would start it again and again, and asks for ever."""
         now_s = boot_time_s()
         fresh = now_s - self._remarked_s.get(what, -math.inf) >= REMARK_EVERY_S
-        if fresh and not self._hushed:
+        if fresh and not self._hushed and self._teller.tell(f"{what}: {error}"):
             self._remarked_s[what] = now_s
-            log.info("%s: %s", what, error)
         else:
             log.debug("%s: %s", what, error)
 

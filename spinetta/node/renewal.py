@@ -378,9 +378,10 @@ class TrustKeeper:
     def _tell_denied(self, error: Denied) -> None:
         if str(error) != self._refusal:
             self._refusal = str(error)
-            log.error("this node has no place in the cluster: %s", error)
             if self._denied is not None:
                 self._denied(error.message)
+            else:
+                log.error("this node has no place in the cluster: %s", error)
 
     def _tell_failure(self, error: Exception) -> None:
         left_s = self._left_s()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import logging
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -307,6 +308,29 @@ def test_a_worker_that_falls_silent_is_given_up_and_what_it_held_runs_elsewhere(
             await submit(world, *range(50, 70), resources=builders.cpus(0.5))
             await complete(world, *range(50, 70))
             assert nothing_was_refused(world)
+
+    run(scenario())
+
+
+def test_a_revoked_worker_stays_up_and_tells_of_each_cause_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spinetta.node.driver.REMARK_EVERY_S", 0.0)
+    caplog.set_level(logging.DEBUG, "spinetta.node")
+
+    def told(level: int) -> list[str]:
+        return [r.message for r in caplog.records if r.levelno == level and "revoked" in r.message]
+
+    async def scenario() -> None:
+        async with fresh(2) as world, cluster(world, 2) as nodes:
+            caplog.clear()
+            await world.grant("w2", revoked=True)
+            await eventually(lambda: len(told(logging.DEBUG)) >= 5, within_s=60)
+            assert nodes[2].task is not None
+            assert not nodes[2].task.done()
+            lines = told(logging.INFO)
+            assert lines
+            assert len(lines) == len(set(lines))
 
     run(scenario())
 
