@@ -27,7 +27,7 @@ from spinetta.node.services.callers import peer_address
 from spinetta.node.services.desk import Desk
 from spinetta.node.services.enroll import EnrollApi
 from spinetta.node.services.server import Register
-from spinetta.node.services.trust import TrustApi
+from spinetta.node.services.trust import SERVICES, TrustApi
 from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.node.vault import Vault
 from spinetta.rights import Call, CallerKind
@@ -104,12 +104,14 @@ class Secured:
         """What the server offers besides the API."""
         return (self._register,)
 
-    def _register(self, server: grpc.aio.Server, desk: Desk) -> None:
+    def _register(self, server: grpc.aio.Server, desk: Desk) -> Sequence[str]:
         self._desk = desk
         add_EnrollServicer_to_server(EnrollApi(self._port, desk, self.keyring), server)
         add_TrustServicer_to_server(TrustApi(self._port, desk, self.keyring), server)
-        if self._gateway is not None:
-            add_gateway(server, self._gateway)
+        if self._gateway is None:
+            return SERVICES
+        add_gateway(server, self._gateway)
+        return (*SERVICES, "spinetta.v1.Gateway")
 
     async def run(self) -> None:
         """Keep all of it up until cancelled."""

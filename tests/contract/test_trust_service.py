@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from spinetta import keys, tokens, trustcodec
 from spinetta.access import (
@@ -28,6 +29,8 @@ from spinetta.node.services.server import serve
 from spinetta.store.etcd import EtcdStore
 from spinetta.trust import certificates
 from spinetta.trust.credentials import NodeCredentials, UserCredentials
+from spinetta.trust.dial import VOTER as A_VOTER
+from spinetta.trust.dial import Dialer
 from spinetta.v1 import record_pb2 as records
 from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1.trust_pb2_grpc import EnrollStub, TrustStub
@@ -181,6 +184,19 @@ def test_only_administrators_change_anything(play: Callable[..., None], role: st
             assert (await failure(call)).code is grpc.StatusCode.PERMISSION_DENIED
         after = await w.voter.store.list("/", keys_only=True)
         assert [(e.key, e.modified) for e in after.entries] == [(e.key, e.modified) for e in before.entries]
+
+    play(story)
+
+
+def test_reflection_names_the_services_of_a_secured_node(play: Callable[..., None]) -> None:
+    async def story(w: World) -> None:
+        me = w.admin_credentials
+        dialer = Dialer.secured(lambda: (me.ca_pem, me.cert_pem, me.key_pem))
+        async with dialer.channel(w.voter.address, A_VOTER) as channel:
+            asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            answer = await anext(aiter(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked)))
+        names = {s.name for s in answer.list_services_response.service}
+        assert {f"spinetta.v1.{name}" for name in ("Spinetta", "Peer", "Enroll", "Trust")} <= names
 
     play(story)
 

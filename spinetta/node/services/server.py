@@ -58,8 +58,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-Register = Callable[[grpc.aio.Server, Desk], None]
-"""Adds a service to a server; its calls go through the desk."""
+Register = Callable[[grpc.aio.Server, Desk], Sequence[str]]
+"""Adds services to a server, and says how they are called; their calls go through the desk."""
 
 
 class Api(rpc.SpinettaServicer):
@@ -230,11 +230,10 @@ async def serve(
     rpc.add_PeerServicer_to_server(PeerApi(port, desk), server)
     health_servicer = Health(desk)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    more = [name for register in extra for name in register(server, desk)]
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
-        Reflection(desk, (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)), server
+        Reflection(desk, (*SERVICES, *more, health.SERVICE_NAME, reflection.SERVICE_NAME)), server
     )
-    for register in extra:
-        register(server, desk)
     bound = [_bind(server, address, port) for address in addresses]
     api_server = ApiServer(bound, hub, desk, health_servicer)
     of_body: BaseException | None = None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
@@ -128,7 +129,8 @@ class TrustApi(rpc.TrustServicer):
 
 def register(
     server: grpc.aio.Server, port: NodePort, desk: Desk, keyring: Keyring | None, checker: TokenDesk | None = None
-) -> None:
-    """Add both services to a server. `keyring` is None on a worker and in an open cluster."""
+) -> Sequence[str]:
+    """Add both services to a server; how they are called. `keyring` is None on a worker and in an open cluster."""
     rpc.add_EnrollServicer_to_server(EnrollApi(port, desk, keyring, checker), server)
     rpc.add_TrustServicer_to_server(TrustApi(port, desk, keyring), server)
+    return SERVICES
