@@ -285,7 +285,7 @@ class Life(enum.IntEnum):
 
     OPEN = 1
     CONDEMNED = 2
-    DEAD = 3  # the node itself reports that nothing of it runs any more
+    DEAD = 3  # nothing of it runs any more: the node itself has reported it, or an administrator has vouched for it
 
 
 @dataclass(frozen=True, slots=True)

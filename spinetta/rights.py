@@ -25,6 +25,7 @@ class Call(enum.StrEnum):
     LOG = "log"
     DRAIN = "drain"  # and undrain
     LEAVE = "leave"
+    CONFIRM_DEAD = "confirm-dead"
     WHOAMI = "whoami"
     RENEW = "renew"
     TOKENS = "tokens"
@@ -143,6 +144,7 @@ _ADMIN: Mapping[Call, Reach] = {
     Call.ACCESS_CHANGE: _ANY,
     Call.POLICY: _ANY,
     Call.AUTHORITIES: _ANY,
+    Call.CONFIRM_DEAD: _ANY,  # not for operators: a wrong word lets two attempts of a task run at once
 }
 _WORKER: Mapping[Call, Reach] = {Call.NODES: _ANY, Call.WHOAMI: _ANY, Call.RENEW: _ANY, Call.GATEWAY: _ANY}
 _VOTER: Mapping[Call, Reach] = {
@@ -174,6 +176,7 @@ CHANGES = frozenset(
         Call.CANCEL,
         Call.DRAIN,
         Call.LEAVE,
+        Call.CONFIRM_DEAD,
         Call.RENEW,
         Call.TOKENS,
         Call.ACCESS_CHANGE,
@@ -197,6 +200,7 @@ DOING: Mapping[Call, str] = {
     Call.LOG: "read logs",
     Call.DRAIN: "drain nodes",
     Call.LEAVE: "make nodes leave",
+    Call.CONFIRM_DEAD: "vouch that nodes are dead",
     Call.WHOAMI: "ask who it is",
     Call.RENEW: "renew certificates",
     Call.TOKENS: "make, list or revoke tokens",

@@ -330,6 +330,17 @@ def concede(node: NodeId, seen: Revision, incarnation: bytes, acl: Revision = Re
     )
 
 
+def confirm_dead(node: NodeId, seen: Revision, incarnation: bytes, who: tuple[Guard, ...] = ()) -> Txn:
+    """An administrator (`who`: what guards that person's rights) vouches that nothing of a life runs any more.
+
+    As if the node itself had said so. Conflict: it is alive, or has moved on, or the rights have changed: look again.
+    """
+    return Txn(
+        when=(Absent(keys.node(node)), RevisionIs(keys.incarnation(node), seen), *who),
+        then=(Put(keys.incarnation(node), incarnation),),
+    )
+
+
 def deregister(registration: Registration) -> Txn:
     """A node that holds nothing leaves. Conflict: it still holds something, or was condemned."""
     node = registration.node

@@ -327,5 +327,7 @@ API = [
     Api("Drain", {"node": "A"}, "INVALID_ARGUMENT", "node", "not a name for a node: 'A'"),
     Api("Drain", {"node": "nobody"}, "NOT_FOUND", "node", "there is no node nobody", "not-found"),
     Api("Undrain", {"node": "nobody"}, "NOT_FOUND", "node", "there is no node nobody", "not-found"),
+    Api("ConfirmDead", {"node": "A"}, "INVALID_ARGUMENT", "node", "not a name for a node: 'A'"),
+    Api("ConfirmDead", {"node": "nobody"}, "NOT_FOUND", "node", "no node nobody is lost", "not-found"),
     Api("Leave", {"node": "nobody"}, "NOT_FOUND", "node", "there is no node nobody", "not-found"),
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from spinetta.cli import exits, nodeaccess, output
+from spinetta.cli import exits, nodeaccess, nodeloss, output
 from spinetta.cli.base import (
     Finished,
     client_options,
@@ -391,5 +391,5 @@ def _end_shim(directory: Path) -> bool:
     return asyncio.run(end())
 
 
-for _command in nodeaccess.COMMANDS:
+for _command in (nodeloss.confirm_dead, *nodeaccess.COMMANDS):
     node.add_command(_command)

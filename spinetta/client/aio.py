@@ -300,6 +300,18 @@ class AsyncClient:
         request = api.UndrainRequest(node=node_or_empty(node))
         await self._nodes.call(lambda stub: stub.Undrain, request, writes=True)
 
+    async def confirm_dead(self, node: str) -> views.ConfirmedDead:
+        """Vouch that nothing runs any more on a lost node: its tasks are put back without the wait for its certain end.
+
+        If that is wrong, two attempts of a task may run at once; still one result is recorded.
+
+        Raises:
+            UserError: it is alive, or not known.
+        """
+        request = api.ConfirmDeadRequest(node=_node(node))
+        answer = await self._nodes.call(lambda stub: stub.ConfirmDead, request, writes=True)
+        return views.ConfirmedDead(answer.incarnation, answer.running, answer.was_dead)
+
     async def leave(self, node: str = "", *, timeout_s: float | None = None) -> AsyncGenerator[views.LeaveStep, None]:
         """A node drains, gives up its seat, deregisters and ends. After `timeout_s` (None: its own
         setting) its tasks go back to the queue.

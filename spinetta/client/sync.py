@@ -193,6 +193,10 @@ class Client:
         """A drained node takes tasks again."""
         self._run(self._client.undrain(node))
 
+    def confirm_dead(self, node: str) -> views.ConfirmedDead:
+        """Vouch that nothing runs any more on a lost node."""
+        return self._run(self._client.confirm_dead(node))
+
     def leave(self, node: str = "", *, timeout_s: float | None = None) -> Iterator[views.LeaveStep]:
         """A node drains, gives up its seat, deregisters and ends."""
         return self._iterate(self._client.leave(node, timeout_s=timeout_s))

@@ -143,6 +143,15 @@ class LeaveStep:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfirmedDead:
+    """A life of a node that is over by an administrator's word; `running`: tasks that it held then."""
+
+    incarnation: str
+    running: int
+    was_dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class VoterInfo:
     """A node that runs an etcd member."""
 

@@ -819,6 +819,53 @@ class LeaveProgress(_message.Message):
 Global___LeaveProgress: _TypeAlias = LeaveProgress  # noqa: Y015
 
 @_typing.final
+class ConfirmDeadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmDeadRequest: _TypeAlias = ConfirmDeadRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmDeadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAS_DEAD_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.str
+    """the life that is over"""
+    running: _builtins.int
+    """tasks that it held"""
+    was_dead: _builtins.bool
+    """it was known already"""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.str = ...,
+        running: _builtins.int = ...,
+        was_dead: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "running", b"running", "was_dead", b"was_dead"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmDeadResponse: _TypeAlias = ConfirmDeadResponse  # noqa: Y015
+
+@_typing.final
 class DescribeClusterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

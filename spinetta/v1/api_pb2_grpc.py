@@ -89,6 +89,11 @@ class SpinettaStub:
                 request_serializer=spinetta_dot_v1_dot_api__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=spinetta_dot_v1_dot_api__pb2.LeaveProgress.FromString,
                 _registered_method=True)
+        self.ConfirmDead = channel.unary_unary(
+                '/spinetta.v1.Spinetta/ConfirmDead',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.ConfirmDeadRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.ConfirmDeadResponse.FromString,
+                _registered_method=True)
         self.DescribeCluster = channel.unary_unary(
                 '/spinetta.v1.Spinetta/DescribeCluster',
                 request_serializer=spinetta_dot_v1_dot_api__pb2.DescribeClusterRequest.SerializeToString,
@@ -171,6 +176,13 @@ class SpinettaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConfirmDead(self, request, context):
+        """An administrator vouches that nothing runs on a lost node any more: its tasks are put back without the wait.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DescribeCluster(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -234,6 +246,11 @@ def add_SpinettaServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=spinetta_dot_v1_dot_api__pb2.LeaveRequest.FromString,
                     response_serializer=spinetta_dot_v1_dot_api__pb2.LeaveProgress.SerializeToString,
+            ),
+            'ConfirmDead': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmDead,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.ConfirmDeadRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.ConfirmDeadResponse.SerializeToString,
             ),
             'DescribeCluster': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeCluster,
@@ -538,6 +555,33 @@ class Spinetta:
             '/spinetta.v1.Spinetta/Leave',
             spinetta_dot_v1_dot_api__pb2.LeaveRequest.SerializeToString,
             spinetta_dot_v1_dot_api__pb2.LeaveProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmDead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/ConfirmDead',
+            spinetta_dot_v1_dot_api__pb2.ConfirmDeadRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.ConfirmDeadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,8 @@ class SpinettaStub:
     Undrain: _grpc.UnaryUnaryMultiCallable[_api_pb2.UndrainRequest, _api_pb2.UndrainResponse]
     Leave: _grpc.UnaryStreamMultiCallable[_api_pb2.LeaveRequest, _api_pb2.LeaveProgress]
     """Drains, gives up the voter's seat, deregisters, ends the daemon."""
+    ConfirmDead: _grpc.UnaryUnaryMultiCallable[_api_pb2.ConfirmDeadRequest, _api_pb2.ConfirmDeadResponse]
+    """An administrator vouches that nothing runs on a lost node any more: its tasks are put back without the wait."""
     DescribeCluster: _grpc.UnaryUnaryMultiCallable[_api_pb2.DescribeClusterRequest, _api_pb2.DescribeClusterResponse]
 
 @_typing.type_check_only
@@ -75,6 +77,8 @@ class SpinettaAsyncStub(SpinettaStub):
     Undrain: _aio.UnaryUnaryMultiCallable[_api_pb2.UndrainRequest, _api_pb2.UndrainResponse]  # type: ignore[assignment]
     Leave: _aio.UnaryStreamMultiCallable[_api_pb2.LeaveRequest, _api_pb2.LeaveProgress]  # type: ignore[assignment]
     """Drains, gives up the voter's seat, deregisters, ends the daemon."""
+    ConfirmDead: _aio.UnaryUnaryMultiCallable[_api_pb2.ConfirmDeadRequest, _api_pb2.ConfirmDeadResponse]  # type: ignore[assignment]
+    """An administrator vouches that nothing runs on a lost node any more: its tasks are put back without the wait."""
     DescribeCluster: _aio.UnaryUnaryMultiCallable[_api_pb2.DescribeClusterRequest, _api_pb2.DescribeClusterResponse]  # type: ignore[assignment]
 
 class SpinettaServicer(metaclass=_abc_1.ABCMeta):
@@ -160,6 +164,14 @@ class SpinettaServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_api_pb2.LeaveProgress], _abc.AsyncIterator[_api_pb2.LeaveProgress]]:
         """Drains, gives up the voter's seat, deregisters, ends the daemon."""
+
+    @_abc_1.abstractmethod
+    def ConfirmDead(
+        self,
+        request: _api_pb2.ConfirmDeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_pb2.ConfirmDeadResponse, _abc.Awaitable[_api_pb2.ConfirmDeadResponse]]:
+        """An administrator vouches that nothing runs on a lost node any more: its tasks are put back without the wait."""
 
     @_abc_1.abstractmethod
     def DescribeCluster(

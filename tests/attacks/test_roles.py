@@ -45,6 +45,7 @@ RIGHT: dict[str, Call] = {
     "Spinetta.Drain": Call.DRAIN,
     "Spinetta.Undrain": Call.DRAIN,
     "Spinetta.Leave": Call.LEAVE,
+    "Spinetta.ConfirmDead": Call.CONFIRM_DEAD,
     "Peer.TakeSeat": Call.PEER,
     "Peer.GiveUpSeat": Call.PEER,
     "Enroll.GetAuthorities": Call.ENROLL,

@@ -12,15 +12,15 @@ from unittest import mock
 import grpc
 import pytest
 
-from spinetta import keys
+from spinetta import codec, keys
 from spinetta.errors import InvariantViolation, OutcomeUnknown, StoreUnavailable
-from spinetta.model import Outcome, State
+from spinetta.model import Incarnation, IncarnationId, Life, NodeId, Outcome, State
 from spinetta.node.services import limits
 from spinetta.store.protocol import Snapshot, Store
 from spinetta.txn import NESTED_MAX, Result, Txn
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
-from tests.contract.api_world import Etcd, etcd, etcd_member, failure, node, run, spec
+from tests.contract.api_world import Etcd, etcd, etcd_member, failure, node, put, run, spec
 
 __all__ = ["etcd", "etcd_member"]
 pytestmark = pytest.mark.contract
@@ -275,5 +275,34 @@ def test_a_client_that_gives_up_does_not_stop_others(etcd: Etcd, tmp_path: Path)
             for s in specs:  # whatever had become of the others, again finishes them
                 await a.api.Submit(api.SubmitRequest(tasks=s))
             assert len((await a.store.list(keys.QUEUED)).entries) == 1000
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fate", [LOST_BEFORE, LOST_AFTER])
+def test_a_word_on_a_dead_node_gets_through_lost_answers(etcd: Etcd, tmp_path: Path, fate: str) -> None:
+    async def scenario() -> None:
+        made: list[Lossy] = []
+        async with node(etcd, tmp_path, wrap=lossy(made)) as a:
+            life = Incarnation(IncarnationId("i"), Life.OPEN, "boot", 10.0, 1.0)
+            await put(a.store, keys.incarnation(NodeId("b")), codec.encode_incarnation(life))
+            made[0].commits, before = [fate], made[0].seen
+            said = await a.api.ConfirmDead(api.ConfirmDeadRequest(node="b"))
+            assert (said.incarnation, said.was_dead) == ("i", False)
+            assert made[0].seen - before == (2 if fate == LOST_BEFORE else 1)
+
+    run(scenario())
+
+
+def test_a_word_whose_fate_is_not_known_is_told_as_such(etcd: Etcd, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        made: list[Lossy] = []
+        async with node(etcd, tmp_path, wrap=lossy(made)) as a:
+            life = Incarnation(IncarnationId("i"), Life.OPEN, "boot", 10.0, 1.0)
+            await put(a.store, keys.incarnation(NodeId("b")), codec.encode_incarnation(life))
+            made[0].commits = [LOST_AFTER]
+            made[0].reads = [FINE, REFUSED]
+            failed = await failure(a.api.ConfirmDead(api.ConfirmDeadRequest(node="b")))
+            assert failed.code is Code.ABORTED
 
     run(scenario())

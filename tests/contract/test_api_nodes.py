@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from spinetta import codec, keys
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
-from spinetta.model import Incarnation, IncarnationId, Life, Member, Membership, NodeId
+from spinetta.model import Holding, Incarnation, IncarnationId, Life, Member, Membership, NodeId, TaskId
 from spinetta.node.services.server import serve
 from spinetta.v1 import api_pb2 as api
 from tests.contract.api_world import (
@@ -35,6 +35,7 @@ from tests.contract.api_world import (
     etcd_member,
     eventually,
     failure,
+    new_id,
     node,
     put,
     run,
@@ -92,6 +93,52 @@ def test_the_age_of_a_heartbeat(etcd: Etcd, tmp_path: Path) -> None:
                 return (await nodes(a))[0]["a"].beat_age_ms > 100
 
             await eventually(older)
+
+    run(scenario())
+
+
+async def lose(n: Node, name: str, life: Life = Life.OPEN, *, tasks: int = 0) -> Incarnation:
+    """A node whose lease has run out, as it left its record."""
+    record = Incarnation(IncarnationId(f"i-{name}"), life, "boot", 10.0, 1.0)
+    await put(n.store, keys.incarnation(NodeId(name)), codec.encode_incarnation(record))
+    for _ in range(tasks):
+        held = codec.encode_holding(Holding(1, record.id, 60.0))
+        await put(n.store, keys.running(NodeId(name), TaskId(new_id())), held)
+    return record
+
+
+async def life_of(n: Node, name: str) -> Incarnation:
+    key = keys.incarnation(NodeId(name))
+    entry = (await n.store.read([key])).entries[key]
+    assert entry is not None
+    return codec.decode_incarnation(entry.value)
+
+
+@pytest.mark.parametrize("life", [Life.OPEN, Life.CONDEMNED])
+def test_a_lost_node_is_dead_by_an_administrators_word(etcd: Etcd, tmp_path: Path, life: Life) -> None:
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a:
+            before = await lose(a, "b", life, tasks=3)
+            said = await a.api.ConfirmDead(api.ConfirmDeadRequest(node="b"))
+            assert (said.incarnation, said.running, said.was_dead) == ("i-b", 3, False)
+            assert await life_of(a, "b") == replace(before, state=Life.DEAD)
+            again = await a.api.ConfirmDead(api.ConfirmDeadRequest(node="b"))
+            assert again.was_dead
+
+    run(scenario())
+
+
+def test_nobody_vouches_for_the_death_of_a_node_that_lives(etcd: Etcd, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a:
+            await announce(a.store, "b", "h:1")
+            before = await lose(a, "b", tasks=1)
+            failed = await failure(a.api.ConfirmDead(api.ConfirmDeadRequest(node="b")))
+            assert (failed.code, failed.detail.reason) == (Code.FAILED_PRECONDITION, "node-alive")
+            assert await life_of(a, "b") == before
+            await put(a.store, keys.incarnation(NodeId("c")), b"\xff")
+            failed = await failure(a.api.ConfirmDead(api.ConfirmDeadRequest(node="c")))
+            assert (failed.code, failed.detail.reason) == (Code.DATA_LOSS, "corrupt")
 
     run(scenario())
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from spinetta import accesstxn, keys, trustcodec, txn
+from spinetta import accesstxn, codec, keys, trustcodec, txn
 from spinetta.access import NodeAcl
 from spinetta.events import LeaveWanted, SetDraining
-from spinetta.model import NodeId, Revision, TaskSpec
+from spinetta.model import Life, NodeId, Revision, TaskSpec
 from tests.sim.etcd_model import EtcdModel
 from tests.sim.faults import LABELS, Fault, Plan
-from tests.sim.invariants import Checker
+from tests.sim.invariants import ADMINISTRATOR, Checker
 from tests.sim.machine import Machine
 
 R = TypeVar("R")
+VOUCHED = 0.4  # of the machines that crash
 HEAL_LIMIT_S = 60.0  # after the last fault, besides the work itself: leases, a wait-out, rounds of claims
 
 
@@ -56,6 +58,21 @@ class Administrators:
         machine.returning = True
         machine.tell(LeaveWanted(release=fault.mode == "release"))
         self.after(fault.for_s + 2.0, self._rejoin, machine)
+
+    def perhaps_vouch(self, machine: Machine, fault: Fault) -> None:
+        """Now and then somebody looks after a machine that went off, and vouches that it is."""
+        chance = random.Random(f"{self.plan.seed} vouch {fault.at_s}")  # of its own: what else a seed does stays
+        if chance.random() < VOUCHED:
+            self.after(chance.uniform(0.0, min(fault.for_s, 9.0)), self._vouch, machine, chance.uniform(0.0, 1.0))
+
+    def _vouch(self, machine: Machine, later_s: float) -> None:
+        """The word is written a little later: the machine may have come up meanwhile, and its daemon registered."""
+        life = self.model.get(keys.incarnation(machine.name))
+        if machine.up or life is None:
+            return
+        dead = codec.encode_incarnation(replace(codec.decode_incarnation(life.value), state=Life.DEAD))
+        word = txn.confirm_dead(machine.name, life.modified, dead)
+        self.after(later_s, self.on_store, lambda: self.model.commit(word), ADMINISTRATOR)
 
     def _rejoin(self, machine: Machine) -> None:
         """One that has left comes back; one that has not yet is told to stay."""

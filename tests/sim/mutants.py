@@ -224,6 +224,7 @@ MUTANTS: dict[str, Mutant] = {
     "take_office[0]": drop_guards("take_office", 0),
     "take_office[1]": drop_guards("take_office", 1),
     "office[1]": drop_from_office(1),
+    "confirm_dead[0]": drop_guards("confirm_dead", 0),
     "condemn[0]": drop_guards("condemn", 0),
     "condemn[2]": drop_guards("condemn", 2),
     # the dead-man's switch and the wait

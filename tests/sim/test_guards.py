@@ -34,6 +34,7 @@ NOTICED: dict[str, tuple[str, int]] = {
     "registration[0,1]": ("", 4),
     "renew[0,1]": ("partition", 48),
     "take_office[0]": ("", 3),
+    "confirm_dead[0]": ("machine", 5),
     "condemn[0]": ("net", 24),
     "condemn[2]": ("", 1),
     "claims-outer[3]": ("rights", 4),

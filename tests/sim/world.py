@@ -197,6 +197,7 @@ class World(Administrators):
             case "shim":
                 machine.crash_shim(fault.for_s)
             case "machine":
+                self.perhaps_vouch(machine, fault)
                 if fault.for_s == float("inf"):
                     machine.crash()
                     machine.gone = True

@@ -238,6 +238,14 @@ CASES = (
         (lambda g: g.again(INC), _revoked),
     ),
     Case(
+        "confirm_dead",
+        lost,
+        lambda g: txn.confirm_dead(
+            ME, g.modified(INC), b"dead", (txn.RevisionIs(LEADERS_ACL, g.modified(LEADERS_ACL)),)
+        ),
+        (lambda g: _ignore(g.put(NODE)), lambda g: _ignore(g.put(INC, b"open")), _leader_revoked),
+    ),
+    Case(
         "deregister",
         cluster,
         lambda g: txn.deregister(g.registered()),

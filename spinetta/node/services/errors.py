@@ -61,6 +61,7 @@ BY_REASON = {
     "log-truncated": grpc.StatusCode.DATA_LOSS,
     "out-of-range": grpc.StatusCode.OUT_OF_RANGE,
     "corrupt": grpc.StatusCode.DATA_LOSS,
+    "node-alive": grpc.StatusCode.FAILED_PRECONDITION,
     "node-unreachable": grpc.StatusCode.UNAVAILABLE,
     "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 
 import grpc
 import grpc.aio
 
-from spinetta import codec, keys, names, validate
-from spinetta.errors import Denied, OutcomeUnknown, StoreUnavailable, UserError
-from spinetta.model import Life, Membership, NodeId, Revision
+from spinetta import codec, keys, names, txn, validate
+from spinetta.errors import Denied, NotFound, OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.model import Incarnation, Life, Membership, NodeId, Revision
 from spinetta.node.hub import closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits
@@ -158,6 +159,63 @@ class Nodes:
                     yield progress
         finally:
             call.cancel()
+
+    async def confirm_dead(self, name: str, asked: Asked) -> api.ConfirmDeadResponse:
+        """Write an administrator's word that nothing of a lost node's life runs any more."""
+        names.check_node_name(name, "node")
+        unknown: OutcomeUnknown | None = None
+        for n in range(limits.TRIES_MAX):
+            if n:
+                await asyncio.sleep(limits.TRY_WAIT_S * 2**n)
+            try:
+                done = await self._vouch(NodeId(name), asked)
+            except OutcomeUnknown as e:
+                unknown = e
+                continue
+            except (StoreUnavailable, Denied) as e:
+                raise unknown or e from e
+            if done is not None:
+                return api.ConfirmDeadResponse(
+                    incarnation=done.incarnation, running=done.running, was_dead=done.was_dead and unknown is None
+                )
+            await asked.again()
+        raise unknown or StoreUnavailable(f"the record of node {name} changed {limits.TRIES_MAX} times meanwhile")
+
+    async def _vouch(self, node: NodeId, asked: Asked) -> api.ConfirmDeadResponse | None:
+        """One try; None when what was read has changed before it was written."""
+        store = self._port.store
+        found = (await store.read([keys.node(node), keys.incarnation(node)])).entries
+        life, seen = self._lost(node, found[keys.node(node)], found[keys.incarnation(node)])
+        held = len((await store.list(keys.running_on(node), keys_only=True)).entries)
+        if life.state is not Life.DEAD:
+            dead = codec.encode_incarnation(replace(life, state=Life.DEAD))
+            result = await store.commit(txn.confirm_dead(node, seen, dead, asked.caller.guards))
+            if not isinstance(result, txn.Committed):
+                return None
+            asked.revision = result.revision
+        return api.ConfirmDeadResponse(incarnation=life.id, running=held, was_dead=life.state is Life.DEAD)
+
+    @staticmethod
+    def _lost(node: NodeId, record: KeyValue | None, life: KeyValue | None) -> tuple[Incarnation, Revision]:
+        if record is not None:
+            raise UserError(
+                f"node {node} is alive: it has renewed its lease",
+                field="node",
+                reason="node-alive",
+                hint="if it was stopped just now, wait until `spinetta node list` shows it as lost; "
+                "to be rid of one that lives: spinetta node leave, or spinetta node revoke",
+            )
+        if life is None:
+            raise NotFound(f"no node {node} is lost", field="node", hint="see `spinetta node list`")
+        read = codec.readable(codec.decode_incarnation, life.value)
+        if read is None:
+            raise UserError(
+                f"the record of node {node}'s life cannot be read",
+                field="node",
+                reason="corrupt",
+                hint=f"its tasks are put back anyway; see: spinetta etcdctl get {keys.incarnation(node)}",
+            )
+        return read, life.modified
 
     async def describe(self) -> api.DescribeClusterResponse:
         """What a joining node needs to know."""

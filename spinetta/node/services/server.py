@@ -141,6 +141,14 @@ class Api(rpc.SpinettaServicer):
             async for step in steps:
                 yield step
 
+    async def ConfirmDead(self, request: api.ConfirmDeadRequest, context: Any) -> api.ConfirmDeadResponse:
+        return await self._desk.answer(
+            context,
+            Call.CONFIRM_DEAD,
+            lambda asked: self._nodes.confirm_dead(request.node, asked),
+            subject=request.node[:NODE_NAME_MAX],
+        )
+
     async def DescribeCluster(
         self,
         request: api.DescribeClusterRequest,  # noqa: ARG002 - gRPC's signature
