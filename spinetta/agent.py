@@ -401,5 +401,13 @@ class Agent:
         free = self.free() if self.holdings.all_read else Resources()
         running, leaving = len(self.holdings.held), self.leaving or self.leaving_soon
         said = self.session.record
-        if (said.free, said.running, said.draining, said.leaving) != (free, running, self.draining, leaving):
-            self.session.describe(replace(said, free=free, running=running, draining=self.draining, leaving=leaving))
+        now = replace(
+            said,
+            free=free,
+            running=running,
+            draining=self.draining,
+            leaving=leaving,
+            brake=self.leadership.brake,
+        )
+        if now != said:
+            self.session.describe(now)

@@ -248,6 +248,7 @@ def node_to_pb(n: NodeRecord) -> pb.Node:
         authority_signed=n.authority_signed,
         etcd_trust_generation=n.etcd_trust_generation,
         etcd_authority_signed=n.etcd_authority_signed,
+        brake=n.brake,
     )
 
 
@@ -278,6 +279,7 @@ def node_from_pb(m: pb.Node) -> NodeRecord:
         authority_signed=m.authority_signed,
         etcd_trust_generation=m.etcd_trust_generation,
         etcd_authority_signed=m.etcd_authority_signed,
+        brake=m.brake,
     )
 
 

@@ -278,6 +278,7 @@ class NodeRecord:
     authority_signed: int = 0
     etcd_trust_generation: int = 0
     etcd_authority_signed: int = 0
+    brake: str = ""
 
 
 class Life(enum.IntEnum):

@@ -92,7 +92,7 @@ class Leadership:
         self.settings = settings
         self.office: txn.OfficeHeld | None = None
         self.candidate = settings.candidate
-        self.braking = False
+        self.brake = ""  # why nobody is given up, while that is so
         self._lease: LeaseId | None = None
         self._campaigning = False
         self._campaign_at_s = 0.0
@@ -105,6 +105,11 @@ class Leadership:
         self._rights = NO_RIGHTS
 
     # --- outside view ---
+
+    @property
+    def braking(self) -> bool:
+        """True while more than half of the nodes look dead at once, which is not believed."""
+        return bool(self.brake)
 
     @property
     def leading(self) -> bool:
@@ -223,7 +228,7 @@ class Leadership:
         self.office = None
         self._cases.clear()
         self._condemning.clear()
-        self.braking = False
+        self.brake = ""
         return [RevokeLease(lease)] if lease is not None else []
 
     # --- condemning ---
@@ -238,12 +243,16 @@ class Leadership:
         silent = [n for n in absent if n not in self._rights.revoked]
         approved = [life for n, (_, life) in lives.items() if n not in self._rights.revoked]
         down = len(silent) + sum(1 for life in approved if life.state is not Life.OPEN)
-        self.braking = bool(silent) and len(approved) >= BRAKE_NODES_MIN and 2 * down > len(approved)
-        effects: list[Effect] = []
-        if self.braking:
-            effects += self._say(
-                f"{down} of {len(approved)} nodes look dead at once; none is given up until an administrator has looked"
+        too_many = bool(silent) and len(approved) >= BRAKE_NODES_MIN and 2 * down > len(approved)
+        self.brake = ""
+        if too_many:
+            self.brake = (
+                f"{down} of {len(approved)} nodes look dead at once: none is given up before somebody has looked"
+                " (spinetta node confirm-dead NAME)"
             )
+        effects: list[Effect] = []
+        if self.brake:
+            effects += self._say(self.brake)
         else:
             self._notice = ""
         for node in absent:

@@ -308,7 +308,7 @@ class AsyncClient:
         Raises:
             UserError: it is alive, or not known.
         """
-        request = api.ConfirmDeadRequest(node=_node(node))
+        request = api.ConfirmDeadRequest(node=node_or_empty(node))
         answer = await self._nodes.call(lambda stub: stub.ConfirmDead, request, writes=True)
         return views.ConfirmedDead(answer.incarnation, answer.running, answer.was_dead)
 

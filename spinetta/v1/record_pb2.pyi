@@ -716,6 +716,7 @@ class Node(_message.Message):
     AUTHORITY_SIGNED_FIELD_NUMBER: _builtins.int
     ETCD_TRUST_GENERATION_FIELD_NUMBER: _builtins.int
     ETCD_AUTHORITY_SIGNED_FIELD_NUMBER: _builtins.int
+    BRAKE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
     """of the API, HOST:PORT"""
@@ -741,6 +742,8 @@ class Node(_message.Message):
     etcd_trust_generation: _builtins.int
     """the same of etcd's authorities: what its running member believes"""
     etcd_authority_signed: _builtins.int
+    brake: _builtins.str
+    """of the leader: why it gives no node up, while more than half look dead at once"""
     @_builtins.property
     def capacity(self) -> Global___Resources: ...
     @_builtins.property
@@ -782,10 +785,11 @@ class Node(_message.Message):
         authority_signed: _builtins.int = ...,
         etcd_trust_generation: _builtins.int = ...,
         etcd_authority_signed: _builtins.int = ...,
+        brake: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -807,14 +811,14 @@ class Incarnation(_message.Message):
         OPEN: Incarnation._State.ValueType  # 1
         CONDEMNED: Incarnation._State.ValueType  # 2
         DEAD: Incarnation._State.ValueType  # 3
-        """the node itself reports that nothing of it runs any more"""
+        """nothing of it runs any more, as the node itself reports or an administrator vouches"""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     INCARNATION_STATE_UNSPECIFIED: Incarnation.State.ValueType  # 0
     OPEN: Incarnation.State.ValueType  # 1
     CONDEMNED: Incarnation.State.ValueType  # 2
     DEAD: Incarnation.State.ValueType  # 3
-    """the node itself reports that nothing of it runs any more"""
+    """nothing of it runs any more, as the node itself reports or an administrator vouches"""
 
     ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int

@@ -127,6 +127,30 @@ def test_every_task_completes_once_though_a_node_dies_in_the_middle(trio: Cluste
     trio.wait_ready()
 
 
+def test_a_word_that_a_node_is_dead_saves_the_wait(trio: Cluster, tmp_path: Path) -> None:
+    """Its task may go without renewals for an hour; nobody waits for that when an administrator knows better."""
+    victim, go = trio.nodes[2], tmp_path / "go"
+    tasks = [submit(trio, *until(go, 0), options=("--cpus", "3", "--grace", "1h")) for _ in range(3)]
+    eventually(lambda: all(states(trio)[t] == "running" for t in tasks), within_s=20, what="all run")
+    alive = trio.cli("node", "confirm-dead", victim.name, "--yes", check=False)
+    assert alive.returncode == 2
+    assert f"node {victim.name} is alive" in alive.stderr
+
+    def status() -> str:
+        return str({n["name"]: n["status"] for n in trio.json("node", "list")["nodes"]}[victim.name])
+
+    victim.crash()
+    eventually(lambda: status() in ("lost", "condemned"), within_s=30, what="its lease has run out")
+    assert json.loads(trio.cli("node", "confirm-dead", victim.name, "--yes", "--json").stdout)["running"] == 1
+    go.touch()
+    trio.cli("wait", *tasks)
+    attempts = {len(t["attempts"]) for t in trio.json("status", *tasks)["tasks"]}
+    assert attempts == {1, 2}
+    check_history(endpoint(trio))
+    victim.start(trio.peers_of(victim))
+    trio.wait_ready()
+
+
 def test_etcdctl_shows_the_schema_of_the_design(trio: Cluster) -> None:
     task = submit(trio, "sleep", "60", options=("--tag", "no-such-tag"))
     assert f"/status/queued/{task}" in trio.etcdctl("get", "--prefix", "/status/queued/", "--keys-only").split()

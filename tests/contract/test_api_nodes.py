@@ -77,6 +77,10 @@ def test_list_nodes(etcd: Etcd, tmp_path: Path) -> None:
             assert list(views["b"].node.tags) == ["x"]
             assert views["b"].beat_age_ms == -1
             assert notices == "there is one voter only: if it is lost, so is the cluster's record"
+            await announce(store, "b", "h:1", brake="too many look dead")
+            await announce(store, "c", "h:2", brake="no leader any more")
+            assert (await nodes(a))[1].splitlines()[0] == "too many look dead"
+            assert "no leader any more" not in (await nodes(a))[1]
 
     run(scenario())
 

@@ -68,6 +68,9 @@ class Stand(SpinettaServicer):
     async def Drain(self, request: Any, context: Any) -> Any:
         return await self._one("Drain", request, context)
 
+    async def ConfirmDead(self, request: Any, context: Any) -> Any:
+        return await self._one("ConfirmDead", request, context)
+
     async def Undrain(self, request: Any, context: Any) -> Any:
         return await self._one("Undrain", request, context)
 

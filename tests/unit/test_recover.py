@@ -272,10 +272,22 @@ def test_more_than_half_at_once_are_not_believed() -> None:
     assert isinstance(notice, Notice)
     assert "3 of 5" in notice.text
     assert b.leader.braking
+    assert b.leader.brake == notice.text
     assert b.duties() == []
     b.show(registered(others[1]))
     assert len(b.duties()) == 2
     assert not b.leader.braking
+
+
+def test_a_word_on_one_of_too_many_is_acted_on() -> None:
+    b = elected()
+    b.show(life(LOST), life(NodeId("n3")), life(NodeId("n4")))
+    assert [type(e) for e in b.duties()] == [Notice]
+    b.show(life(LOST, Life.DEAD, CONDEMNED_AT))
+    assert b.duties() == [List(CaseTag("list", LOST, CONDEMNED_AT), keys.running_on(LOST))]
+    assert b.leader.braking, "nobody has said anything of the others"
+    b.list_done(stray())
+    assert [type(e) for e in b.duties()] == [Read]
 
 
 def test_those_that_are_being_buried_count_as_down() -> None:

@@ -293,7 +293,8 @@ def _is_member(node: pb.Node, member_id: int, name: str) -> bool:
 
 def _notices(views: list[api.NodeView], membership: Membership) -> list[str]:
     """What an administrator should know: alarms, and how many more voters may be lost."""
-    notices = [f"etcd alarm: {alarm}" for alarm in membership.alarms]
+    notices = [v.node.brake for v in views if v.leader and v.node.brake]
+    notices += [f"etcd alarm: {alarm}" for alarm in membership.alarms]
     voters = [m for m in membership.members if not m.learner]
     if not voters:
         return notices
