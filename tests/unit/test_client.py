@@ -20,7 +20,15 @@ from spinetta.client import AsyncClient, Client, TaskFilter, make_spec
 from spinetta.client.requests import parse_nodes
 from spinetta.client.specs import ENTRY_KEYS, TaskOptions
 from spinetta.codec import encode_task
-from spinetta.errors import AlreadyExists, InvariantViolation, NotFound, OutcomeUnknown, StoreUnavailable, UserError
+from spinetta.errors import (
+    AlreadyExists,
+    Denied,
+    InvariantViolation,
+    NotFound,
+    OutcomeUnknown,
+    StoreUnavailable,
+    UserError,
+)
 from spinetta.model import State, Task
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
@@ -540,11 +548,17 @@ def test_the_same_for_programs_without_asyncio() -> None:
         thread.join(30)
 
 
-@pytest.mark.parametrize("nodes", ["", " , ", [], "10.0.0.1:7220", "127.0.0.1"])
+@pytest.mark.parametrize("nodes", ["", " , ", [], "127.0.0.1"])
 def test_bad_addresses(nodes: Any) -> None:
     with pytest.raises(UserError) as caught:
         AsyncClient(nodes)
     assert caught.value.field == "nodes"
+
+
+def test_off_loopback_nobody_is_spoken_to_without_credentials() -> None:
+    with pytest.raises(Denied, match="you have no credentials for the cluster at") as caught:
+        AsyncClient("10.0.0.1:7220")
+    assert caught.value.reason == "unauthenticated"
 
 
 def test_addresses() -> None:
