@@ -234,14 +234,16 @@ def authorities(net: NetCluster) -> list[dict[str, Any]]:
     return [a for a in net.json("cluster", "authorities")["authorities"] if a["kind"] == "cluster"]
 
 
-def load_until(net: NetCluster, condition: Any, what: str, within_s: float = 180) -> list[str]:
+def load_until(
+    net: NetCluster, condition: Any, what: str, within_s: float = 180, command: str = "sleep 0.5"
+) -> list[str]:
     """Submit a few tasks again and again until something is so."""
     tasks: list[str] = []
     end_s = time.monotonic() + within_s
     while not condition():
         os.utime(net.admin_pem, (0, 0))  # looked at long ago: the command asks whether the authorities have changed
         assert time.monotonic() < end_s, f"not within {within_s:g} s: {what}\n{net.tails()}"
-        tasks += many(net, 5, "sleep 0.5")
+        tasks += many(net, 5, command)
     return tasks
 
 
@@ -292,16 +294,13 @@ def test_a_cluster_that_was_off_comes_back_and_an_administrator_gets_in_again(ne
 
 
 def test_a_revoked_worker_is_out_and_its_tasks_run_elsewhere(net: NetCluster) -> None:
-    tasks = many(net, 12, "sleep 3")
-    eventually(
-        lambda: any(t["node"] == "w2" for t in net.json("list", "--state", "running")["tasks"]),
-        within_s=60,
-        what="w2 has a task",
-        every_s=0.3,
-    )
+    def has_a_task() -> bool:
+        return any(t["node"] == "w2" for t in net.json("list", "--state", "running")["tasks"])
+
+    tasks = load_until(net, has_a_task, "w2 has a task", within_s=60, command="sleep 5")
     net.cli("node", "revoke", "w2", "--yes", "--reason", "test")
     found = ended(net, *tasks, within_s=150)
-    assert Counter(t["outcome"] for t in found) == {"succeeded": 12}
+    assert Counter(t["outcome"] for t in found) == {"succeeded": len(tasks)}
     later = ended(net, *many(net, 12, "true"), within_s=60)
     assert "w2" not in {t["node"] for t in later}
     eventually(
