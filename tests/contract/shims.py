@@ -57,22 +57,29 @@ def identity(state_dir: Path) -> dict[str, Any]:
 
 
 def kill_shim(state_dir: Path) -> None:
-    """SIGKILL to the shim of a state directory, if it lives; returns when it is gone."""
+    """SIGKILL to the shim of a state directory, if it lives; returns when it is gone, and has written its last."""
     who = identity(state_dir)
     if not who:
         return
-    try:
-        pidfd = os.pidfd_open(who["pid"])
-    except ProcessLookupError:
-        return
-    try:
+    with contextlib.ExitStack() as opened:
+        shim = _pidfd(opened, who["pid"])
         process = proctable.read(who["pid"])
-        if process is None or process.start_ticks != who["start_ticks"]:
+        if shim is None or process is None or process.start_ticks != who["start_ticks"]:
             return
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        assert select.select([pidfd], [], [], LIMIT_S)[0], "the shim does not die"
-    finally:
-        os.close(pidfd)
+        # Without a PID namespace the process that writes its records ends a moment later, by itself.
+        writers = [_pidfd(opened, c.pid) for c in children(who["pid"]) if name_of(c.pid) == "spinetta-writer"]
+        signal.pidfd_send_signal(shim, signal.SIGKILL)
+        for ends in (shim, *writers):
+            assert ends is None or select.select([ends], [], [], LIMIT_S)[0], "the shim does not die"
+
+
+def _pidfd(opened: contextlib.ExitStack, pid: int) -> int | None:
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    opened.callback(os.close, fd)
+    return fd
 
 
 def clean_up(state_dir: Path) -> None:
