@@ -289,7 +289,7 @@ class Claims:
         bid.demand = task.spec.resources
         bid.task = lifecycle.claimed(task, me, incarnation, now_ms=now_ms)
         grace_s = task.spec.grace_s or self.settings.grace_s
-        bid.holding = Holding(bid.task.attempts_started, incarnation, grace_s)
+        bid.holding = Holding(bid.task.attempts_started, incarnation, grace_s, overlap=task.spec.overlap)
         record, holding = codec.encode_task(bid.task), codec.encode_holding(bid.holding)
         bid.txn = txn.claim(me, task.id, bid.waiting.revision, record, holding)
 

@@ -6,7 +6,7 @@ rolling upgrade must therefore add fields one release before it relies on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -14,7 +14,9 @@ from google.protobuf.message import DecodeError, Message
 from spinetta import trustcodec
 from spinetta.errors import CorruptRecord as CorruptRecord
 from spinetta.model import (
+    LOSSES_ALLOWED,
     Attempt,
+    Completed,
     Holding,
     Incarnation,
     IncarnationId,
@@ -109,6 +111,8 @@ def spec_to_pb(s: TaskSpec) -> pb.TaskSpec:
         clearance=s.clearance,
         sealed=trustcodec.envelope_to_pb(s.sealed) if s.sealed is not None else None,
         secrets=[pb.SecretRef(name=name, file=file) for name, file in s.secrets],
+        overlap=s.overlap,
+        losses_allowed=s.losses_allowed,
     )
 
 
@@ -134,6 +138,8 @@ def spec_from_pb(m: pb.TaskSpec) -> TaskSpec:
         clearance=tuple(sorted(set(m.clearance))),
         sealed=trustcodec.envelope_from_pb(m.sealed) if m.HasField("sealed") else None,
         secrets=tuple((r.name, r.file or r.name) for r in m.secrets),
+        overlap=m.overlap,
+        losses_allowed=m.losses_allowed if m.HasField("losses_allowed") else LOSSES_ALLOWED,
     )
 
 
@@ -198,6 +204,7 @@ def task_to_pb(t: Task) -> pb.Task:
         submitted_ms=t.submitted_ms,
         completed_ms=t.completed_ms,
         submitted_at_node=t.submitted_at_node,
+        losses_excused=t.losses_excused,
     )
 
 
@@ -218,6 +225,7 @@ def task_from_pb(m: pb.Task) -> Task:
         submitted_ms=m.submitted_ms,
         completed_ms=m.completed_ms,
         submitted_at_node=m.submitted_at_node,
+        losses_excused=m.losses_excused,
     )
 
 
@@ -338,6 +346,7 @@ def encode_holding(h: Holding) -> bytes:
         grace_s=h.grace_s,
         cancel_requested=h.cancel_requested,
         cancel_reason=h.cancel_reason,
+        overlap=h.overlap,
     ).SerializeToString(deterministic=True)
 
 
@@ -348,7 +357,36 @@ def decode_holding(data: bytes) -> Holding:
         CorruptRecord: it is none.
     """
     m = parse(pb.Holding(), data, "a running key")
-    return Holding(m.attempt, IncarnationId(m.incarnation), m.grace_s, m.cancel_requested, m.cancel_reason)
+    return Holding(m.attempt, IncarnationId(m.incarnation), m.grace_s, m.cancel_requested, m.cancel_reason, m.overlap)
+
+
+def encode_completed(c: Completed) -> bytes:
+    """The value of ``/status/complete/UUID``."""
+    return pb.Completed(node=c.node, completed_ms=c.completed_ms).SerializeToString(deterministic=True)
+
+
+def decode_completed(data: bytes) -> Completed | None:
+    """The value of ``/status/complete/UUID``; None when it is empty or unreadable: the task's record says the same."""
+    if not data:
+        return None
+    try:
+        m = parse(pb.Completed(), data, "a complete key")
+    except CorruptRecord:
+        return None
+    return Completed(NodeId(m.node), m.completed_ms)
+
+
+def encode_beat(waiting: Iterable[Revision]) -> bytes:
+    """The value of ``/beat/NODE``: the tokens of attempts that are not started before a later beat."""
+    return pb.Beat(waiting=sorted(waiting)).SerializeToString(deterministic=True)
+
+
+def decode_beat(data: bytes) -> frozenset[Revision]:
+    """The value of ``/beat/NODE``; what cannot be read holds nothing back."""
+    try:
+        return frozenset(Revision(t) for t in parse(pb.Beat(), data, "a heartbeat").waiting)
+    except CorruptRecord:
+        return frozenset()
 
 
 def encode_node(n: NodeRecord) -> bytes:

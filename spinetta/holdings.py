@@ -7,6 +7,7 @@ process without a key has been fenced and is stopped; an end is recorded under t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 
 from spinetta import codec, keys, lifecycle, txn
@@ -27,7 +28,19 @@ from spinetta.events import (
     parse_attempt_key,
 )
 from spinetta.mirror import Delta
-from spinetta.model import Exit, Holding, IncarnationId, NodeId, QueueHint, Reason, Resources, Revision, Task, TaskId
+from spinetta.model import (
+    Completed,
+    Exit,
+    Holding,
+    IncarnationId,
+    NodeId,
+    QueueHint,
+    Reason,
+    Resources,
+    Revision,
+    Task,
+    TaskId,
+)
 from spinetta.processes import Processes
 
 RETRY_S = 0.5
@@ -265,7 +278,8 @@ class Holdings:
             elif may_start and self._retry_at_s is None:
                 h.step = Step.RUNNING
                 self._runtime.start(h.key)
-                return [Start(h.task.spec, h.holding.attempt, h.token, h.holding.incarnation, h.holding.grace_s)]
+                grace_s = math.inf if h.holding.overlap else h.holding.grace_s  # never killed for silence
+                return [Start(h.task.spec, h.holding.attempt, h.token, h.holding.incarnation, grace_s)]
         elif h.step is Step.RUNNING and why is not None and h.key in self._runtime.tokens:
             return self._runtime.stop(h.key, why, now)
         return []
@@ -319,7 +333,8 @@ class Holdings:
         end = lifecycle.ended(h.task, h.exit, h.token, cancel_requested=asked, cancel_reason=why, now_ms=now_ms)
         record = codec.encode_task(end.task)
         if end.event in (lifecycle.Event.FINISH, lifecycle.Event.GIVE_UP):
-            return txn.finish(self.node, h.task_id, h.token, record)
+            completed = codec.encode_completed(Completed(self.node, end.task.completed_ms))
+            return txn.finish(self.node, h.task_id, h.token, record, completed)
         hint = codec.encode_hint(QueueHint.of(end.task.spec, end.delay_s))
         return txn.give_back(self.node, h.task_id, h.seen, record, hint)
 

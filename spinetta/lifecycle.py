@@ -22,7 +22,6 @@ from spinetta.model import (
     TaskSpec,
 )
 
-NODE_LOSSES_MAX = 16  # a task that lost this many nodes is more likely their cause than their victim
 UNFIT_DELAY_S = 5.0  # a task that an unfit node gave back: time for another to take it
 RETRY_DELAY_MAX_S = 3600.0  # back-off doubles up to an hour: longer waits look like a hang
 
@@ -114,13 +113,22 @@ _LOSSES = frozenset({Reason.NODE_LOST, Reason.SHIM_LOST, Reason.FENCED})
 
 
 def ended(
-    task: Task, exit_: Exit, token: Revision, *, cancel_requested: bool, cancel_reason: str = "", now_ms: int
+    task: Task,
+    exit_: Exit,
+    token: Revision,
+    *,
+    cancel_requested: bool,
+    cancel_reason: str = "",
+    executed: bool = True,
+    now_ms: int,
 ) -> Ended:
     """What follows from the end of the running attempt.
 
     A process that ended by itself with exit code 0 has succeeded even if a cancel was on its way: its work is done.
     Otherwise a requested cancel comes before any retry or requeue. Losses of the node and failures of the task are
-    counted apart, and only failures are paid for out of `TaskSpec.retries`.
+    counted apart: failures are paid for out of `TaskSpec.retries`, losses out of `TaskSpec.losses_allowed`, because a
+    task that takes its node down would else be passed on for ever. `executed`: False only when its node had promised
+    not to start it, and so it cannot have been the cause: such a loss costs nothing.
     """
     if exit_.reason is Reason.EXIT and exit_.exit_code == 0:
         return _over(task, Event.FINISH, Outcome.SUCCEEDED, exit_, token, now_ms)
@@ -132,11 +140,18 @@ def ended(
     never_ran = exit_.reason is Reason.FENCED and not ran
     if never_ran or exit_.reason is Reason.NODE_UNFIT:  # neither the task's failure nor a loss
         return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms, UNFIT_DELAY_S)
+    if exit_.reason in _LOSSES and not executed:
+        task = replace(task, losses_excused=task.losses_excused + 1)
+        return _again(task, Event.NODE_LOST, Outcome.LOST, exit_, token, now_ms)
     if exit_.reason in _LOSSES:
         task = replace(task, losses=task.losses + 1)
-        if task.spec.restart_on_node_failure and task.losses < NODE_LOSSES_MAX:
+        if not task.spec.restart_on_node_failure:
+            why = f"{exit_.message}; it is not to be started again after that"
+        elif task.losses > task.spec.losses_allowed:
+            why = f"{exit_.message}; {task.losses} nodes were lost under it, {task.spec.losses_allowed} are allowed"
+        else:
             return _again(task, Event.NODE_LOST, Outcome.LOST, exit_, token, now_ms)
-        return _over(task, Event.GIVE_UP, Outcome.LOST, exit_, token, now_ms)
+        return _over(task, Event.GIVE_UP, Outcome.LOST, exit_, token, now_ms, why.removeprefix("; "))
     task = replace(task, failures=task.failures + 1)
     if task.failures <= task.spec.retries:
         delay_s = min(task.spec.retry_backoff_s * 2.0 ** (task.failures - 1), RETRY_DELAY_MAX_S)

@@ -19,6 +19,7 @@ Revision = NewType("Revision", int)
 """An etcd revision."""
 LeaseId = NewType("LeaseId", int)
 
+LOSSES_ALLOWED = 5  # by default: a task under which six nodes have died is more likely their killer than their victim
 ATTEMPTS_KEPT_MAX = 16  # in a record: a task passed on for ever must not outgrow etcd's 1.5 MiB a request
 
 
@@ -170,6 +171,8 @@ class TaskSpec:
     clearance: tuple[str, ...] = ()
     sealed: Envelope | None = None
     secrets: tuple[tuple[str, str], ...] = ()  # name of the secret, name of the file
+    overlap: bool = False
+    losses_allowed: int = LOSSES_ALLOWED
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +204,13 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task's record: the specification, where it stands, and its attempts so far (the latest ones)."""
+    """A task's record: the specification, where it stands, and its attempts so far (the latest ones).
+
+    Attributes:
+        failures: of the task itself: paid for out of `TaskSpec.retries`.
+        losses: of nodes under it while it executed, or may have: paid for out of `TaskSpec.losses_allowed`.
+        losses_excused: of nodes that had not started it: held against nobody.
+    """
 
     spec: TaskSpec
     state: State
@@ -215,6 +224,7 @@ class Task:
     submitted_ms: int = 0
     completed_ms: int = 0
     submitted_at_node: str = ""
+    losses_excused: int = 0
 
     @property
     def id(self) -> TaskId:
@@ -248,6 +258,15 @@ class Holding:
     grace_s: float
     cancel_requested: bool = False
     cancel_reason: str = ""
+    overlap: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The value of a complete key: who recorded the end, and so archives the task, and when (for people)."""
+
+    node: NodeId
+    completed_ms: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from spinetta.events import (
     RevokeLease,
 )
 from spinetta.model import (
+    Completed,
     Exit,
     Holding,
     Incarnation,
@@ -329,7 +330,8 @@ class Leadership:
                 continue
             task = found[1]
             wait_s = wait_out_s(holding.grace_s, case.life.kill_margin_s, self.settings.clock_rate_error)
-            due_s = case.since_s + (0.0 if case.life.state is Life.DEAD else wait_s)
+            no_wait = case.life.state is Life.DEAD or holding.overlap
+            due_s = case.since_s + (0.0 if no_wait else wait_s)
             case.strays[task] = Stray(task, e.created, e.modified, holding, due_s)
         if case.strays:
             case.act_at_s = max(now, min(s.due_s for s in case.strays.values()))
@@ -377,7 +379,8 @@ class Leadership:
         if end.event is lifecycle.Event.NODE_LOST:
             hint = codec.encode_hint(QueueHint.of(task.spec))
             return txn.give_back(node, stray.task, stray.seen, record, hint)
-        return txn.finish(node, stray.task, stray.token, record)
+        completed = codec.encode_completed(Completed(self.settings.name, end.task.completed_ms))
+        return txn.finish(node, stray.task, stray.token, record, completed)
 
     def case_answered(self, tag: CaseTag, done: CommitDone, now: float) -> None:
         """A requeue or a close was answered, or not: the next listing says what is left."""

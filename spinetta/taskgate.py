@@ -13,7 +13,19 @@ from itertools import product
 from spinetta import codec, keys, lifecycle, txn, validate
 from spinetta.access import MEMBERS
 from spinetta.evidence import Evidence, NotAllowed, Over, created_at, seen_at, time_of
-from spinetta.model import Attempt, Exit, Holding, Incarnation, QueueHint, Reason, Revision, State, Task, TaskId
+from spinetta.model import (
+    Attempt,
+    Completed,
+    Exit,
+    Holding,
+    Incarnation,
+    QueueHint,
+    Reason,
+    Revision,
+    State,
+    Task,
+    TaskId,
+)
 from spinetta.txn import Put, RevisionIs, Txn
 
 MESSAGE_CHARS_MAX = 4096  # of an attempt's end: what our shim says has a line or two; it is kept for 16 attempts
@@ -53,7 +65,7 @@ def claim(by: Evidence, task: TaskId, part: Txn, life: Incarnation) -> Txn:
     grace_s = stored.spec.grace_s or holding.grace_s
     if not 0 < grace_s <= validate.GRACE_MAX_S:
         raise NotAllowed(f"{task}: a grace is between 0 and {validate.GRACE_MAX_S:g} s")
-    if holding != Holding(expected.attempts_started, life.id, grace_s):
+    if holding != Holding(expected.attempts_started, life.id, grace_s, overlap=stored.spec.overlap):
         raise NotAllowed(f"{task}: the holding is not of this attempt")
     made = txn.claim(by.node, task, seen, codec.encode_task(expected), codec.encode_holding(holding))
     return _guarded(made, keys.task(task), entry.modified)
@@ -69,7 +81,7 @@ def end(by: Evidence, task: TaskId, part: Txn, life: Incarnation) -> Txn:
     if len(part.then) != 3 or not isinstance(mark := part.then[1], Put) or not isinstance(put := part.then[2], Put):
         raise NotAllowed(f"{task}: neither a finish nor a give-back")
     token, seen = created_at(part.when, running), seen_at(part.when, running)
-    over = bool(token) and part == txn.finish(by.node, task, token or Revision(0), put.value)
+    over = bool(token) and part == txn.finish(by.node, task, token or Revision(0), put.value, mark.value)
     again = bool(seen) and part == txn.give_back(by.node, task, seen or Revision(0), put.value, mark.value)
     if not over and not again:
         raise NotAllowed(f"{task}: neither a finish nor a give-back")
@@ -92,7 +104,8 @@ def end(by: Evidence, task: TaskId, part: Txn, life: Incarnation) -> Txn:
     if over is not (end.task.state is State.COMPLETE):
         raise NotAllowed(f"{task}: this end {'gives the task back' if over else 'is the end of the task'}")
     if over:
-        made = txn.finish(by.node, task, held.created, value)
+        completed = codec.encode_completed(Completed(by.node, end.task.completed_ms))
+        made = txn.finish(by.node, task, held.created, value, completed)
     else:
         hint = codec.encode_hint(QueueHint.of(end.task.spec, end.delay_s))
         made = txn.give_back(by.node, task, held.modified, value, hint)

@@ -191,13 +191,16 @@ def claim(node: NodeId, task: TaskId, seen: Revision, record: bytes, holding: by
     )
 
 
-def finish(node: NodeId, task: TaskId, token: Revision, record: bytes) -> Txn:
-    """The holder records the end. Conflict: the attempt is no longer ours; discard its outputs."""
+def finish(node: NodeId, task: TaskId, token: Revision, record: bytes, completed: bytes = b"") -> Txn:
+    """The holder records the end. Conflict: the attempt is no longer ours; discard its outputs.
+
+    `completed`: who does, and when, for the collector.
+    """
     return Txn(
         when=(CreatedAt(keys.running(node, task), token),),
         then=(
             Delete(keys.running(node, task)),
-            Put(keys.complete(task)),
+            Put(keys.complete(task), completed),
             Put(keys.task(task), record),
         ),
     )
@@ -218,11 +221,11 @@ def give_back(node: NodeId, task: TaskId, seen: Revision, record: bytes, hint: b
     )
 
 
-def cancel_waiting(task: TaskId, status_key: str, seen: Revision, record: bytes) -> Txn:
+def cancel_waiting(task: TaskId, status_key: str, seen: Revision, record: bytes, completed: bytes = b"") -> Txn:
     """A queued or blocked task is cancelled. Conflict: it has moved on; read again."""
     return Txn(
         when=(RevisionIs(status_key, seen),),
-        then=(Delete(status_key), Put(keys.complete(task)), Put(keys.task(task), record)),
+        then=(Delete(status_key), Put(keys.complete(task), completed), Put(keys.task(task), record)),
     )
 
 
@@ -309,9 +312,12 @@ def resume(registration: Registration, incarnation: bytes) -> Txn:
     return Txn(when=registration.guards(), then=(Put(keys.incarnation(registration.node), incarnation),))
 
 
-def renew(registration: Registration) -> Txn:
-    """The guarded heartbeat. Committed: what runs may go on until the time before sending + grace - kill margin."""
-    return Txn(when=registration.guards(), then=(Put(keys.beat(registration.node)),))
+def renew(registration: Registration, beat: bytes = b"") -> Txn:
+    """The guarded heartbeat. Committed: what runs may go on until the time before sending + grace - kill margin.
+
+    `beat`: what of this node's attempts is not started before a later one.
+    """
+    return Txn(when=registration.guards(), then=(Put(keys.beat(registration.node), beat),))
 
 
 def advertise(registration: Registration, lease: LeaseId, record: bytes) -> Txn:

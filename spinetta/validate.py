@@ -29,6 +29,7 @@ DISK_BYTES_MAX = 1 << 60  # 1 EiB, the same
 WALLTIME_MAX_S = 366 * 86400.0  # a year
 PRIORITY_MAX = 1000  # and its negative
 RETRIES_MAX = 100
+LOSSES_ALLOWED_MAX = 1000  # as good as for ever: each takes at least a lease and a grace
 RETRY_BACKOFF_MAX_S = 86400.0
 GRACE_MIN_S = 3.0  # shorter than any renewal can be; the node's own settings may ask for more
 GRACE_MAX_S = 86400.0  # a dead node's tasks wait this long before they run elsewhere
@@ -171,6 +172,13 @@ def check_spec(spec: TaskSpec, field: str, *, grace_min_s: float = GRACE_MIN_S, 
     _check_seconds(spec.retry_backoff_s, 0, RETRY_BACKOFF_MAX_S, dot + "retry_backoff_s", "a back-off")
     if spec.grace_s != 0:
         _check_seconds(spec.grace_s, grace_min_s, GRACE_MAX_S, dot + "grace_s", "a grace")
+        if spec.overlap:
+            raise UserError(
+                "a task with overlap is never killed for silence, so a grace means nothing",
+                field=dot + "grace_s",
+                hint="leave one of the two away",
+            )
+    _check_range(spec.losses_allowed, 0, LOSSES_ALLOWED_MAX, dot + "losses_allowed", "a number of lost nodes")
     _check_range(spec.priority, -PRIORITY_MAX, PRIORITY_MAX, dot + "priority", "a priority")
     _check_range(spec.retries, 0, RETRIES_MAX, dot + "retries", "a number of retries")
 

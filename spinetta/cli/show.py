@@ -10,7 +10,7 @@ from typing import Any
 from spinetta import units
 from spinetta.client.views import NodeInfo, NodeList, TaskInfo
 from spinetta.match import why_never, why_not_now
-from spinetta.model import Attempt, Outcome, QueueHint, Reason, Resources, State, Task, TaskSpec, Usage
+from spinetta.model import LOSSES_ALLOWED, Attempt, Outcome, QueueHint, Reason, Resources, State, Task, TaskSpec, Usage
 
 SEALED = "(sealed)"
 
@@ -46,6 +46,8 @@ def spec_document(s: TaskSpec) -> dict[str, Any]:
         "restart_on_node_failure": s.restart_on_node_failure,
         "owner": s.owner,
         "grace_s": s.grace_s,
+        "overlap": s.overlap,
+        "losses_allowed": s.losses_allowed,
         "clearance": list(s.clearance),
         "sealed": s.sealed is not None,
         "secrets": [{"name": name, "file": file} for name, file in s.secrets],
@@ -98,6 +100,7 @@ def task_document(info: TaskInfo) -> dict[str, Any]:
         "attempts_started": t.attempts_started,
         "failures": t.failures,
         "losses": t.losses,
+        "losses_excused": t.losses_excused,
         "submitted_ms": t.submitted_ms,
         "completed_ms": t.completed_ms,
         "submitted_at_node": t.submitted_at_node,
@@ -275,7 +278,7 @@ def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
         ("Avoids tags", ", ".join(s.tags_forbidden)),
         ("Priority", str(s.priority) if s.priority else ""),
         ("Retries", _retries(t)),
-        ("On node loss", "" if s.restart_on_node_failure else "is not started again"),
+        ("On node loss", _on_loss(s)),
         ("Grace", units.format_duration(s.grace_s) if s.grace_s else ""),
         ("Owner", s.owner),
         ("Submitted", moment(t.submitted_ms) + (f" at {t.submitted_at_node}" if t.submitted_at_node else "")),
@@ -286,6 +289,15 @@ def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
     if last is not None:
         pairs.append(("Used", usage_words(last.usage)))
     return [(k, v) for k, v in pairs if v.strip()]
+
+
+def _on_loss(s: TaskSpec) -> str:
+    if not s.restart_on_node_failure:
+        return "is not started again"
+    words = ["is started elsewhere at once, though it may still run"] if s.overlap else []
+    if s.losses_allowed != LOSSES_ALLOWED:
+        words.append(f"{s.losses_allowed} losses are allowed")
+    return ", ".join(words)
 
 
 def _retries(t: Task) -> str:

@@ -40,6 +40,8 @@ EPILOG = exits.HELP
 @click.option("--backoff", metavar="TIME", help="Before the first retry; doubles with each.")
 @click.option("--no-restart", is_flag=True, help="Do not start it again when its node is lost.")
 @click.option("--grace", metavar="TIME", help="How long it may run on without contact to the cluster.")
+@click.option("--overlap", is_flag=True, help="Two attempts at once do no harm: do not wait for proof of a death.")
+@click.option("--losses-allowed", metavar="N", type=int, help="Nodes that may be lost under it.")
 @click.option("--owner", metavar="NAME", help="Default: your login name; in a secured cluster the user you are.")
 @click.option(
     "--clearance", "-c", multiple=True, metavar="LABEL,…", help="Only nodes cleared for it may see and run it."
@@ -138,6 +140,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
             "retries",
             "backoff",
             "grace",
+            "losses_allowed",
         )
         if options[name] is not None
     }
@@ -156,6 +159,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
             found[name] = list(options[name])
     if options["no_restart"]:
         found["restart"] = False
+    if options["overlap"]:
+        found["overlap"] = True
     if options["task_id"] is not None:
         found["id"] = options["task_id"]
     if options["owner"] is not None:

@@ -11,7 +11,7 @@ import uuid6
 
 from spinetta import names, options, units, validate
 from spinetta.errors import UserError
-from spinetta.model import Resources, TaskId, TaskSpec
+from spinetta.model import LOSSES_ALLOWED, Resources, TaskId, TaskSpec
 
 
 class TaskOptions(TypedDict, total=False):
@@ -35,6 +35,8 @@ class TaskOptions(TypedDict, total=False):
     backoff: float | str
     restart: bool
     grace: float | str
+    overlap: bool
+    losses_allowed: int
     owner: str
     clearance: str | Sequence[str]
     secrets: str | Sequence[str] | Mapping[str, str]
@@ -66,6 +68,8 @@ def make_spec(
     backoff: float | str = 0,
     restart: bool = True,
     grace: float | str = 0,
+    overlap: bool = False,
+    losses_allowed: int = LOSSES_ALLOWED,
     owner: str = "",
     clearance: str | Sequence[str] = (),
     secrets: str | Sequence[str] | Mapping[str, str] = (),
@@ -90,6 +94,9 @@ def make_spec(
         backoff: before the first retry; doubles with each.
         restart: whether it starts again when its node is lost.
         grace: how long it may run on without contact to the cluster; 0: the cluster's default.
+        overlap: two attempts of it at once do no harm: it is started elsewhere as soon as its node is suspected, and
+            never ended for want of contact. Its result is still recorded once.
+        losses_allowed: how many nodes it may lose while it runs; one more, and it is not started again.
         owner: for people and filters.
         clearance: labels; only nodes cleared for all of them run it, and what it runs is sealed for them.
         secrets: of its owner, given to it as files in the directory that ``$SPINETTA_SECRETS`` names; ``"token"``,
@@ -100,6 +107,7 @@ def make_spec(
     """
     given: dict[str, object] = {"name": name, "workdir": workdir, "owner": owner, "id": id, "restart": restart}
     given |= {"gpu": gpu, "priority": priority, "retries": retries}
+    given |= {"overlap": overlap, "losses_allowed": losses_allowed}
     for key, value in given.items():
         if value is not None or key != "id":
             _checked(key, value)
@@ -129,6 +137,8 @@ def make_spec(
         grace_s=units.parse_duration(grace, "grace"),
         clearance=_tags("clearance", clearance),
         secrets=_secrets(secrets),
+        overlap=overlap,
+        losses_allowed=losses_allowed,
     )
     try:
         validate.check_spec(spec, "", to_be_sealed=True)
@@ -236,6 +246,8 @@ ENTRY_KEYS: Mapping[str, str] = {
     "backoff": _AMOUNT,
     "restart": _BOOL,
     "grace": _AMOUNT,
+    "overlap": _BOOL,
+    "losses_allowed": _WHOLE,
     "owner": _TEXT,
     "clearance": _LIST,
     "secrets": _LIST_OR_TABLE,

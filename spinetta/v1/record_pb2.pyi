@@ -236,6 +236,8 @@ class TaskSpec(_message.Message):
     CLEARANCE_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
+    LOSSES_ALLOWED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID version 7, canonical form"""
     name: _builtins.str
@@ -254,6 +256,10 @@ class TaskSpec(_message.Message):
     owner: _builtins.str
     grace_s: _builtins.float
     """how long it may run on without a renewal; 0: the cluster's default"""
+    overlap: _builtins.bool
+    """two attempts at once do no harm: put back on suspicion, never killed for silence"""
+    losses_allowed: _builtins.int
+    """nodes it may lose while it executes; absent: the default"""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -300,13 +306,20 @@ class TaskSpec(_message.Message):
         clearance: _abc.Iterable[_builtins.str] | None = ...,
         sealed: Global___Envelope | None = ...,
         secrets: _abc.Iterable[Global___SecretRef] | None = ...,
+        overlap: _builtins.bool = ...,
+        losses_allowed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_restart_on_node_failure", b"_restart_on_node_failure", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "sealed", b"sealed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "losses_allowed", b"losses_allowed", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_restart_on_node_failure", b"_restart_on_node_failure", "clearance", b"clearance", "command", b"command", "env", b"env", "grace_s", b"grace_s", "id", b"id", "labels", b"labels", "name", b"name", "owner", b"owner", "priority", b"priority", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "retries", b"retries", "retry_backoff_s", b"retry_backoff_s", "sealed", b"sealed", "secrets", b"secrets", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required", "walltime_s", b"walltime_s", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "clearance", b"clearance", "command", b"command", "env", b"env", "grace_s", b"grace_s", "id", b"id", "labels", b"labels", "losses_allowed", b"losses_allowed", "name", b"name", "overlap", b"overlap", "owner", b"owner", "priority", b"priority", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "retries", b"retries", "retry_backoff_s", b"retry_backoff_s", "sealed", b"sealed", "secrets", b"secrets", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required", "walltime_s", b"walltime_s", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__losses_allowed: _TypeAlias = _typing.Literal["losses_allowed"]  # noqa: Y015
+    _WhichOneofArgType__losses_allowed: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed"]  # noqa: Y015
     _WhichOneofReturnType__restart_on_node_failure: _TypeAlias = _typing.Literal["restart_on_node_failure"]  # noqa: Y015
     _WhichOneofArgType__restart_on_node_failure: _TypeAlias = _typing.Literal["_restart_on_node_failure", b"_restart_on_node_failure"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__losses_allowed) -> _WhichOneofReturnType__losses_allowed | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__restart_on_node_failure) -> _WhichOneofReturnType__restart_on_node_failure | None: ...
 
 Global___TaskSpec: _TypeAlias = TaskSpec  # noqa: Y015
@@ -570,6 +583,7 @@ class Task(_message.Message):
     SUBMITTED_MS_FIELD_NUMBER: _builtins.int
     COMPLETED_MS_FIELD_NUMBER: _builtins.int
     SUBMITTED_AT_NODE_FIELD_NUMBER: _builtins.int
+    LOSSES_EXCUSED_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     outcome: Global___Outcome.ValueType
     reason: _builtins.str
@@ -582,6 +596,8 @@ class Task(_message.Message):
     submitted_ms: _builtins.int
     completed_ms: _builtins.int
     submitted_at_node: _builtins.str
+    losses_excused: _builtins.int
+    """of nodes under it before it was started: not held against it"""
     @_builtins.property
     def spec(self) -> Global___TaskSpec: ...
     @_builtins.property
@@ -603,10 +619,11 @@ class Task(_message.Message):
         submitted_ms: _builtins.int = ...,
         completed_ms: _builtins.int = ...,
         submitted_at_node: _builtins.str = ...,
+        losses_excused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "attempts_started", b"attempts_started", "completed_ms", b"completed_ms", "failures", b"failures", "losses", b"losses", "message", b"message", "outcome", b"outcome", "reason", b"reason", "spec", b"spec", "state", b"state", "submitted_at_node", b"submitted_at_node", "submitted_ms", b"submitted_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "attempts_started", b"attempts_started", "completed_ms", b"completed_ms", "failures", b"failures", "losses", b"losses", "losses_excused", b"losses_excused", "message", b"message", "outcome", b"outcome", "reason", b"reason", "spec", b"spec", "state", b"state", "submitted_at_node", b"submitted_at_node", "submitted_ms", b"submitted_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -664,11 +681,14 @@ class Holding(_message.Message):
     GRACE_S_FIELD_NUMBER: _builtins.int
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
     CANCEL_REASON_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     incarnation: _builtins.str
     grace_s: _builtins.float
     cancel_requested: _builtins.bool
     cancel_reason: _builtins.str
+    overlap: _builtins.bool
+    """as of the specification"""
     def __init__(
         self,
         *,
@@ -677,14 +697,65 @@ class Holding(_message.Message):
         grace_s: _builtins.float = ...,
         cancel_requested: _builtins.bool = ...,
         cancel_reason: _builtins.str = ...,
+        overlap: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_reason", b"cancel_reason", "cancel_requested", b"cancel_requested", "grace_s", b"grace_s", "incarnation", b"incarnation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_reason", b"cancel_reason", "cancel_requested", b"cancel_requested", "grace_s", b"grace_s", "incarnation", b"incarnation", "overlap", b"overlap"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Holding: _TypeAlias = Holding  # noqa: Y015
+
+@_typing.final
+class Completed(_message.Message):
+    """The value of /status/complete/UUID; may be empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    COMPLETED_MS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """that recorded the end: it archives the task before it leaves the store"""
+    completed_ms: _builtins.int
+    """wall clock"""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        completed_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_ms", b"completed_ms", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Completed: _TypeAlias = Completed  # noqa: Y015
+
+@_typing.final
+class Beat(_message.Message):
+    """The value of /beat/NODE; empty: it holds nothing back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """tokens of attempts that are not started before a later beat leaves them out"""
+
+    def __init__(
+        self,
+        *,
+        waiting: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Beat: _TypeAlias = Beat  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):

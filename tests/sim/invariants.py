@@ -165,7 +165,7 @@ class Checker:
         if kv is None:
             if held is not None:
                 process = self.alive.get((task, held.token))
-                if process is not None:
+                if process is not None and (self.author == node or not self.tasks[task][0].spec.overlap):
                     raise Violated(9, f"{process.key} was taken from {node} at {self.revision} while it executes there")
                 if self.author != node:
                     self._taken(node, task)
@@ -318,7 +318,7 @@ class Checker:
         if name in self.truths:
             raise Violated(8, f"{process.key} was started twice")
         same = [p.key for p in self.alive.values() if p.task == process.task]
-        if same:
+        if same and not self.tasks[process.task][0].spec.overlap:
             raise Violated(9, f"{process.key} starts on {node} while {same} executes")
         self.truths[name] = Truth(node, process.token, process.incarnation)
         self.alive[name] = process

@@ -264,6 +264,6 @@ def test_every_field_of_a_task_is_sealed_or_known_to_be_visible() -> None:
     sealed = {"command", "name", "labels", "env", "working_directory"}
     visible = {
         *("id", "resources", "walltime_s", "tags_required", "tags_forbidden", "priority", "retries", "retry_backoff_s"),
-        *("restart_on_node_failure", "owner", "grace_s", "clearance", "sealed", "secrets"),
+        *("restart_on_node_failure", "owner", "grace_s", "clearance", "sealed", "secrets", "overlap", "losses_allowed"),
     }
     assert set(whole) == sealed | visible

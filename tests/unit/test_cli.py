@@ -98,7 +98,7 @@ def test_every_option_of_submit_arrives(capsys: pytest.CaptureFixture[str], monk
         "--name", "n", "--label", "a=1", "--label", "b=x=y", "--cpus", "1.5", "--memory", "2GiB", "--disk", "1G",
         "--gpu", "2", "--countable", "fpga=1", "--time", "1h30m", "--tag", "ssd", "--not-tag", "old", "--env", "A=b",
         "--env", "GIVEN", "--workdir", "/tmp", "--priority", "-3", "--retries", "2", "--backoff", "5s", "--no-restart",
-        "--grace", "30s", "--owner", "me", "--clearance", "phi", "--secret", "k=f", "--id", task_id,
+        "--grace", "30s", "--losses-allowed", "2", "--owner", "me", "--clearance", "phi", "--secret", "k=f", "--id", task_id,
         "--", "echo", "--name", "--", "x",
     )) == 0  # fmt: skip
     [spec] = json.loads(capsys.readouterr().out)["tasks"]
@@ -111,7 +111,16 @@ def test_every_option_of_submit_arrives(capsys: pytest.CaptureFixture[str], monk
         "walltime_s": 5400.0, "tags_required": ["ssd"], "tags_forbidden": ["old"], "priority": -3, "retries": 2,
         "retry_backoff_s": 5.0, "restart_on_node_failure": False, "owner": "me", "grace_s": 30.0,
         "clearance": ["phi"], "secrets": [{"name": "k", "file": "f"}], "sealed": False,
+        "overlap": False, "losses_allowed": 2,
     }  # fmt: skip
+
+
+def test_overlap_arrives_and_excludes_a_grace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(dry("--overlap", "--", "true")) == 0
+    [spec] = json.loads(capsys.readouterr().out)["tasks"]
+    assert (spec["overlap"], spec["losses_allowed"]) == (True, 5)
+    assert run(dry("--overlap", "--grace", "1m", "--", "true")) == 2
+    assert "leave one of the two away" in capsys.readouterr().err
 
 
 def test_options_are_defaults_for_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

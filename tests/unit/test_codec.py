@@ -53,6 +53,8 @@ specs = st.builds(
     restart_on_node_failure=st.booleans(),
     owner=text,
     grace_s=floats,
+    overlap=st.booleans(),
+    losses_allowed=u32,
 )
 attempts = st.builds(
     Attempt,
@@ -80,6 +82,7 @@ tasks = st.builds(
     attempts=st.lists(attempts, max_size=3).map(tuple),
     failures=u32,
     losses=u32,
+    losses_excused=u32,
     submitted_ms=s64,
     completed_ms=s64,
     submitted_at_node=text,

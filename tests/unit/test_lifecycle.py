@@ -7,7 +7,7 @@ import pytest
 
 from spinetta import lifecycle
 from spinetta.errors import InvariantViolation
-from spinetta.lifecycle import NODE_LOSSES_MAX, RETRY_DELAY_MAX_S, TRANSITIONS, Event
+from spinetta.lifecycle import RETRY_DELAY_MAX_S, TRANSITIONS, Event
 from spinetta.model import (
     ATTEMPTS_KEPT_MAX,
     Exit,
@@ -59,8 +59,8 @@ def running(**fields: object) -> Task:
     return lifecycle.claimed(queued(1, **fields), ME, LIFE, now_ms=NOW_MS)
 
 
-def end(task: Task, exit_: Exit, *, cancel: bool = False) -> lifecycle.Ended:
-    return lifecycle.ended(task, exit_, TOKEN, cancel_requested=cancel, now_ms=9000)
+def end(task: Task, exit_: Exit, *, cancel: bool = False, executed: bool = True) -> lifecycle.Ended:
+    return lifecycle.ended(task, exit_, TOKEN, cancel_requested=cancel, executed=executed, now_ms=9000)
 
 
 def test_a_submitted_task_waits() -> None:
@@ -189,16 +189,33 @@ def test_failures_and_losses_are_counted_apart() -> None:
     assert over.task.outcome is Outcome.FAILED
 
 
-def test_a_task_that_loses_many_nodes_is_given_up() -> None:
-    task = queued()
+@pytest.mark.parametrize("allowed", [0, 1, 5])
+def test_a_task_that_loses_more_nodes_than_it_may_is_given_up(allowed: int) -> None:
+    task = queued(losses_allowed=allowed)
     events = []
-    for _ in range(NODE_LOSSES_MAX):
+    for _ in range(allowed + 1):
         task = lifecycle.claimed(task, ME, LIFE, now_ms=1)
-        ended = end(task, Exit(Reason.NODE_LOST))
+        ended = end(task, Exit(Reason.NODE_LOST, message="node n1 was lost"))
         events.append(ended.event)
         task = ended.task
-    assert events == [Event.NODE_LOST] * (NODE_LOSSES_MAX - 1) + [Event.GIVE_UP]
-    assert task.outcome is Outcome.LOST
+    assert events == [Event.NODE_LOST] * allowed + [Event.GIVE_UP]
+    assert (task.outcome, task.failures, task.losses) == (Outcome.LOST, 0, allowed + 1)
+    assert task.message == f"node n1 was lost; {allowed + 1} nodes were lost under it, {allowed} are allowed"
+
+
+def test_a_loss_under_a_task_that_was_not_started_costs_nothing() -> None:
+    task = queued(losses_allowed=0, restart_on_node_failure=False)
+    for _ in range(3):
+        task = lifecycle.claimed(task, ME, LIFE, now_ms=1)
+        ended = end(task, Exit(Reason.NODE_LOST), executed=False)
+        assert ended.event is Event.NODE_LOST
+        task = ended.task
+    assert (task.state, task.losses, task.losses_excused) == (State.QUEUED, 0, 3)
+
+
+def test_why_it_was_given_up_is_told() -> None:
+    over = end(running(restart_on_node_failure=False), Exit(Reason.NODE_LOST, message="node n1 was lost")).task
+    assert over.message == "node n1 was lost; it is not to be started again after that"
 
 
 def test_back_off_doubles_up_to_an_hour() -> None:
