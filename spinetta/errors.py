@@ -13,6 +13,7 @@
     ├── StoreUnavailable     nothing happened: safe to try again
     ├── RuntimeUnavailable   the shim does not answer; every request to it may be made twice: try again
     ├── OutcomeUnknown       may have happened: read back first
+    │   └── StoreFull        the store is full, and says so of writes that it took, too
     ├── Compacted            the history asked for is gone: list again
     ├── Fenced               we no longer own this: stop, clean up, forget
     └── InvariantViolation   a bug: crash loudly, with the whole story
@@ -111,7 +112,20 @@ class AskElsewhere(UserError):
 
 
 class StoreUnavailable(SpinettaError):
-    """The store did not answer and nothing was changed: safe to try again."""
+    """The store did not answer, or refused, and nothing was changed: safe to try again.
+
+    Attributes:
+        hint: what to do about it; may be empty.
+        reason: a stable word for programs: ``unavailable``, ``no-quorum``, ``cut-off``, ``store-corrupt``.
+    """
+
+    reason = "unavailable"
+
+    def __init__(self, message: str = "", *, hint: str = "", reason: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        if reason is not None:
+            self.reason = reason
 
 
 class RuntimeUnavailable(SpinettaError):
@@ -119,7 +133,21 @@ class RuntimeUnavailable(SpinettaError):
 
 
 class OutcomeUnknown(SpinettaError):
-    """A write was sent and no answer came: it may have happened. Read back before anything else."""
+    """A write was sent and no answer came: it may have happened. Read back before anything else.
+
+    `hint`: what else to know about it; may be empty.
+    """
+
+    def __init__(self, message: str = "", *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class StoreFull(OutcomeUnknown):
+    """Etcd is full and refused a write, which it may have carried out all the same.
+
+    Etcd 3.4 and 3.5 say so after the fact of every write that was under way while the quota was passed.
+    """
 
 
 class Compacted(SpinettaError):

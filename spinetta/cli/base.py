@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from spinetta.cli import exits, output
-from spinetta.errors import SpinettaError, StoreUnavailable, UserError
+from spinetta.errors import OutcomeUnknown, SpinettaError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient
@@ -231,13 +231,16 @@ def show_error(error: SpinettaError, *, as_json: bool, code: int, asks: bool = T
                 "hint": error.hint,
                 "exit_code": code,
             }
+        elif isinstance(error, StoreUnavailable | OutcomeUnknown):
+            detail["hint"] = error.hint
         output.put_json({"error": detail})
         return
     sys.stdout.flush()
     prefix = output.paint("error:", "red", on=output.in_colour(sys.stderr))
     field = f"{error.field}: " if isinstance(error, UserError) and _says_more(error) else ""
-    output.tell(f"{prefix} {field}{error}")
-    if asks and isinstance(error, StoreUnavailable) and "SPINETTA_NODE" not in os.environ:
+    hint = f" ({error.hint})" if isinstance(error, StoreUnavailable | OutcomeUnknown) and error.hint else ""
+    output.tell(f"{prefix} {field}{error}{hint}")
+    if asks and isinstance(error, StoreUnavailable) and not hint and "SPINETTA_NODE" not in os.environ:
         from spinetta.config import DEFAULT_ADDRESS
 
         hint = "Is a node running here? Name others with --node HOST:PORT or SPINETTA_NODE"

@@ -66,7 +66,7 @@ def code_of(error: SpinettaError) -> int:
         case Denied():
             return UNAUTHENTICATED if error.reason == "unauthenticated" else DENIED
         case UserError():
-            return UNAVAILABLE if error.reason == "node-unreachable" else USAGE
+            return UNAVAILABLE if error.reason in ("node-unreachable", "store-full") else USAGE
         case StoreUnavailable() | Fenced() | RuntimeUnavailable():
             return UNAVAILABLE
         case OutcomeUnknown():
@@ -79,7 +79,7 @@ def code_of(error: SpinettaError) -> int:
 
 def word_of(error: SpinettaError) -> str:
     """A stable word for programs."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | StoreUnavailable):
         return error.reason
     words = {USAGE: "invalid", UNAVAILABLE: "unavailable", UNKNOWN: "outcome-unknown", BUG: "bug"}
     return words[code_of(error)]

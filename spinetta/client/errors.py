@@ -96,9 +96,9 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> Spin
     if (code in _USERS or (detail and detail.reason == NODE_UNREACHABLE)) and detail:
         return UserError(text, field=detail.field, hint=detail.hint, reason=detail.reason)
     if code is _Code.ABORTED:
-        return OutcomeUnknown(f"{where}: {text}")
+        return OutcomeUnknown(f"{where}: {text}", hint=detail.hint if detail else "")
     if code is _Code.UNAVAILABLE and detail:
-        return StoreUnavailable(f"{where}: {text}")
+        return StoreUnavailable(f"{where}: {text}", hint=detail.hint, reason=detail.reason)
     if detail is None and _PLUGIN_FAILED in text:
         # Our own side could not read the bearer token's file: nothing was sent.
         return Denied(text.rpartition("error: ")[2], field="bearer_file", reason="unauthenticated")

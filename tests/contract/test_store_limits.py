@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 import pytest
 
-from spinetta.errors import StoreUnavailable, UserError
+from spinetta.errors import StoreFull, UserError
 from spinetta.store.connection import normal_endpoints
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.failures import Meaning, meaning_of
-from spinetta.txn import Committed, Put, Txn
+from spinetta.txn import Committed, Delete, Put, Txn
 from tests.contract.etcds import etcd
 
 pytestmark = pytest.mark.contract
@@ -58,16 +58,27 @@ def test_a_list_larger_than_a_message_comes_in_pages() -> None:
     run(scenario())
 
 
-def test_a_full_store_says_so() -> None:
-    async def fill(store: EtcdStore) -> None:
-        for number in range(20):
-            await store.commit(Txn(then=(Put(f"/{number}", b"x" * 1_000_000),)))
+def test_a_full_store_says_so_of_writes_that_it_took_too() -> None:
+    """Whether a write fits is judged when it has been applied already: nobody may take the refusal for a "no"."""
+
+    async def fill(store: EtcdStore, lane: int) -> str:
+        for number in range(100):
+            key = f"/{lane}/{number}"
+            try:
+                await store.commit(Txn(then=(Put(key, b"x" * 8_000),)))
+            except StoreFull:
+                return key
+        raise AssertionError("never full")
 
     async def scenario() -> None:
         async with etcd("--quota-backend-bytes=4194304") as server, store_of(server.client) as store:
-            with pytest.raises(StoreUnavailable, match="NOSPACE"):
-                await fill(store)
-            assert len((await store.list("/", keys_only=True)).entries) > 0
+            refused = await asyncio.gather(*(fill(store, lane) for lane in range(32)))
+            entries = (await store.read(refused)).entries
+            assert sum(entry is not None for entry in entries.values()) > 0
+            with pytest.raises(StoreFull, match="NOSPACE"):  # once the alarm is raised nothing is taken …
+                await store.commit(Txn(then=(Put("/late", b""),)))
+            assert (await store.read(["/late"])).entries["/late"] is None
+            assert isinstance(await store.commit(Txn(then=(Delete(refused[0]),))), Committed)  # … but what makes room
 
     run(scenario())
 

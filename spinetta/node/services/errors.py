@@ -64,6 +64,7 @@ BY_REASON = {
     "node-alive": grpc.StatusCode.FAILED_PRECONDITION,
     "node-unreachable": grpc.StatusCode.UNAVAILABLE,
     "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "store-full": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
     "ask-a-voter": grpc.StatusCode.FAILED_PRECONDITION,
     "ask-node": grpc.StatusCode.FAILED_PRECONDITION,
@@ -98,13 +99,15 @@ def describe(error: SpinettaError) -> tuple[grpc.StatusCode, api.ErrorDetail]:
             detail.addresses.extend(error.addresses[:_ADDRESSES_MAX])
             detail.object = error.object
         return code, detail
-    hint = {
-        "unavailable": "nothing was changed: try again",
-        "outcome-unknown": "it may have happened: read back before trying again",
-        "compacted": "list again, and watch from the revision of that list",
-        "fenced": "ask another node",
-        "bug": "please report it with the log of the node",
-    }[reason]
+    if isinstance(error, StoreUnavailable | OutcomeUnknown) and error.hint:
+        hint = error.hint
+    else:
+        hint = {
+            "outcome-unknown": "it may have happened: read back before trying again",
+            "compacted": "list again, and watch from the revision of that list",
+            "fenced": "ask another node",
+            "bug": "please report it with the log of the node",
+        }.get(reason, "nothing was changed: try again")
     return code, api.ErrorDetail(reason=reason, message=_short(str(error)), hint=hint)
 
 
@@ -118,7 +121,9 @@ def _code(error: SpinettaError) -> tuple[grpc.StatusCode, str]:
             return BY_REASON.get(error.reason, grpc.StatusCode.PERMISSION_DENIED), error.reason
         case UserError():
             return BY_REASON.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), error.reason
-        case StoreUnavailable() | RuntimeUnavailable():
+        case StoreUnavailable():
+            return grpc.StatusCode.UNAVAILABLE, error.reason
+        case RuntimeUnavailable():
             return grpc.StatusCode.UNAVAILABLE, "unavailable"
         case OutcomeUnknown():
             return grpc.StatusCode.ABORTED, "outcome-unknown"
