@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from spinetta import keys
+from spinetta.attempt import GiveBack
 from spinetta.claims import QUEUE, Claims
 from spinetta.codec import decode_node, readable
 from spinetta.errors import InvariantViolation
@@ -178,13 +179,13 @@ class Agent:
                 return []
             case SetDraining():
                 self.draining, self.leaving_soon = event.draining, event.leaving
-                self.holdings.release_all(Reason.RELEASED if event.release else None)
+                self.holdings.give_back(_given_back(event))
                 self.claims.touch()
                 return []
             case LeaveWanted():
                 self.draining = self.leaving = True
-                if event.release:
-                    self.holdings.release_all(Reason.RELEASED)
+                if event.release or self.holdings.giving_back is GiveBack.NOTHING:
+                    self.holdings.give_back(GiveBack.ALL if event.release else GiveBack.UNSTARTED)
                 return []
             case ClearancesChanged():
                 if self.session.acl is None:
@@ -242,7 +243,8 @@ class Agent:
                 self.claims.touch()
                 return self.holdings.doubts_read(done, now)
             case "claim":
-                return self.claims.records_read(done, now, now_ms, self._claim_under)
+                under = None if self.draining else self._claim_under  # it may have been drained since it asked
+                return self.claims.records_read(done, now, now_ms, under)
             case "claim-doubt":
                 return self.claims.read_back(done, now, self._claim_under, self.holdings)
             case "hints":
@@ -411,3 +413,11 @@ class Agent:
         )
         if now != said:
             self.session.describe(now)
+
+
+def _given_back(event: SetDraining) -> GiveBack:
+    if not event.draining:
+        return GiveBack.NOTHING
+    if not event.release:
+        return GiveBack.UNSTARTED
+    return GiveBack.RESTARTABLE if event.spare else GiveBack.ALL

@@ -22,6 +22,15 @@ class Step(enum.Enum):
     DOUBTFUL = "doubtful"  # the answer to the record of its end was lost: read back
 
 
+class GiveBack(enum.Enum):
+    """What a node gives back to the queue of all that it holds."""
+
+    NOTHING = "nothing"
+    UNSTARTED = "unstarted"  # claimed only: nothing of it has run
+    RESTARTABLE = "restartable"  # and what runs and may be started again
+    ALL = "all"
+
+
 @dataclass(slots=True)
 class Held:
     """One attempt that the store says is ours."""
@@ -43,3 +52,18 @@ class Held:
         if clearances is None or self.task is None or not uncleared(self.task.spec.clearance, clearances):
             return None
         return Reason.RELEASED
+
+    def goes_back(self, what: GiveBack) -> Reason | None:
+        """Why it is to be given back when so much is; None: it may go on. Its record must have been read."""
+        wanted = {
+            GiveBack.NOTHING: False,
+            GiveBack.UNSTARTED: self.step is Step.STARTING,
+            GiveBack.RESTARTABLE: self.step is Step.STARTING or self.may_start_again,
+            GiveBack.ALL: True,
+        }
+        return Reason.RELEASED if wanted[what] else None
+
+    @property
+    def may_start_again(self) -> bool:
+        """Whether its task may be started a second time."""
+        return self.task is not None and self.task.spec.restart_on_node_failure

@@ -44,8 +44,10 @@ class Settings:
         grace_s: how long a task may go on without a renewal, unless it asks for something else.
         kill_margin_s: how long killing may take; taken off the grace.
         clock_rate_error: by what fraction the rates of two machines' clocks may differ.
-        drain_timeout_s: how long a leaving node waits for its tasks before it gives them back.
-        on_terminate: what a daemon told to stop does with its tasks: ``keep`` them for the next daemon or ``release``.
+        drain_timeout_s: how long a node that leaves, or is terminated with ``drain``, waits for its tasks before it
+            gives them back.
+        on_terminate: what a daemon that gets SIGTERM does with its tasks: ``keep`` them for the next daemon, ``drain``
+            (wait for them, then give them back) or ``release`` (give them back).
         log_level: debug, info, warning or error.
         log_keep_bytes, log_keep_s: task logs beyond this, oldest first, are removed; 0: no limit.
         pids_max: processes and threads of one task; 0: no limit.

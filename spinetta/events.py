@@ -227,11 +227,18 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Rejected:
+    """The store took the write and refuses it as it is: nothing was done, and the same write again is no use."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class CommitDone:
-    """The result; None when the outcome is unknown."""
+    """The result; None when the outcome is unknown, or the write was certainly not made and may be tried again."""
 
     tag: Tag
-    result: Result | None
+    result: Result | Rejected | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,13 +345,15 @@ class SelfChanged:
 class SetDraining:
     """An administrator wants no more tasks taken, or again.
 
-    `leaving`: the node is about to leave, so that its seat may be given to another. `release`: running tasks are given
-    back now instead of being waited for.
+    What has been claimed and not been started goes back to the queue. `leaving`: the node is about to leave, so that
+    its seat may be given to another. `release`: running tasks are given back now instead of being waited for; with
+    `spare` not those that must not be started twice.
     """
 
     draining: bool
     leaving: bool = False
     release: bool = False
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 
 from spinetta import codec, keys, lifecycle, txn
-from spinetta.attempt import Held, Step
+from spinetta.attempt import GiveBack, Held, Step
 from spinetta.events import (
     AttemptEnded,
     Commit,
@@ -61,7 +61,7 @@ class Holdings:
         self._finishing: tuple[tuple[TaskId, Revision], ...] = ()
         self._resolving: tuple[tuple[TaskId, Revision], ...] = ()
         self._retry_at_s: float | None = None
-        self._releasing: Reason | None = None
+        self.giving_back = GiveBack.NOTHING
         self._over: dict[TaskId, Revision] = {}  # tokens known to be spent, until a listing is newer than they
         self._listed_at = Revision(0)
 
@@ -214,9 +214,9 @@ class Holdings:
 
     # --- what to do ---
 
-    def release_all(self, why: Reason | None) -> None:
-        """Give everything back: running attempts are stopped, waiting starts are not made. None: no longer."""
-        self._releasing = why
+    def give_back(self, what: GiveBack) -> None:
+        """Give so much back to the queue: what runs is stopped, waiting starts are not made. NOTHING: no longer."""
+        self.giving_back = what
 
     def poll(
         self,
@@ -247,11 +247,13 @@ class Holdings:
             return []
         if self._retry_at_s is not None and self._retry_at_s <= now:
             self._retry_at_s = None
-        stop = Reason.FENCED if must_stop else self._releasing
+        stop = Reason.FENCED if must_stop else None
         ours = [h for h in self.held.values() if h.holding.incarnation == life]
         effects = self._runtime.tend_strays({h.key: h.token for h in ours}, now)
         for h in ours:
-            effects += self._tend(h, now, now_ms, stop or h.barred(clearances), may_start)
+            effects += self._tend(
+                h, now, now_ms, stop or h.goes_back(self.giving_back) or h.barred(clearances), may_start
+            )
         effects += self._read_unread()
         if self._retry_at_s is None:
             effects += self._record_ends(now_ms, life_seen, acl_seen)

@@ -230,6 +230,7 @@ def _voters(value: Any, where: str) -> int:
 
 
 _PORT = _whole(0, 65535)
+_ENDS = ("keep", "drain", "release")
 
 NODE_OPTIONS: tuple[Option, ...] = (
     Option("name", "name", _name, "Name of this node, unique in the cluster.", "NAME"),
@@ -254,8 +255,14 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("grace", "grace_s", _duration(3, 86400), "How long tasks may run without a renewal.", "TIME"),
     Option("kill_margin", "kill_margin_s", _duration(0.5, 300), "How long killing may take.", "TIME"),
     Option("clock_rate_error", "clock_rate_error", _fraction(0, 0.2), "How much clock rates may differ.", "FRACTION"),
-    Option("drain_timeout", "drain_timeout_s", _duration(0, 366 * 86400), "How long leaving waits for tasks.", "TIME"),
-    Option("on_terminate", "on_terminate", _one_of("keep", "release"), "Tasks of a stopped daemon.", "keep|release"),
+    Option(
+        "drain_timeout",
+        "drain_timeout_s",
+        _duration(0, 366 * 86400),
+        "How long a node that ends waits for tasks.",
+        "TIME",
+    ),
+    Option("on_terminate", "on_terminate", _one_of(*_ENDS), "What SIGTERM does with the tasks.", "|".join(_ENDS)),
     Option("log_level", "log_level", _one_of("debug", "info", "warning", "error"), "How much to say.", "LEVEL"),
     Option("log_keep", "log_keep_bytes", units.parse_bytes, "Bytes of task logs to keep (0: all).", "SIZE"),
     Option("log_keep_time", "log_keep_s", units.parse_duration, "How long to keep task logs (0: for ever).", "TIME"),

@@ -290,9 +290,17 @@ class AsyncClient:
         answer = await self._nodes.call(lambda stub: stub.DescribeCluster, request)
         return views.cluster_info(answer, self._nodes.answered_by())
 
-    async def drain(self, node: str = "") -> None:
-        """A node takes no more tasks; running ones go on. Empty: the node that is asked."""
-        request = api.DrainRequest(node=node_or_empty(node))
+    async def drain(self, node: str = "", *, release: bool = False, force: bool = False) -> None:
+        """A node takes no more tasks, and gives back what it has not started. Empty: the node that is asked.
+
+        It stays so until `undrain`, whatever is restarted.
+
+        Args:
+            node: its name.
+            release: running tasks go back to the queue, too, except those that must not be started twice …
+            force: … those as well.
+        """
+        request = api.DrainRequest(node=node_or_empty(node), release=release, force=force)
         await self._nodes.call(lambda stub: stub.Drain, request, writes=True)
 
     async def undrain(self, node: str = "") -> None:

@@ -185,9 +185,9 @@ class Client:
         """The cluster, as the node that answers sees it."""
         return self._run(self._client.cluster())
 
-    def drain(self, node: str = "") -> None:
-        """A node takes no more tasks; running ones go on."""
-        self._run(self._client.drain(node))
+    def drain(self, node: str = "", *, release: bool = False, force: bool = False) -> None:
+        """A node takes no more tasks and gives back what it has not started; with `release` see `AsyncClient.drain`."""
+        self._run(self._client.drain(node, release=release, force=force))
 
     def undrain(self, node: str = "") -> None:
         """A drained node takes tasks again."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager
@@ -16,11 +15,12 @@ from spinetta import __version__
 from spinetta.access import NodeRole
 from spinetta.agent import Agent
 from spinetta.config import Settings
-from spinetta.errors import OutcomeUnknown, RuntimeUnavailable
-from spinetta.events import LeaveWanted, SelfChanged, SetCandidate, SetDraining, attempt_key
+from spinetta.errors import OutcomeUnknown, RuntimeUnavailable, UserError
+from spinetta.events import SelfChanged, SetCandidate, SetDraining, attempt_key
 from spinetta.model import IncarnationId, Membership, NodeId, NodeRecord, TaskId, Usage
 from spinetta.node import detect
 from spinetta.node.driver import Driver, LaunchSettings, wall_ms
+from spinetta.node.ending import Ending
 from spinetta.node.entry import Entrance
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
@@ -30,6 +30,7 @@ from spinetta.node.renewal import Report
 from spinetta.node.seats import OwnSeat
 from spinetta.node.secured import Hooks, Secured
 from spinetta.node.services.server import ApiServer, serve
+from spinetta.node.signals import StopSignals
 from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.node.vault import Vault
 from spinetta.runtime.process import ProcessRuntime
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spinetta.node")
 
-STOP_S = 20.0  # for tasks to end when the node is stopped: TERM, ten seconds, KILL
-DEREGISTER_S = 5.0  # for giving them back and deregistering then; past it, without a quorum, the others find out
+TOLD_S = 10.0  # for the others to know that this node is drained
+DRAIN, RELEASE, FORCE = "drain", "release", "force"  # as remembered
 ENDPOINTS_EVERY_S = 5.0  # how often the voters to talk to are looked up
 SWEEP_EVERY_S = 300.0
 EXIT_OK = 0
@@ -69,6 +70,7 @@ class Daemon:
         credentials: NodeCredentials | None,
         dialer: Dialer,
         audit: AuditLog,
+        stop: StopSignals,
     ) -> None:
         self.settings = settings
         self.credentials = credentials
@@ -78,9 +80,7 @@ class Daemon:
         self._runtime = runtime
         self._store = store
         self.seat: OwnSeat = entrance.seat
-        self._stop = asyncio.Event()
-        self._release = settings.on_terminate == "release"
-        self._stop_everything = False
+        self._stop = stop
         self._report: Report | None = None
         name = NodeId(settings.name)
         vault = Vault(store, name, lambda: credentials.sealing_private) if credentials is not None else None
@@ -94,7 +94,8 @@ class Daemon:
             vault=vault,
         )
         self.keeper = SeatKeeper(self.agent, self.seat, settings.voters_wanted, self.dialer, self._revoked)
-        self._leaving = Leaving(self.driver, self.seat, left=self._stop.set)
+        self._leaving = Leaving(self.driver, self.seat, left=stop.end)
+        self._ending = Ending(self.driver, self.seat, runtime, entrance.memory, stop, settings.drain_timeout_s)
         self._secured: Secured | None = None
         if credentials is not None and vault is not None:
             hooks = Hooks(
@@ -163,11 +164,32 @@ class Daemon:
             return await self.seat.membership()
         return await self._store.members()
 
-    async def set_draining(self, draining: bool) -> None:
-        """Stop, or start again, taking tasks."""
-        await self.driver.tell(SetDraining(draining))
-        if not await self.driver.until(lambda a: a.draining == draining and a.session.told, 10.0):
+    async def set_draining(self, draining: bool, *, release: bool = False, force: bool = False) -> None:
+        """Stop, or start again, taking tasks. It is remembered: a drained node is drained after a restart, too."""
+        if not draining and (self._leaving.wanted or self._stop.wish is not None):
+            raise UserError(
+                f"node {self.name} is {'leaving' if self._leaving.wanted else 'being stopped'}: it takes no more tasks",
+                field="node",
+                reason="leaving",
+                hint="start it again when it has ended",
+            )
+        how = DRAIN if not release else FORCE if force else RELEASE
+        unwritten: UserError | None = None
+        try:
+            await asyncio.to_thread(self._entrance.memory.update, drain=how if draining else "")
+        except UserError as e:  # a full disk is a reason to drain: done all the same, and told
+            unwritten = e
+        await self.driver.tell(SetDraining(draining, self._leaving.wanted, release, spare=not force))
+        if not await self.driver.until(lambda a: a.draining == draining and a.session.told, TOLD_S):
             raise OutcomeUnknown("the node has been told, but the others do not know yet; look at: spinetta node list")
+        if unwritten is not None:
+            raise UserError(
+                f"node {self.name} {'is draining' if draining else 'takes tasks again'}, but its next daemon will not "
+                f"remember that: {unwritten.message}",
+                field="node",
+                hint="mend that, then say it again",
+                reason=unwritten.reason,
+            )
 
     @property
     def grace_min_s(self) -> float:
@@ -192,29 +214,25 @@ class Daemon:
 
     async def run(self) -> int:
         """Serve until told to stop or leave; the exit code."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._told_to_stop, False)
-        loop.add_signal_handler(signal.SIGINT, self._told_to_stop, True)
-        try:
-            async with asyncio.TaskGroup() as group, self._serve():
-                work = [
-                    group.create_task(self.driver.run(), name="agent"),
-                    group.create_task(self.seat.run(), name="etcd"),
-                    group.create_task(self.keeper.run(), name="voters"),
-                    group.create_task(self._keep_endpoints(), name="endpoints"),
-                    group.create_task(self._sweep(), name="logs"),
-                    group.create_task(self._leaving.run(), name="leave"),
-                ]
-                if self._secured is not None:
-                    work.append(group.create_task(self._secured.run(), name="trust"))
-                await self._report_ready()
-                await self._stop.wait()
-                await self._finish()
-                for task in work:
-                    task.cancel()
-        finally:
-            loop.remove_signal_handler(signal.SIGTERM)
-            loop.remove_signal_handler(signal.SIGINT)
+        drained = self._entrance.memory.identity.drain
+        if drained:
+            log.info("this node has been drained and takes no tasks; see: spinetta node undrain")
+            await self.driver.tell(SetDraining(True, release=drained != DRAIN, spare=drained != FORCE))
+        async with asyncio.TaskGroup() as group, self._serve():
+            work = [
+                group.create_task(self.driver.run(), name="agent"),
+                group.create_task(self.seat.run(), name="etcd"),
+                group.create_task(self.keeper.run(), name="voters"),
+                group.create_task(self._keep_endpoints(), name="endpoints"),
+                group.create_task(self._sweep(), name="logs"),
+                group.create_task(self._leaving.run(), name="leave"),
+            ]
+            if self._secured is not None:
+                work.append(group.create_task(self._secured.run(), name="trust"))
+            await self._report_ready()
+            await self._ending.finish(await self._stop.told())
+            for task in work:
+                task.cancel()
         return EXIT_OK
 
     def _serve(self) -> AbstractAsyncContextManager[ApiServer]:
@@ -224,36 +242,10 @@ class Daemon:
         trust = self._secured
         return serve(self, addresses, acl=trust.acl, tokens=trust.tokens, extra=trust.services)
 
-    def _told_to_stop(self, everything: bool) -> None:
-        if self._stop.is_set():
-            log.warning("stopping at once; tasks and etcd stay with the shim")
-            raise SystemExit(130 if everything else 143)
-        self._stop_everything = everything or self._release
-        self._stop.set()
-
     async def _report_ready(self) -> None:
         record = self.agent.settings.record
         role = "voter" if self.seat.member_id else "worker" if not record.candidate else "without a seat yet"
         log.info("node %s: API on %s, %s, etcd cluster %s", record.name, record.address, role, self.seat.cluster_id)
-
-    async def _finish(self) -> None:
-        """What is done between the wish to stop and the end."""
-        self.driver.hush()
-        if self.agent.left:
-            await self.seat.stop()
-            await self._runtime.shutdown_shim()
-            self._entrance.memory.forget()
-            return
-        if not self._stop_everything:
-            log.info("stopping; %d tasks stay with the shim", len(self.agent.holdings.held))
-            return
-        log.info("stopping; %d tasks are given back", len(self.agent.holdings.held))
-        await self.driver.tell(LeaveWanted(release=True))
-        await self.driver.until(lambda a: a.left or a.holdings.nothing_runs, STOP_S)
-        if not await self.driver.until(lambda a: a.left, DEREGISTER_S):
-            log.warning("not deregistered within %g s; the others will find out", DEREGISTER_S)
-        await self.seat.stop()
-        await self._runtime.shutdown_shim()
 
     # --- background work ---
 

@@ -79,7 +79,7 @@ class NodePort(Protocol):
         """etcd's members, leader and alarms."""
         ...
 
-    async def set_draining(self, draining: bool) -> None:
+    async def set_draining(self, draining: bool, *, release: bool = False, force: bool = False) -> None:
         """Stop, or start again, taking tasks. Answers when the node's record says so; may be repeated."""
         ...
 

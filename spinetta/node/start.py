@@ -10,12 +10,13 @@ from pathlib import Path
 
 from spinetta import names
 from spinetta.config import Resolved, Settings
-from spinetta.errors import UserError
+from spinetta.errors import RuntimeUnavailable, UserError
 from spinetta.node import founding
 from spinetta.node.admission import admit
-from spinetta.node.daemon import Daemon
+from spinetta.node.daemon import EXIT_OK, Daemon
 from spinetta.node.entry import Entrance, enter, etcd_tls, remembered
 from spinetta.node.lock import DirectoryLock
+from spinetta.node.signals import StopSignals, Wish
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.runtime.shim import sysapi
 from spinetta.store.etcd import EtcdStore
@@ -26,6 +27,8 @@ from spinetta.trust.credentials import NodeCredentials
 from spinetta.trust.dial import Dialer
 
 log = logging.getLogger("spinetta.node")
+
+CLEAN_UP_S = 15.0  # for a shim to end etcd, when the node does not come up
 
 
 def check_port_free(address: str, what: str) -> None:
@@ -77,6 +80,19 @@ def run(resolved: Resolved) -> int:
 
 
 async def _main(settings: Settings, data_dir: Path) -> int:
+    stop = StopSignals(settings.on_terminate)
+    life = asyncio.create_task(_live(settings, data_dir, stop), name="life")
+    stop.install(life)
+    try:
+        return await life
+    except asyncio.CancelledError:
+        if stop.wish is None:
+            raise
+        log.warning("stopped before the node was up")
+        return EXIT_OK
+
+
+async def _live(settings: Settings, data_dir: Path, stop: StopSignals) -> int:
     with DirectoryLock(data_dir):
         check_port_free(settings.address, "the API")
         known = remembered(settings, data_dir)
@@ -88,18 +104,23 @@ async def _main(settings: Settings, data_dir: Path) -> int:
             )
             try:
                 entrance = await enter(settings, data_dir, runtime, known, credentials, dialer)
+                store = _store(entrance, credentials, dialer)
+                stack.push_async_callback(store.close)
+                if isinstance(store, EtcdStore):
+                    entrance.seat.attach(store)
+                if credentials is not None and founding.is_pending(credentials.directory):
+                    await founding.commit(store, credentials)
+                log_of_calls = await asyncio.to_thread(open_log, data_dir / "audit", settings.name)
             except UserError:
                 await _leave_no_idle_shim(runtime)
                 raise
-            store = _store(entrance, credentials, dialer)
-            stack.push_async_callback(store.close)
-            if isinstance(store, EtcdStore):
-                entrance.seat.attach(store)
-            if credentials is not None and founding.is_pending(credentials.directory):
-                await founding.commit(store, credentials)
-            log_of_calls = await asyncio.to_thread(open_log, data_dir / "audit", settings.name)
+            except asyncio.CancelledError:  # told to stop
+                await _leave_no_idle_shim(runtime, with_etcd=stop.wish is Wish.EVERYTHING)
+                raise
             stack.push_async_callback(asyncio.to_thread, log_of_calls.close)
-            return await Daemon(settings, entrance, runtime, store, credentials, dialer, log_of_calls).run()
+            daemon = Daemon(settings, entrance, runtime, store, credentials, dialer, log_of_calls, stop)
+            stop.started()
+            return await daemon.run()
 
 
 def _store(entrance: Entrance, credentials: NodeCredentials | None, dialer: Dialer) -> EtcdStore | GatewayStore:
@@ -112,8 +133,18 @@ def _store(entrance: Entrance, credentials: NodeCredentials | None, dialer: Dial
     return EtcdStore(entrance.endpoints, lambda: tls)
 
 
-async def _leave_no_idle_shim(runtime: ProcessRuntime) -> None:
-    """A node that could not come up must not leave a shim behind, unless it holds something."""
-    etcd = await runtime.service(ETCD_SERVICE)
-    if not await runtime.held() and (etcd is None or etcd.exit is not None):
-        await runtime.shutdown_shim()
+async def _leave_no_idle_shim(runtime: ProcessRuntime, *, with_etcd: bool = False) -> None:
+    """A node that could not come up must not leave a shim behind, unless it holds something.
+
+    That is tasks of an earlier daemon, which nobody can give back now, or etcd (`with_etcd`: that ends, too).
+    """
+    try:
+        async with asyncio.timeout(CLEAN_UP_S):
+            etcd = await runtime.service(ETCD_SERVICE)
+            held = await runtime.held()
+            if held:
+                log.warning("%d tasks of an earlier daemon stay with the shim", len(held))
+            elif with_etcd or etcd is None or etcd.exit is not None:
+                await runtime.shutdown_shim()
+    except (RuntimeUnavailable, TimeoutError) as e:
+        log.warning("the shim could not be asked to end: %s; the next start uses it, `spinetta node stop` ends it", e)

@@ -38,6 +38,8 @@ class Identity:
         endpoints: client URLs of voters, as last seen: where a restarted node without a seat finds the cluster.
         gateways: API addresses of voters, as last seen: where a restarted worker of a secured cluster finds it.
         incarnation_id: of its latest life, which the next daemon goes on with.
+        drain: an administrator has drained it, and it stays so until that is taken back: "drain", "release" (what may
+            be started again is given back) or "force" (all is); empty: it takes tasks.
     """
 
     node: str
@@ -51,6 +53,7 @@ class Identity:
     endpoints: tuple[str, ...] = ()
     gateways: tuple[str, ...] = ()
     incarnation_id: str = ""
+    drain: str = ""
 
 
 def load(path: Path) -> Identity | None:

@@ -99,6 +99,11 @@ class SpinettaStub:
                 request_serializer=spinetta_dot_v1_dot_api__pb2.DescribeClusterRequest.SerializeToString,
                 response_deserializer=spinetta_dot_v1_dot_api__pb2.DescribeClusterResponse.FromString,
                 _registered_method=True)
+        self.Backup = channel.unary_stream(
+                '/spinetta.v1.Spinetta/Backup',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.BackupRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.BackupChunk.FromString,
+                _registered_method=True)
 
 
 class SpinettaServicer:
@@ -157,7 +162,7 @@ class SpinettaServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Stops a node taking tasks; running ones go on.
+        """Stops a node taking tasks, also after a restart; those it has not started go back to the queue, running ones go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -185,6 +190,13 @@ class SpinettaServicer:
 
     def DescribeCluster(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backup(self, request, context):
+        """All of the store as one member has it, at one revision: etcd's own snapshot, its SHA-256 last.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -256,6 +268,11 @@ def add_SpinettaServicer_to_server(servicer, server):
                     servicer.DescribeCluster,
                     request_deserializer=spinetta_dot_v1_dot_api__pb2.DescribeClusterRequest.FromString,
                     response_serializer=spinetta_dot_v1_dot_api__pb2.DescribeClusterResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.BackupRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.BackupChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -609,6 +626,33 @@ class Spinetta:
             '/spinetta.v1.Spinetta/DescribeCluster',
             spinetta_dot_v1_dot_api__pb2.DescribeClusterRequest.SerializeToString,
             spinetta_dot_v1_dot_api__pb2.DescribeClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/Backup',
+            spinetta_dot_v1_dot_api__pb2.BackupRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.BackupChunk.FromString,
             options,
             channel_credentials,
             insecure,

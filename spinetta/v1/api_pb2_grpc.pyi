@@ -49,13 +49,15 @@ class SpinettaStub:
     """Answers when all (or any) of the tasks are complete, or the time is over."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_api_pb2.ListNodesRequest, _api_pb2.ListNodesResponse]
     Drain: _grpc.UnaryUnaryMultiCallable[_api_pb2.DrainRequest, _api_pb2.DrainResponse]
-    """Stops a node taking tasks; running ones go on."""
+    """Stops a node taking tasks, also after a restart; those it has not started go back to the queue, running ones go on."""
     Undrain: _grpc.UnaryUnaryMultiCallable[_api_pb2.UndrainRequest, _api_pb2.UndrainResponse]
     Leave: _grpc.UnaryStreamMultiCallable[_api_pb2.LeaveRequest, _api_pb2.LeaveProgress]
     """Drains, gives up the voter's seat, deregisters, ends the daemon."""
     ConfirmDead: _grpc.UnaryUnaryMultiCallable[_api_pb2.ConfirmDeadRequest, _api_pb2.ConfirmDeadResponse]
     """An administrator vouches that nothing runs on a lost node any more: its tasks are put back without the wait."""
     DescribeCluster: _grpc.UnaryUnaryMultiCallable[_api_pb2.DescribeClusterRequest, _api_pb2.DescribeClusterResponse]
+    Backup: _grpc.UnaryStreamMultiCallable[_api_pb2.BackupRequest, _api_pb2.BackupChunk]
+    """All of the store as one member has it, at one revision: etcd's own snapshot, its SHA-256 last."""
 
 @_typing.type_check_only
 class SpinettaAsyncStub(SpinettaStub):
@@ -73,13 +75,15 @@ class SpinettaAsyncStub(SpinettaStub):
     """Answers when all (or any) of the tasks are complete, or the time is over."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_api_pb2.ListNodesRequest, _api_pb2.ListNodesResponse]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_api_pb2.DrainRequest, _api_pb2.DrainResponse]  # type: ignore[assignment]
-    """Stops a node taking tasks; running ones go on."""
+    """Stops a node taking tasks, also after a restart; those it has not started go back to the queue, running ones go on."""
     Undrain: _aio.UnaryUnaryMultiCallable[_api_pb2.UndrainRequest, _api_pb2.UndrainResponse]  # type: ignore[assignment]
     Leave: _aio.UnaryStreamMultiCallable[_api_pb2.LeaveRequest, _api_pb2.LeaveProgress]  # type: ignore[assignment]
     """Drains, gives up the voter's seat, deregisters, ends the daemon."""
     ConfirmDead: _aio.UnaryUnaryMultiCallable[_api_pb2.ConfirmDeadRequest, _api_pb2.ConfirmDeadResponse]  # type: ignore[assignment]
     """An administrator vouches that nothing runs on a lost node any more: its tasks are put back without the wait."""
     DescribeCluster: _aio.UnaryUnaryMultiCallable[_api_pb2.DescribeClusterRequest, _api_pb2.DescribeClusterResponse]  # type: ignore[assignment]
+    Backup: _aio.UnaryStreamMultiCallable[_api_pb2.BackupRequest, _api_pb2.BackupChunk]  # type: ignore[assignment]
+    """All of the store as one member has it, at one revision: etcd's own snapshot, its SHA-256 last."""
 
 class SpinettaServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -148,7 +152,7 @@ class SpinettaServicer(metaclass=_abc_1.ABCMeta):
         request: _api_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_api_pb2.DrainResponse, _abc.Awaitable[_api_pb2.DrainResponse]]:
-        """Stops a node taking tasks; running ones go on."""
+        """Stops a node taking tasks, also after a restart; those it has not started go back to the queue, running ones go on."""
 
     @_abc_1.abstractmethod
     def Undrain(
@@ -179,6 +183,14 @@ class SpinettaServicer(metaclass=_abc_1.ABCMeta):
         request: _api_pb2.DescribeClusterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_api_pb2.DescribeClusterResponse, _abc.Awaitable[_api_pb2.DescribeClusterResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Backup(
+        self,
+        request: _api_pb2.BackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_api_pb2.BackupChunk], _abc.AsyncIterator[_api_pb2.BackupChunk]]:
+        """All of the store as one member has it, at one revision: etcd's own snapshot, its SHA-256 last."""
 
 def add_SpinettaServicer_to_server(servicer: SpinettaServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

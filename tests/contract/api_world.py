@@ -169,6 +169,7 @@ class HandNode:
         self.audited: list[tuple[str, str, str, str, int]] = []
         self.directory = directory
         self.draining: list[bool] = []
+        self.given_back = (False, False)
         self.seats: list[tuple[int, str, str]] = []
         self.usage: Usage | None = None
         self.member = Membership("abc123", 7, (Member(name, 7, "http://127.0.0.1:1", "http://127.0.0.1:2"),))
@@ -195,8 +196,9 @@ class HandNode:
             raise self.failure
         return self.member
 
-    async def set_draining(self, draining: bool) -> None:
+    async def set_draining(self, draining: bool, *, release: bool = False, force: bool = False) -> None:
         self.draining.append(draining)
+        self.given_back = (release, force)
 
     @property
     def grace_min_s(self) -> float:

@@ -267,7 +267,7 @@ def test_errors_of_another_node_are_passed_on_whole(etcd: Etcd, tmp_path: Path) 
     async def scenario() -> None:
         async with node(etcd, tmp_path) as a, node(etcd, tmp_path, "b") as b:
 
-            async def refusing(draining: bool) -> None:
+            async def refusing(draining: bool, *, release: bool = False, force: bool = False) -> None:  # noqa: ARG001
                 raise OutcomeUnknown("told, but not confirmed")
 
             b.port.set_draining = refusing  # type: ignore[method-assign]

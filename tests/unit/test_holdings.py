@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spinetta import codec, keys, lifecycle, txn
-from spinetta.attempt import Step
+from spinetta.attempt import GiveBack, Step
 from spinetta.events import (
     AttemptEnded,
     Commit,
@@ -492,7 +492,7 @@ def test_fenced_it_stops_all_and_gives_back_what_was_not_started() -> None:
 
 def test_released() -> None:
     held = running()
-    held.release_all(Reason.RELEASED)
+    held.give_back(GiveBack.ALL)
     assert poll(held) == [Stop(key_of(1), "released")]
     held.attempt_ended(AttemptEnded(key_of(1), Exit(Reason.RELEASED, signal=15)))
     (task,) = written(poll(held))

@@ -127,18 +127,31 @@ class Nodes:
             beat_age_ms=self._beats.age_ms(name),
         )
 
-    async def drain(self, name: str, asked: Asked, *, draining: bool) -> None:
-        """Stop a node taking tasks, or let it take them again."""
+    async def drain(self, request: api.DrainRequest, asked: Asked) -> None:
+        """Stop a node taking tasks, and give back what was asked for.
+
+        Raises:
+            UserError: `force` without `release`; or it drains, but cannot write that down.
+        """
+        if request.force and not request.release:
+            raise UserError("force is for tasks that are given back", field="force", hint="with release only")
+        name = request.node
         if self._is_me(name, asked):
-            await self._port.set_draining(draining)
+            await self._port.set_draining(True, release=request.release, force=request.force)
             return
         stub = await self._other(name)
-        limit_s = limits.FORWARD_TIMEOUT_S
         with _passed_on(name):
-            if draining:
-                await stub.Drain(api.DrainRequest(node=name), timeout=limit_s, metadata=(FORWARDED,))
-            else:
-                await stub.Undrain(api.UndrainRequest(node=name), timeout=limit_s, metadata=(FORWARDED,))
+            await stub.Drain(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
+
+    async def undrain(self, name: str, asked: Asked) -> None:
+        """Let a node take tasks again."""
+        if self._is_me(name, asked):
+            await self._port.set_draining(False)
+            return
+        stub = await self._other(name)
+        with _passed_on(name):
+            request = api.UndrainRequest(node=name)
+            await stub.Undrain(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
 
     async def leave(self, request: api.LeaveRequest, asked: Asked) -> AsyncIterator[api.LeaveProgress]:
         """Make a node leave; ends with `done`."""

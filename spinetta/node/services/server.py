@@ -114,20 +114,23 @@ class Api(rpc.SpinettaServicer):
         return await self._desk.answer(context, Call.NODES, lambda _: self._nodes.list_nodes())
 
     async def Drain(self, request: api.DrainRequest, context: Any) -> api.DrainResponse:
-        await self._drain(request.node, context, draining=True)
-        return api.DrainResponse()
-
-    async def Undrain(self, request: api.UndrainRequest, context: Any) -> api.UndrainResponse:
-        await self._drain(request.node, context, draining=False)
-        return api.UndrainResponse()
-
-    async def _drain(self, node: str, context: Any, *, draining: bool) -> None:
+        how = " --release" * request.release + " --force" * request.force
         await self._desk.answer(
             context,
             Call.DRAIN,
-            lambda asked: self._nodes.drain(node, asked, draining=draining),
-            subject=f"{'drain' if draining else 'undrain'} {node[:NODE_NAME_MAX]}",
+            lambda asked: self._nodes.drain(request, asked),
+            subject=f"drain {request.node[:NODE_NAME_MAX]}{how}",
         )
+        return api.DrainResponse()
+
+    async def Undrain(self, request: api.UndrainRequest, context: Any) -> api.UndrainResponse:
+        await self._desk.answer(
+            context,
+            Call.DRAIN,
+            lambda asked: self._nodes.undrain(request.node, asked),
+            subject=f"undrain {request.node[:NODE_NAME_MAX]}",
+        )
+        return api.UndrainResponse()
 
     async def Leave(self, request: api.LeaveRequest, context: Any) -> AsyncIterator[api.LeaveProgress]:
         async with closing(
