@@ -941,24 +941,70 @@ Global___Office: _TypeAlias = Office  # noqa: Y015
 
 @_typing.final
 class Generation(_message.Message):
-    """The value of /generation."""
+    """The value of /generation: written when the cluster is made from a backup, or from one voter's data."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    FORMER_CLUSTER_IDS_FIELD_NUMBER: _builtins.int
+    MADE_MS_FIELD_NUMBER: _builtins.int
+    HOW_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """at random: another one fences everything older"""
+    made_ms: _builtins.int
+    how: _builtins.str
+    """"restore" or "recover" """
+    @_builtins.property
+    def former_cluster_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """etcd's clusters that this one follows, the latest last"""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
+        former_cluster_ids: _abc.Iterable[_builtins.str] | None = ...,
+        made_ms: _builtins.int = ...,
+        how: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["former_cluster_ids", b"former_cluster_ids", "how", b"how", "id", b"id", "made_ms", b"made_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Generation: _TypeAlias = Generation  # noqa: Y015
+
+@_typing.final
+class Backup(_message.Message):
+    """The value of /backup: the latest backup that was begun. Every backup holds its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLUSTER_ID_FIELD_NUMBER: _builtins.int
+    TAKEN_MS_FIELD_NUMBER: _builtins.int
+    TAKEN_BY_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    cluster_id: _builtins.str
+    """etcd's, hexadecimal"""
+    taken_ms: _builtins.int
+    taken_by: _builtins.str
+    node: _builtins.str
+    """whose etcd member it is of"""
+    def __init__(
+        self,
+        *,
+        cluster_id: _builtins.str = ...,
+        taken_ms: _builtins.int = ...,
+        taken_by: _builtins.str = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "node", b"node", "taken_by", b"taken_by", "taken_ms", b"taken_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Backup: _TypeAlias = Backup  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):

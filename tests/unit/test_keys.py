@@ -23,6 +23,7 @@ def test_spelling() -> None:
     assert keys.beat(N) == "/beat/n1"
     assert keys.OFFICE == "/leader/office"
     assert keys.GENERATION == "/generation"
+    assert keys.BACKUP == "/backup"
 
 
 @pytest.mark.parametrize("make", [keys.task, keys.blocked, keys.queued, keys.complete])
