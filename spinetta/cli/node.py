@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from spinetta.cli import exits, nodeaccess, nodeloss, output
+from spinetta.cli import drain, exits, nodeaccess, nodeloss, output
 from spinetta.cli.base import (
     Finished,
     client_options,
@@ -79,8 +79,9 @@ def join(config_file: str | None, **flags: str | None) -> None:
     it joins theirs. Every setting may also stand in a file (see `spinetta config show`) or a variable, named in
     brackets below; flags come first, then variables, then files.
 
-    SIGTERM ends the daemon and leaves the tasks running for the next one (unless --on-terminate release);
-    Ctrl-C gives them back to the cluster and ends everything.
+    SIGTERM ends the daemon and leaves the tasks running for the next one (--on-terminate drain: waits for them;
+    release: gives them back); Ctrl-C gives them back to the cluster and ends everything. A second one ends the daemon
+    at once and leaves what runs as it is.
 
     \b
     Examples:
@@ -116,7 +117,7 @@ def list_nodes(as_json: bool, node: str | None, timeout: str | None, config_file
 
     ROLE: a voter runs an etcd member, a worker does not; * holds the office of the leader. AGE is the time since the
     node started, SEEN since its last heartbeat was noticed. Resources are free/total. CLEARANCE is shown when a node
-    is cleared for a label.
+    is cleared for a label. A draining node shows how many tasks it still has.
     """
     found = with_client(_nodes, node, timeout, config_file)
     from spinetta.cli import show
@@ -143,7 +144,7 @@ def node_table(found: NodeList) -> None:
             (
                 r.name,
                 r.address,
-                n.status,
+                drain.status_words(n),
                 ("voter" if n.voter else "worker") + (" *" if n.leader else ""),
                 f"{units.format_cpus(free.cpu_millis)}/{units.format_cpus(all_.cpu_millis)}",
                 f"{units.format_bytes(free.memory_bytes)}/{units.format_bytes(all_.memory_bytes)}",
@@ -174,7 +175,7 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
     """Show one node in full; without NAME the one that is asked."""
 
     async def work(client: AsyncClient) -> NodeInfo:
-        wanted = await _chosen(client, name)
+        wanted = await drain.chosen(client, name)
         found = next((n for n in (await client.nodes()).nodes if n.record.name == wanted), None)
         if found is None:
             raise NotFound(f"there is no node {wanted}", field="node", hint="see: spinetta node list")
@@ -190,7 +191,7 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
     pairs = [
         ("Node", r.name),
         ("Address", r.address),
-        ("Status", found.status),
+        ("Status", drain.status_words(found)),
         ("Role", ("voter" if found.voter else "worker") + (", leader" if found.leader else "")),
         ("Offers", shown.resources_words(r.capacity)),
         ("Free", shown.resources_words(r.free) or "nothing"),
@@ -209,48 +210,6 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
     for heading, text in pairs:
         if text:
             output.say(f"{heading + ':':<13}{output.printable(text)}")
-
-
-async def _chosen(client: AsyncClient, name: str | None) -> str:
-    """The node that is meant: the one that answers when none is named."""
-    return name or (await client.cluster()).node
-
-
-@node.command()
-@click.argument("name", required=False)
-@json_option
-@client_options
-def drain(name: str | None, as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
-    """Let a node take no more tasks; running ones go on. Without NAME the one that is asked."""
-
-    async def work(client: AsyncClient) -> str:
-        wanted = await _chosen(client, name)
-        await client.drain(wanted)
-        return wanted
-
-    _done(with_client(work, node, timeout, config_file), "draining", "takes no more tasks", as_json)
-
-
-@node.command()
-@click.argument("name", required=False)
-@json_option
-@client_options
-def undrain(name: str | None, as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
-    """Let a drained node take tasks again. Without NAME the one that is asked."""
-
-    async def work(client: AsyncClient) -> str:
-        wanted = await _chosen(client, name)
-        await client.undrain(wanted)
-        return wanted
-
-    _done(with_client(work, node, timeout, config_file), "ready", "takes tasks again", as_json)
-
-
-def _done(name: str, status: str, text: str, as_json: bool) -> None:
-    if as_json:
-        output.put_json({"node": name, "status": status})
-    else:
-        output.say(f"{name} {text}")
 
 
 @node.command()
@@ -283,7 +242,7 @@ def leave(
     limit_s = None if wait_text is None else parse_duration(wait_text, "wait")
 
     async def work(client: AsyncClient) -> str:
-        wanted = await _chosen(client, name)
+        wanted = await drain.chosen(client, name)
         done = False
         try:
             async for step in client.leave(wanted, timeout_s=limit_s):
@@ -330,7 +289,7 @@ def stop(data_dir: str | None, keep: bool, as_json: bool, config_file: str | Non
 
     pid = holder(directory)
     if pid is not None:
-        _end(pid, signal.SIGTERM if keep else signal.SIGINT, KEEP_LIMIT_S if keep else STOP_LIMIT_S)
+        _end(pid, signal.SIGUSR1 if keep else signal.SIGINT, KEEP_LIMIT_S if keep else STOP_LIMIT_S)
     # The daemon ends its shim itself; one whose daemon had died before is still there.
     shim = False if keep else _end_shim(directory)
     if as_json:
@@ -391,5 +350,5 @@ def _end_shim(directory: Path) -> bool:
     return asyncio.run(end())
 
 
-for _command in (nodeloss.confirm_dead, *nodeaccess.COMMANDS):
+for _command in (drain.drain, drain.undrain, nodeloss.confirm_dead, *nodeaccess.COMMANDS):
     node.add_command(_command)

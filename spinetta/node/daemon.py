@@ -180,7 +180,8 @@ class Daemon:
         except UserError as e:  # a full disk is a reason to drain: done all the same, and told
             unwritten = e
         await self.driver.tell(SetDraining(draining, self._leaving.wanted, release, spare=not force))
-        if not await self.driver.until(lambda a: a.draining == draining and a.session.told, TOLD_S):
+        # With claims under way it could seem to hold nothing, and get a task a moment later.
+        if not await self.driver.until(lambda a: _is_told(a, draining), TOLD_S):
             raise OutcomeUnknown("the node has been told, but the others do not know yet; look at: spinetta node list")
         if unwritten is not None:
             raise UserError(
@@ -369,3 +370,8 @@ class Daemon:
     def _warnings(self) -> tuple[str, ...]:
         trouble = (self._audit.trouble,) if self._audit.trouble else ()
         return (*self._runtime.warnings(), *self._entrance.warnings, *trouble)
+
+
+def _is_told(agent: Agent, draining: bool) -> bool:
+    settled = agent.claims.round is None if draining else True
+    return agent.draining == draining and settled and agent.session.told
