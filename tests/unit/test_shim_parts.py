@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import spinetta.runtime.shim as package
 from spinetta.runtime.shim import child, proctable, wire
-from spinetta.runtime.shim.disk import put_file, read_records
 from spinetta.runtime.shim.loop import Loop, now_s
+from spinetta.runtime.shim.records import Records, put_file, read_records, seal, unseal
 
 SOURCES = sorted(Path(package.__file__).parent.glob("*.py"))
 
@@ -102,13 +102,32 @@ def test_keys_that_are_not_safe(name: str) -> None:
 
 
 def test_records(tmp_path: Path) -> None:
-    put_file(tmp_path / "a.1", json.dumps({"v": 1}).encode())
-    put_file(tmp_path / "a.1", json.dumps({"v": 2}).encode())
+    put_file(tmp_path / "a.1", json.dumps(seal({"v": 2})).encode())
+    put_file(tmp_path / "a.1", json.dumps(seal({"v": 2, "x": 0.1})).encode())
+    put_file(tmp_path / "old.1", json.dumps({"v": 1, "state": "started"}).encode())
     (tmp_path / "b.1").write_text('{"v": ')
     (tmp_path / "c.1").write_text("[]")
+    (tmp_path / "d.1").write_text('{"v": 2}')
+    (tmp_path / "e.1").write_text("[" * 100_000)
     (tmp_path / ".d.1.tmp").write_text("half")
-    assert read_records(tmp_path) == ({"a.1": {"v": 2}}, ["b.1", "c.1"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.1", "b.1", "c.1"]
+    broken = ["b.1", "c.1", "d.1", "e.1"]
+    assert read_records(tmp_path) == Records({"a.1": {"v": 2, "x": 0.1}, "old.1": {"v": 1, "state": "started"}}, broken)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.1", *broken, "old.1"]
+
+
+def test_a_record_that_is_damaged_anywhere_is_never_taken_for_another() -> None:
+    record = {"v": 2, "state": "ended", "key": "a.1", "exit": {"exit_code": 1, "message": "é\udcff"}, "pid": 1234}
+    data = json.dumps(seal(record)).encode()
+    assert unseal(data) == record
+    for at in range(len(data)):
+        cut = data[:at]
+        flipped = [data[:at] + bytes([data[at] ^ bits]) + data[at + 1 :] for bits in (1, 2, 4, 8, 16, 32, 64, 128, 255)]
+        for damaged in (cut, *flipped):
+            try:
+                found = unseal(damaged)
+            except ValueError:
+                continue
+            assert found == record, (at, damaged)  # e.g. a letter of an escape in the other case
 
 
 def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Held:
     def intent(self) -> dict[str, Any]:
         """The record written before the fork."""
         return {
-            "v": 1,
+            "v": 2,
             "state": "started",
             "key": self.key,
             "token": self.token,

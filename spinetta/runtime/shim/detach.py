@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
 import os
 import select
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import proctable, sysapi
-from .wire import IDENTITY_NAME
 
 PREVIOUS_GONE_S = 15.0  # for what a killed shim held to die; more only when something is stuck in the kernel
+LOOK_AGAIN_S = 0.01
 
 REMOVED_AT_ONCE = 1000  # keeps the arguments short; the rest goes the next time
 
@@ -46,17 +46,38 @@ class Detached:
     warnings: tuple[str, ...]
 
 
-def detach(state_dir: Path, *, isolate: str) -> Detached:
+def take_lock(state_dir: Path, read_identity: Callable[[], Mapping[str, Any]]) -> int:
+    """The lock of a state directory, once nothing is left of the shim before us; a descriptor to be kept.
+
+    CannotStart: there is one, or something of an earlier one is stuck.
+    """
+    lock_fd = os.open(state_dir / "shim.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + PREVIOUS_GONE_S
+    while True:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            # A killed shim's writer holds the lock until it has written what it was given.
+            identity = read_identity()
+            if not identity or _lives(identity):
+                raise CannotStart("busy", "another shim holds the lock") from None
+            if time.monotonic() > deadline:
+                raise CannotStart(
+                    "failed",
+                    "the previous shim is dead, but a process of its that writes records has not ended: the disk does "
+                    "not answer",
+                ) from None
+        time.sleep(LOOK_AGAIN_S)
+    _await_previous(read_identity())
+    return lock_fd
+
+
+def detach(lock_fd: int, *, isolate: str) -> Detached:
     """Go on as the shim; the process that called this ends. CannotStart when there is nothing to go on with.
 
     `isolate` is empty to try a pid namespace, else the reason why there is to be none.
     """
-    lock_fd = os.open(state_dir / "shim.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CannotStart("busy", "another shim holds the lock") from None
-    _await_previous(state_dir)
     outer_proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if not isolate:
         try:
@@ -101,36 +122,41 @@ def _start_ticks(outer_proc: int) -> int:
         os.close(fd)
 
 
-def _await_previous(state_dir: Path) -> None:
+def _lives(identity: Mapping[str, Any]) -> bool:
+    """Whether the shim that wrote this is still there, dying perhaps."""
+    pid = identity.get("pid")
+    process = proctable.read(pid) if isinstance(pid, int) and identity.get("boot_id") == proctable.boot_id() else None
+    return process is not None and process.state not in "ZX" and process.start_ticks == identity.get("start_ticks")
+
+
+def _await_previous(identity: Mapping[str, Any]) -> None:
     """Wait until the shim before us has ended altogether.
 
     A dying process drops its lock before the kernel has killed the pid namespace it was init of; only once its pidfd
     is ready is nothing left of it.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        identity = json.loads((state_dir / IDENTITY_NAME).read_bytes())
-        if identity["boot_id"] != proctable.boot_id():
-            return
+    if not _lives(identity):
+        return
+    try:
         pidfd = os.pidfd_open(identity["pid"])
-        try:
-            # After opening: now the pid cannot become another's between looking and waiting.
-            process = proctable.read(identity["pid"])
-            if process is None or process.start_ticks != identity["start_ticks"]:
-                return
-            ready, _, _ = select.select([pidfd], [], [], PREVIOUS_GONE_S)
-        finally:
-            os.close(pidfd)
-        if not ready:
+    except OSError:
+        return
+    try:
+        # Again: now the pid cannot become another's between looking and waiting.
+        if _lives(identity) and not select.select([pidfd], [], [], PREVIOUS_GONE_S)[0]:
             raise CannotStart("failed", f"what the previous shim (pid {identity['pid']}) held has not died yet")
+    finally:
+        os.close(pidfd)
 
 
-def become_remover(folder: Path) -> NoReturn:
-    """In a fresh child: remove all that is in `folder`, at low priority, and end."""
+def become_remover(folder: Path, names: Sequence[str] | None = None) -> NoReturn:
+    """In a fresh child: remove `names` in `folder`, by default all that is there, at low priority, and end."""
     try:
         os.setpriority(os.PRIO_PROCESS, 0, 10)
-        names = [str(folder / name) for name in os.listdir(folder)[:REMOVED_AT_ONCE]]  # noqa: PTH208 - only names, and not all
-        if names:
+        if names is None:
+            names = os.listdir(folder)  # noqa: PTH208 - only names
+        if paths := [str(folder / name) for name in names[:REMOVED_AT_ONCE]]:
             environment = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
-            os.execvpe("rm", ["rm", "-rf", "--one-file-system", "--", *names], environment)  # noqa: S606 - nothing is left to the shell
+            os.execvpe("rm", ["rm", "-rf", "--one-file-system", "--", *paths], environment)  # noqa: S606 - nothing is left to the shell
     finally:
         os._exit(0)

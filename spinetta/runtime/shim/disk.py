@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import sysapi
+from .records import put_file, seal, sync_folder
 from .wire import BadMessage, Lines, Message, decode, encode
 
 TO_TRASH = "moved to the trash"  # the answer to a `discard` that leaves work
+CUT = b"\n[spinetta: the disk was full; some of what was written here or to the other stream may be missing]\n"
 LOG_BYTES_MAX = 1 << 20  # of each of the shim's two log files
 Ack = Callable[[str], None]
 """Called with an empty text when the thing is durable, else with what went wrong."""
@@ -35,58 +37,13 @@ class Layout:
         self.logs = root / "logs"
         self.scratch = root / "scratch"
         self.trash = root / "trash"
+        self.broken = root / "broken"  # made when there is something to put there
 
     def make(self) -> None:
         """Create what is missing; ours alone to read."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.attempts, self.services, self.logs, self.scratch, self.trash):
             folder.mkdir(mode=0o700, exist_ok=True)
-
-
-def put_file(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, so that after a crash it is whole: the old or the new. Its folder is not synced."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    finally:
-        os.close(fd)
-    temporary.rename(path)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames and removals in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def read_records(folder: Path) -> tuple[dict[str, Message], list[str]]:
-    """All records of a folder by name, and the names of those that cannot be read. Left-over temporary files go."""
-    records: dict[str, Message] = {}
-    broken = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            path.unlink(missing_ok=True)
-            continue
-        try:
-            record = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            record = None
-        if isinstance(record, dict):
-            records[path.name] = record
-        else:
-            broken.append(path.name)
-    return records, broken
 
 
 # In the writing process ---------------------------------------------------------------------------------------------
@@ -124,6 +81,14 @@ def _do(message: Message, dirty: set[Path]) -> str:
             except OSError:
                 path.rename(Path(message["trash"]) / f"{path.name}.{os.urandom(4).hex()}")
                 return TO_TRASH
+        case "mark":
+            # To what a task has written: not durable, and not made if it is not there.
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.write(fd, CUT)
+                finally:
+                    os.close(fd)
         case _:
             raise BadMessage("unknown operation")
     return ""
@@ -159,17 +124,19 @@ def _serve(sock: socket.socket, log: _Log) -> None:
             sock.sendall(b"".join(encode({"n": n, "error": e}) for n, e in answers.items()))
 
 
-def _writer_main(sock: socket.socket, log_path: Path) -> NoReturn:
+def _writer_main(sock: socket.socket, lock_fd: int, log_path: Path) -> NoReturn:
     status = 1
     try:
         sysapi.set_name("spinetta-writer")
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, -10)  # every start and every end waits for it
-        # A client must see its connection end, whoever waits for our start the end of its pipe, and the next shim the
-        # lock free.
+        # A client must see its connection end, and whoever waits for our start the end of its pipe. The lock stays ours
+        # too: should the shim be killed, no other may read records while we still have some of its to write.
         os.dup2(0, 1)
-        os.closerange(3, sock.fileno())
-        os.closerange(sock.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        first, second = sorted((sock.fileno(), lock_fd))
+        os.closerange(3, first)
+        os.closerange(first + 1, second)
+        os.closerange(second + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         _serve(sock, _Log(log_path))
         status = 0
     except (OSError, BadMessage) as error:
@@ -185,19 +152,31 @@ def _writer_main(sock: socket.socket, log_path: Path) -> NoReturn:
 class Writer:
     """The shim's end of the writing process. Never blocks."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, lock_fd: int) -> None:
+        """`lock_fd`: the shim's lock, which the process holds with us. OSError: it could not be started."""
         self._layout = layout
+        self._lock_fd = lock_fd
         self._waiting: dict[int, tuple[Message, Ack]] = {}
         self._next = 1
+        self._out = bytearray()
         self.pid = 0
+        self.up = False
         self.start()
 
     def start(self) -> None:
-        """Start the process (again), and ask again for all that was not answered: each thing may be done twice."""
+        """Start the process (again), and ask again for all that was not answered: each thing may be done twice.
+
+        OSError: the machine has no room for a process; what is asked meanwhile waits.
+        """
         ours, theirs = socket.socketpair()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if pid == 0:
-            _writer_main(theirs, self._layout.root / "shim.log")
+            _writer_main(theirs, self._lock_fd, self._layout.root / "shim.log")
         theirs.close()
         ours.setblocking(False)
         self.sock = ours
@@ -206,15 +185,22 @@ class Writer:
         self._out = bytearray()
         for message, _ in list(self._waiting.values()):
             self._out += encode(message)
+        self.up = True
+
+    def died(self) -> None:
+        """It has ended; nothing is sent until it is started again."""
+        self.up = False
+        self.pid = 0
+        self.sock.close()
 
     @property
     def wants_to_write(self) -> bool:
         """True when the socket should be watched for room."""
-        return bool(self._out)
+        return self.up and bool(self._out)
 
     def put(self, path: Path, record: Message, ack: Ack) -> None:
         """Make `record` durable at `path`."""
-        self._ask({"op": "put", "path": str(path), "data": json.dumps(record)}, ack)
+        self._ask({"op": "put", "path": str(path), "data": json.dumps(seal(record))}, ack)
 
     def remove(self, path: Path, ack: Ack) -> None:
         """Remove a file durably."""
@@ -224,6 +210,10 @@ class Writer:
         """Remove a folder, at once if it is empty, else by moving it to the trash."""
         self._ask({"op": "discard", "path": str(path), "trash": str(self._layout.trash)}, ack)
 
+    def mark(self, path: Path, ack: Ack) -> None:
+        """Append to an existing log that some of it may be missing."""
+        self._ask({"op": "mark", "path": str(path)}, ack)
+
     def log(self, text: str) -> None:
         """Write to the shim's log; dropped when the disk cannot keep up."""
         if len(self._out) < 1 << 20:
@@ -232,8 +222,9 @@ class Writer:
 
     def flush(self) -> None:
         """Send what fits."""
-        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            while self._out:
+        # Full for now, or the process is gone, which reading will tell.
+        with contextlib.suppress(OSError):
+            while self.up and self._out:
                 del self._out[: self.sock.send(self._out)]
 
     def answers(self) -> list[tuple[Ack, str]] | None:
@@ -242,7 +233,7 @@ class Writer:
             data = self.sock.recv(1 << 18)
         except BlockingIOError:
             return []
-        except ConnectionResetError:
+        except OSError:
             return None
         if not data:
             return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from . import proctable, sysapi
 from .attempt import Held, Phase, make_exit, now_ms
@@ -17,7 +19,10 @@ from .spawn import read_report
 LEFTOVER_WAIT_S = 10.0  # for killed processes to go; past it (stuck in the kernel) the end is reported all the same
 RECORD_WAIT_S = 5.0  # for the disk; past it the end is reported unrecorded, and the writing goes on
 RECORD_AGAIN_S = 5.0
+MARKS_MAX = 1024  # logs that are to be marked as cut once the disk has room
+MARK_TRIES_MAX = 17280  # a day
 REMOVE_TRIES_MAX = 100
+_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 _DELAYS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
@@ -36,6 +41,7 @@ class Ending:
         self._ended = ended
         self.unreaped: set[int] = set()
         self.helpers: Callable[[], set[int]] = set
+        self._marks = 0
 
     def noticed(self, held: Held) -> bool:
         """Look whether the main process has ended; if so set its end going. True when it has."""
@@ -169,11 +175,31 @@ class Ending:
         if error:
             self._log(f"{held.key}: cannot write its exit record, trying again: {error}")
             held.set_timer("record", self._loop.call_in(RECORD_AGAIN_S, lambda: self.record(held)))
-            self._report(held, f"its exit could not be recorded: {error}")
+            remark = f"its exit could not be recorded: {error}"
+            if error in _FULL and held.phase is not Phase.ENDED and not held.service:
+                # It wrote to the same disk, straight into its files: nobody but itself was told that they are full.
+                remark += "; its logs may be cut"
+                self._mark_cut(Path(held.stderr), 0)
+            self._report(held, remark)
             return
         held.recorded = True
         self._reap(held)
         self._report(held)
+
+    def _mark_cut(self, log: Path, tries: int) -> None:
+        """Say so in the log as well, once there is room."""
+        if not tries:
+            if self._marks >= MARKS_MAX:
+                return
+            self._marks += 1
+
+        def done(error: str) -> None:
+            if error and tries < MARK_TRIES_MAX:
+                self._loop.call_in(RECORD_AGAIN_S, lambda: self._mark_cut(log, tries + 1))
+            else:
+                self._marks -= 1
+
+        self._writer.mark(log, done)
 
     def _late(self, held: Held) -> None:
         self._log(f"{held.key}: the disk has not taken its exit record for {RECORD_WAIT_S} s")

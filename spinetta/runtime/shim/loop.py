@@ -107,7 +107,7 @@ class Loop:
                 if call is not None:
                     self._guarded(lambda call=call, mask=mask: call(mask))  # type: ignore[misc]  # defaults bind now
             self._run_due()
-            self.on_turn()
+            self._guarded(self.on_turn)
 
     def _run_due(self) -> None:
         now = now_s()

@@ -12,21 +12,21 @@ import sys
 import time
 from pathlib import Path
 
-from . import detach, proctable, secretfiles, sysapi
+from . import detach, proctable, remains, secretfiles, sysapi
 from .attempt import Held, Phase, make_exit
-from .cgroup import Cgroups, Limits, sweep
+from .cgroup import Cgroups, Limits
 from .connection import listen
-from .disk import Layout, Writer, put_file, read_records
-from .hierarchy import detect
+from .disk import Layout, Writer
 from .keeper import Keeper
 from .loop import READ, WRITE, Loop, now_s
+from .records import is_key, put_aside, read_records
+from .remains import Swept
 from .server import Identity, Server
 from .spawn import Surroundings
-from .wire import IDENTITY_NAME
 
-SWEEP_LIMIT_S = 10.0
 ORPHANS_AGAIN_S = 1.0
 IDLE_LOOKS_PER_WAIT = 4
+WRITER_AGAIN_S = 1.0  # a writer that dies at once, or cannot be started, is not tried in a loop
 _IGNORED = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "TSTP", "TTIN", "TTOU", "PIPE", "XFSZ")
 
 
@@ -36,7 +36,9 @@ def main(arguments: list[str]) -> int:
     layout = Layout(Path(config["state_dir"]))
     try:
         layout.make()
-        around = detach.detach(layout.root, isolate=config["isolate"])
+        lock_fd = detach.take_lock(layout.root, lambda: remains.read_identity(layout.root))
+        swept = remains.sweep_remains(layout, str(config["node"]))
+        around = detach.detach(lock_fd, isolate=config["isolate"])
     except detach.CannotStart as problem:
         _say({problem.kind: str(problem)})
         return 1
@@ -44,7 +46,7 @@ def main(arguments: list[str]) -> int:
         _say({"failed": str(error)})
         return 1
     try:
-        shim = Shim(layout, around, config)
+        shim = Shim(layout, swept, around, config)
     except OSError as error:
         _say({"failed": str(error)})
         return 1
@@ -62,10 +64,11 @@ def _say(message: dict[str, str]) -> None:
 class Shim:
     """Everything put together."""
 
-    def __init__(self, layout: Layout, around: detach.Detached, config: dict[str, object]) -> None:
+    def __init__(self, layout: Layout, swept: Swept, around: detach.Detached, config: dict[str, object]) -> None:
         self._layout = layout
+        self._swept = swept
         node, kill_margin_s = str(config["node"]), float(str(config["kill_margin_s"]))
-        self._warnings: list[str] = list(around.warnings)
+        self._warnings: list[str] = [*around.warnings, *swept.warnings]
         for name in _IGNORED:
             signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
         nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -73,29 +76,38 @@ class Shim:
             resource.setrlimit(resource.RLIMIT_NOFILE, (nofile[1], nofile[1]))
         core = resource.getrlimit(resource.RLIMIT_CORE)
         resource.setrlimit(resource.RLIMIT_CORE, (0, core[1]))  # secrets pass through our memory
-        previous = _read_identity(layout)
-        self._sweep(previous)
-        self._cgroups = self._make_cgroups(node, previous)
-        self._place = secretfiles.find_place(layout.root, self._cgroup_name)
+        shim = os.urandom(8).hex()
+        # Before any group is made: one that is not written down would never be found again should we die now.
+        self._write_identity(shim, around, remains.intended_groups(swept))
+        self._cgroups = Cgroups(swept.name, swept.trees, swept.problems)
+        self._place = secretfiles.find_place(layout.root, swept.name)
         self._claim_priority()
+        leftovers = self._leftovers()
         self.identity = Identity(
-            shim=os.urandom(8).hex(),
+            shim=shim,
             node=node,
             capabilities=self._capabilities(around),
             warnings=tuple(self._warnings),
         )
-        self._write_identity(around)
+        self._write_identity(shim, around, [*map(str, self._cgroups.folders), *swept.stuck])
         os.chdir("/")
-        leftovers = self._leftovers()
         self._listening = listen(layout.root)
         self._loop = Loop(self._log)
-        self._writer = Writer(layout)
+        self._writer = Writer(layout, around.lock_fd)
+        self._writer_started_s = now_s()
         self._keeper = Keeper(
             self._loop,
             layout,
             self._writer,
             self._cgroups,
-            Surroundings(around.outer_proc, around.isolated, nofile, core, self._place),
+            Surroundings(
+                around.outer_proc,
+                around.isolated,
+                nofile,
+                core,
+                self._place,
+                {} if around.isolated else {remains.MARK: swept.name},
+            ),
             kill_margin_s,
             self._log,
         )
@@ -113,7 +125,7 @@ class Shim:
         self._watch_writer()
         self._loop.on_turn = self._after_turn
         self._empty_trash()
-        if left := secretfiles.left_over(self._place):
+        if left := secretfiles.left_over(self._swept.name):
             self._remove_all_in(left)
         self._end_when_idle()
         gc.collect()
@@ -124,30 +136,9 @@ class Shim:
         self._cgroups.remove()
         with contextlib.suppress(OSError):
             (self._layout.root / "shim.sock").unlink()
+        secretfiles.remove_folder(self._place)
 
     # Starting ----------------------------------------------------------------------------------------------------
-
-    def _sweep(self, previous: dict[str, object]) -> None:
-        """Kill and remove what an earlier shim of this state directory left. Ours only: by the folders it noted."""
-        folders = previous.get("cgroups")
-        if isinstance(folders, list):
-            left = sweep([Path(str(folder)) for folder in folders], SWEEP_LIMIT_S)
-            self._warnings += [f"left by an earlier shim and cannot be removed: {folder}" for folder in left]
-
-    def _make_cgroups(self, node: str, previous: dict[str, object]) -> Cgroups:
-        """The groups' name stays the same for a state directory, so that what is left can be found by people too."""
-        name = previous.get("cgroup_name")
-        if not isinstance(name, str):
-            clean = "".join(c if c.isalnum() and c.isascii() else "-" for c in node)[:40]
-            name = f"spinetta-{clean}-{os.urandom(4).hex()}"
-        self._cgroup_name = name
-        try:
-            mountinfo = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
-            cgroup = Path("/proc/self/cgroup").read_text("utf-8", "surrogateescape")
-        except OSError as error:
-            return Cgroups(name, [], [f"cannot read where cgroups are: {error}"])
-        trees, problems = detect(mountinfo, cgroup)
-        return Cgroups(name, trees, problems)
 
     def _claim_priority(self) -> None:
         """What helps us to get the CPU within the kill margin, as far as we may."""
@@ -182,39 +173,35 @@ class Shim:
             self._warnings.append(f"{secretfiles.CAPABILITY} is missing: {self._place.why}")
         return tuple(names)
 
-    def _write_identity(self, around: detach.Detached) -> None:
+    def _write_identity(self, shim: str, around: detach.Detached, groups: list[str]) -> None:
         identity = {
-            "v": 1,
-            "shim": self.identity.shim,
+            "shim": shim,
             "pid": around.outer_pid,
             "start_ticks": around.start_ticks,
             "boot_id": proctable.boot_id(),
-            "cgroup_name": self._cgroup_name,
-            "cgroups": [str(folder) for folder in self._cgroups.folders],
+            "cgroup_name": self._swept.name,
+            "cgroups": groups,
         }
-        put_file(self._layout.root / IDENTITY_NAME, json.dumps(identity).encode())
+        remains.write_identity(self._layout.root, identity)
 
     def _leftovers(self) -> list[Held]:
         """Ends that were never forgotten, and those that the shim before us did not live to see."""
-        leftovers = []
+        leftovers, scratches = [], set()
         for service, folder in ((False, self._layout.attempts), (True, self._layout.services)):
-            records, broken = read_records(folder)
-            for name in broken:
-                records[name] = {"key": name}
-            for name, record in records.items():
-                if record.get("state") != "ended" and record.get("boot_id") == proctable.boot_id():
-                    self._kill_stray(record)
-                leftovers.append(_from_record(self._layout, service, name, record))
+            records = read_records(folder)
+            scratches |= {f"service@{name}" if service else name for name in (*records.found, *records.broken)}
+            for name in records.broken:
+                aside = put_aside(folder / name, self._layout.broken)
+                where = f"is now {aside}" if aside else "cannot be moved away"
+                self._warnings.append(
+                    f"the record {folder / name} was damaged and {where}: how it ended is not known, and it counts as "
+                    "lost with the shim; look at the disk, then remove the file"
+                )
+                if is_key(name):
+                    records.found[name] = {"damaged": True}
+            leftovers += [_from_record(self._layout, service, name, record) for name, record in records.found.items()]
+        remains.clear_scratch(self._layout, scratches)
         return leftovers
-
-    def _kill_stray(self, record: dict[str, object]) -> None:
-        """Without a pid namespace it may have outlived the shim before us, and without cgroups nobody has killed it."""
-        pid, ticks = record.get("pid"), record.get("start_ticks")
-        if not isinstance(pid, int) or not isinstance(ticks, int) or pid <= 1:
-            return
-        deadline = time.monotonic() + SWEEP_LIMIT_S
-        while proctable.kill_session(pid, ticks) and time.monotonic() < deadline:
-            time.sleep(0.01)
 
     # Running -----------------------------------------------------------------------------------------------------
 
@@ -232,21 +219,35 @@ class Shim:
         answers = self._writer.answers()
         if answers is None:
             self._loop.unwatch(self._writer.sock.fileno())
-            self._writer.sock.close()
-            self._writer.start()
-            self._watch_writer()
-            self._log("the writing process died and was started again")
+            self._writer.died()
+            if now_s() - self._writer_started_s < WRITER_AGAIN_S:
+                self._loop.call_in(WRITER_AGAIN_S, self._restart_writer)
+            else:
+                self._restart_writer()
             return
         for ack, error in answers:
             ack(error)
 
+    def _restart_writer(self) -> None:
+        """Until it works: what is to be written waits, and all else goes on."""
+        self._writer_started_s = now_s()
+        try:
+            self._writer.start()
+        except OSError:
+            self._loop.call_in(WRITER_AGAIN_S, self._restart_writer)
+            return
+        self._watch_writer()
+        self._log("the writing process died and was started again")
+
     def _after_turn(self) -> None:
+        if self._keeper.trash_waits and not self._janitor:
+            self._empty_trash()
+        if not self._writer.up:
+            return
         mask = READ | WRITE if self._writer.wants_to_write else READ
         if mask != self._writer_mask:
             self._writer_mask = mask
             self._loop.watch(self._writer.sock.fileno(), mask, self._writer_ready)
-        if self._keeper.trash_waits and not self._janitor:
-            self._empty_trash()
 
     def _reap_orphans(self) -> None:
         """We are init here: reap all that became ours, but not the main processes, whose exits are not recorded yet."""
@@ -300,16 +301,9 @@ class Shim:
 
     def _remove_all_in(self, folder: Path) -> None:
         with contextlib.suppress(OSError):
+            names = os.listdir(folder)  # noqa: PTH208 - only names; before the fork: what is made from now on is not to go
             if os.fork() == 0:
-                detach.become_remover(folder)
-
-
-def _read_identity(layout: Layout) -> dict[str, object]:
-    with contextlib.suppress(OSError, ValueError):
-        identity = json.loads((layout.root / IDENTITY_NAME).read_bytes())
-        if isinstance(identity, dict):
-            return identity
-    return {}
+                detach.become_remover(folder, names)
 
 
 def _from_record(layout: Layout, service: bool, name: str, record: dict[str, object]) -> Held:
@@ -338,7 +332,11 @@ def _from_record(layout: Layout, service: bool, name: str, record: dict[str, obj
     held.exit = (
         end
         if recorded and isinstance(end, dict)
-        else make_exit("shim-lost", message="ended with the shim that held it", started_ms=held.started_ms)
+        else make_exit(
+            "shim-lost",
+            message="its record was damaged" if "damaged" in record else "ended with the shim that held it",
+            started_ms=held.started_ms,
+        )
     )
     return held
 

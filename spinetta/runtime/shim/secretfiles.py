@@ -55,7 +55,11 @@ def find_place(root: Path, name: str) -> Place:
         return Place(mount=str(mount))
     if not _is_tmpfs(_SHM):
         return Place(why=f"{why}, and {_SHM} is no tmpfs")
-    return Place(folder=str(_SHM / f"{name}-{os.geteuid()}"), why=why)
+    return Place(folder=_folder(name), why=why)
+
+
+def _folder(name: str) -> str:
+    return str(_SHM / f"{name}-{os.geteuid()}")
 
 
 def _probe(mount: Path) -> str:
@@ -156,10 +160,18 @@ def remove(place: Place, key: str, names: Iterable[str]) -> bool:
     return True
 
 
-def left_over(place: Place) -> Path | None:
-    """The folder in which an earlier shim may have left something; None when there is none of ours."""
+def left_over(name: str) -> Path | None:
+    """The folder in which an earlier shim of this name may have left something; None when there is none of ours."""
+    folder = _folder(name)
+    with contextlib.suppress(OSError):
+        if Path(folder).exists():
+            _own_folder(folder)
+            return Path(folder)
+    return None
+
+
+def remove_folder(place: Place) -> None:
+    """The shim ends: remove the folder of all, if it is empty."""
     if place.folder:
         with contextlib.suppress(OSError):
-            _own_folder(place.folder)
-            return Path(place.folder)
-    return None
+            os.rmdir(place.folder)  # noqa: PTH106 - as text, like above

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from . import child, secretfiles
 from .attempt import Held
@@ -23,6 +24,7 @@ class Surroundings:
         isolated: whether we are PID 1 of a pid namespace.
         nofile, core: the limits on open files and core dumps that children get.
         place: where they get their secrets.
+        mark: what the next shim is to find in the environment of all that was ours; not needed when isolated.
     """
 
     outer_proc: int
@@ -30,13 +32,17 @@ class Surroundings:
     nofile: tuple[int, int]
     core: tuple[int, int]
     place: secretfiles.Place
+    mark: Mapping[str, str] = field(default_factory=dict)
 
 
 def spawn(held: Held, around: Surroundings) -> None:
     """Fork the process of `held`; fills its pid, pidfd and report_fd. OSError: nothing was started."""
+    env = {**held.env, **around.mark}
+    if held.secrets:
+        env[secretfiles.VARIABLE] = around.place.of(held.key)
     plan = child.Spawn(
         argv=held.argv,
-        env={**held.env, secretfiles.VARIABLE: around.place.of(held.key)} if held.secrets else held.env,
+        env=env,
         cwd=held.cwd,
         scratch=str(held.scratch or ""),
         stdout=held.stdout,
