@@ -150,7 +150,8 @@ class Leadership:
             return self._campaign(now, office)
         if not rights.may_lead:
             return self._lose()
-        self.office = replace(self.office, acl_revision=rights.own)
+        if self.office.acl_revision != rights.own:
+            self.office = replace(self.office, acl_revision=rights.own)
         if office is not None and office.created > self.office.created:
             return self._lose()
         if now >= self._office_until_s:
