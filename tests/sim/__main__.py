@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.sim.faults import KINDS, plan
+from tests.sim.faults import KINDS
+from tests.sim.more import MORE_KINDS, WILD, plan
 from tests.sim.world import World
 
 CHUNK = 50
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=20, help="failures shown")
     args = parser.parse_args()
     only = tuple(k for k in args.faults.split(",") if k)
-    if unknown := set(only) - set(KINDS):
+    if unknown := set(only) - {*KINDS, *MORE_KINDS, WILD}:
         parser.error(f"no such faults: {', '.join(sorted(unknown))}")
     if args.seed is not None:
         world, wrong = attempt(args.seed, only, trace=args.verbose)

@@ -70,6 +70,8 @@ class Rates:
     disk: float = 0.0
     runtime: float = 0.0
     repeat: float = 0.0
+    replay: float = 0.0
+    slow_disk: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Plan:
     `no_hint`: tasks submitted with an empty queue key. `tight`: limits are so low that they are reached.
     `long`: tasks come early and last long, so that what happens to their nodes happens under them.
     `secured`: nodes have records of their rights, and may do nothing without.
+    `wild`: clocks and shims are beyond what is assumed of them, so that what rests on time may be broken.
     """
 
     seed: int
@@ -99,6 +102,7 @@ class Plan:
     kill_margin_s: float = 0.5
     reconcile_s: float = 6.0
     secured: bool = True
+    wild: bool = False
 
 
 @dataclass(slots=True)

@@ -94,6 +94,14 @@ class Checker:
     rights: dict[NodeId, NodeAcl] = field(default_factory=dict)
     lost_rights: set[NodeId] = field(default_factory=set)  # ever thrown out
     lost_labels: set[tuple[NodeId, str]] = field(default_factory=set)  # ever withdrawn
+    beyond: bool = False  # clocks or shims are worse than is assumed of them: what rests on them is counted only
+    broken: int = 0
+
+    def _by_clock(self, text: str) -> None:
+        """Invariant 9 does not hold: it alone rests on clock rates, and on shims that are run in time."""
+        if not self.beyond:
+            raise Violated(9, text)
+        self.broken += 1
 
     # --- the store ---------------------------------------------------------------------------------------------
 
@@ -166,7 +174,7 @@ class Checker:
             if held is not None:
                 process = self.alive.get((task, held.token))
                 if process is not None and (self.author == node or not self.tasks[task][0].spec.overlap):
-                    raise Violated(9, f"{process.key} was taken from {node} at {self.revision} while it executes there")
+                    self._by_clock(f"{process.key} was taken from {node} at {self.revision} while it executes there")
                 if self.author != node:
                     self._taken(node, task)
                 del self.holds[node][task]
@@ -313,13 +321,13 @@ class Checker:
             raise Violated(5, f"{process.key} was started on {node} although it was cancelled before")
         held = self.holds.get(node, {}).get(process.task)
         if held is None or held.token != process.token:
-            raise Violated(9, f"{process.key} with {process.token} starts on {node}, which holds {held}")
+            self._by_clock(f"{process.key} with {process.token} starts on {node}, which holds {held}")
         name = process.task, process.token
         if name in self.truths:
             raise Violated(8, f"{process.key} was started twice")
         same = [p.key for p in self.alive.values() if p.task == process.task]
         if same and not self.tasks[process.task][0].spec.overlap:
-            raise Violated(9, f"{process.key} starts on {node} while {same} executes")
+            self._by_clock(f"{process.key} starts on {node} while {same} executes")
         self.truths[name] = Truth(node, process.token, process.incarnation)
         self.alive[name] = process
 
@@ -356,4 +364,4 @@ class Checker:
     def overdue(self, node: NodeId, process: Process, late_s: float) -> None:
         """A process that executes is looked at: `late_s` past its deadline and the margin."""
         if late_s > 0:
-            raise Violated(9, f"{process.key} executes on {node} {late_s:.3f} s past its deadline and the margin")
+            self._by_clock(f"{process.key} executes on {node} {late_s:.3f} s past its deadline and the margin")

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 
 from spinetta.agent import Agent
 from spinetta.errors import Compacted
-from spinetta.events import Changed, Effect, Happening, KeepAlive, Watch, WatchLost
+from spinetta.events import Changed, Effect, Happening, KeepAlive, KeptAlive, Watch, WatchLost
 from spinetta.model import NodeId, Revision
+from spinetta.settings import AgentSettings
 from spinetta.store.protocol import Changes
 from tests.sim.direct import answer_of, changed_of, no_answer_of
+from tests.sim.points import REQUEST
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
 ANSWER_LIMIT_S = 1.0  # after it the daemon is told that nobody answered
 LATE_S = 2.5  # how long after that a request may still arrive
+STUCK_S = 4.0  # how long a request of a daemon that has died may be held up
+LOST_IN_ELECTION, UNSAID_IN_ELECTION = 0.35, 0.3  # of the requests that arrive while the store has no leader
 
 
 @dataclass
@@ -27,6 +31,7 @@ class Seen:
     tag: str
     serial: int
     prefix: str
+    start: Revision
     next: Revision
     pumping: bool = False
     over: bool = False
@@ -61,9 +66,15 @@ class StoreLink:
     world: World
     name: NodeId
     rng: random.Random
+    settings: AgentSettings
     daemon: Daemon | None
+    chance: random.Random
     cut_until_s: float
     cut_mode: str
+
+    def passes(self, what: str) -> str:
+        """A point has been reached; what is to become of the request at hand."""
+        raise NotImplementedError
 
     def _post(self, daemon: Daemon, delay_s: float, event: Happening) -> None:
         """The daemon hears of it after a while, if it is still the same."""
@@ -88,12 +99,21 @@ class StoreLink:
         world.after(ANSWER_LIMIT_S, self._give_up, asked)
         fate = self.rng.random()
         if self._is_cut_from(effect):
+            world.tally["request cut off"] += 1
             if self.cut_mode == "both" and self.rng.random() < 0.3:
                 world.after(self.rng.uniform(0, ANSWER_LIMIT_S + LATE_S), self._reach_store, asked, False)
             return
+        if self.cut() and self.cut_mode == "echo" and isinstance(effect, KeepAlive):
+            # A former leader of the store that is frozen still answers keep-alives; the lease runs out all the same.
+            world.tally["keep-alive echoed"] += 1
+            answer = KeptAlive(effect.tag, effect.lease, float(self.settings.lease_ttl_s))
+            world.after(self._latency_s(), self._answered, asked, answer)
+            return
         if fate < rates.lost:
+            world.tally["request lost"] += 1
             return
         if fate < rates.lost + rates.late:
+            world.tally["request late"] += 1
             world.after(ANSWER_LIMIT_S + self.rng.uniform(-0.2, LATE_S), self._reach_store, asked, True)
             return
         world.after(self._latency_s(), self._reach_store, asked, fate > 1.0 - rates.answer_lost)
@@ -101,6 +121,8 @@ class StoreLink:
     def _is_cut_from(self, effect: Effect) -> bool:
         if not self.cut() or self.cut_mode == "answers":
             return False
+        if self.cut_mode == "echo":
+            return not isinstance(effect, KeepAlive)
         if self.cut_mode == "lease" and self.name in self.world.checker.nodes:
             # Renewals go through and keep-alives do not; all is dark once the lease has run out. No node can have
             # renewed later, so that whoever waits too short is found out.
@@ -111,7 +133,11 @@ class StoreLink:
         """Whether no answers come."""
         if self.cut_mode == "lease":
             return self.cut() and self.name not in self.world.checker.nodes
-        return self.cut() and self.cut_mode != "keep"
+        return self.cut() and self.cut_mode not in ("keep", "outward", "echo")
+
+    def _is_deaf(self) -> bool:
+        """Whether no events come: a member that is frozen has none."""
+        return self._is_dark() or (self.cut() and self.cut_mode == "echo")
 
     def _reach_store(self, asked: _Asked, silent: bool) -> None:
         world = self.world
@@ -119,12 +145,28 @@ class StoreLink:
             # It was under way when its daemon died, and may have been held up anywhere.
             asked.stuck = True
             if self.rng.random() < 0.4:
-                world.after(self.rng.uniform(0.0, 4.0), self._reach_store, asked, silent)
+                world.after(self.rng.uniform(0.0, STUCK_S), self._reach_store, asked, silent)
                 return
         if world.now < world.stalled_until_s:
+            if world.electing:  # what a leader had taken in is lost with it, or was passed on and nobody says so
+                fate = world.chance.random()
+                if fate < LOST_IN_ELECTION:
+                    world.tally["request lost in an election"] += 1
+                    return
+                silent = silent or fate < LOST_IN_ELECTION + UNSAID_IN_ELECTION
             world.at(world.stalled_until_s + self.rng.uniform(0, 0.01), self._reach_store, asked, silent)
             return
+        fate_of_it = self.passes(REQUEST) if world.striker is not None else ""
+        if fate_of_it == "lose":
+            return
+        if fate_of_it == "late":
+            world.after(ANSWER_LIMIT_S + LATE_S / 2, self._reach_store, asked, True)
+            return
+        silent = silent or fate_of_it == "mute"
         answer = world.on_store(lambda: answer_of(world.model, asked.effect), self.name)
+        world.tally["answer lost"] += silent
+        if world.striker is not None:
+            self.passes("done by the store")
         if world.trace:
             world.log(self.name, f"  * {type(asked.effect).__name__} {getattr(asked.effect, 'tag', '')} done: {answer}")
         if answer is not None and not silent and not self._is_dark():
@@ -149,7 +191,7 @@ class StoreLink:
         old = daemon.watches.get(effect.tag)
         if old is not None and old.serial > effect.serial:
             return
-        seen = Seen(effect.tag, effect.serial, effect.prefix, effect.start)
+        seen = Seen(effect.tag, effect.serial, effect.prefix, effect.start, effect.start)
         daemon.watches[effect.tag] = seen
         self._pump_later(daemon, seen, 0.0)
 
@@ -183,8 +225,8 @@ class StoreLink:
         seen.pumping = False
         if daemon is not self.daemon or seen.over:
             return
-        if self._is_dark() or world.now < world.stalled_until_s:
-            if self._is_dark() and self.rng.random() < 0.3:
+        if self._is_deaf() or world.now < world.stalled_until_s:
+            if self._is_deaf() and self.rng.random() < 0.3:
                 self.lose_watch(seen.tag)
             else:
                 until_s = max(self.cut_until_s, world.stalled_until_s) - world.now
@@ -204,9 +246,22 @@ class StoreLink:
         told = changed_of(seen.tag, seen.serial, owed)
         if world.rates.drop_event:
             kept = tuple(c for c in told.changes if self.rng.random() >= world.rates.drop_event)
+            world.tally["event dropped"] += len(told.changes) - len(kept)
             told = Changed(told.tag, told.serial, kept, told.revision)
         if told.changes:
             self._post(daemon, 0.0, told)
+            if world.rates.replay and self.chance.random() < world.rates.replay:
+                self._replay(daemon, seen, told)
+
+    def _replay(self, daemon: Daemon, seen: Seen, told: Changed) -> None:
+        """The same delivery again, a little later; or the watch takes up again further back than it had come."""
+        self.world.tally["events told again"] += 1
+        if self.chance.random() < 0.5:
+            self._post(daemon, self.chance.uniform(0.0, 1.0), told)
+            return
+        seen.next = Revision(max(seen.start, self.world.model.compacted + 1, seen.next - self.chance.randint(1, 8)))
+        if not seen.pumping:
+            self._pump_later(daemon, seen, self.chance.uniform(0.0, 0.5))
 
     def lose_watch(self, tag: str) -> None:
         """A watch breaks by itself."""

@@ -8,39 +8,36 @@ from typing import TYPE_CHECKING
 
 from spinetta.agent import Agent
 from spinetta.events import (
-    AttemptEnded,
     Effect,
     Forget,
     Happening,
     ListRuntime,
-    NoAnswer,
     Notice,
     Remember,
     Remembered,
     RenewRuntime,
     RuntimeListed,
     Start,
-    Started,
     Stop,
     Unwatch,
     Watch,
-    attempt_key,
 )
 from spinetta.model import IncarnationId, NodeId
 from spinetta.settings import AgentSettings
 from tests.sim.faults import Machine as MachinePlan
 from tests.sim.invariants import Violated
 from tests.sim.link import Daemon, StoreLink
+from tests.sim.more import WILD_LAG_S
 from tests.sim.shim_model import ShimModel
+from tests.sim.shimlink import EPSILON_S, WIRE_S, ShimLink
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-WIRE_S = 0.001  # daemon to shim and back; constant, because a socket keeps the order
-EPSILON_S = 1e-6
+SLOW_DISK_S = 3.0  # what a write to disk takes at most when it is slow
 
 
-class Machine(StoreLink):
+class Machine(StoreLink, ShimLink):
     """A node. What happens in it is scheduled in its world."""
 
     def __init__(self, world: World, plan: MachinePlan, settings: AgentSettings) -> None:
@@ -48,6 +45,7 @@ class Machine(StoreLink):
         self.name: NodeId = plan.name
         self.settings = settings
         self.rng = random.Random(f"{world.plan.seed} {plan.name}")
+        self.chance = random.Random(f"chance {world.plan.seed} {plan.name}")  # for what came later than the first seeds
         self.rate = plan.clock_rate
         self._clock_zero_s = plan.clock_s
         self.disk: IncarnationId | None = None
@@ -62,6 +60,7 @@ class Machine(StoreLink):
         self.cut_mode = ""
         self.shim = self._new_shim()
         self.shim_up = True
+        self.shim_free_s = 0.0
         self.connected = False
         self._shim_wake_s = float("inf")
 
@@ -74,6 +73,17 @@ class Machine(StoreLink):
     def at(self, clock_s: float) -> float:
         """When, in the world's time, this machine's clock will show that."""
         return (clock_s - self._clock_zero_s) / self.rate
+
+    def change_rate(self, rate: float) -> None:
+        """From now on its clock runs at another rate; what is due by it comes when it shows that time."""
+        shown_s = self.clock()
+        self.rate = rate
+        self._clock_zero_s = shown_s - self.world.now * rate
+        self.shim_moves()
+        if self.daemon is not None and self.daemon.wake_at_s is not None:
+            next_s = self.daemon.agent.next_s
+            if next_s is not None:
+                self._wake_at(self.daemon, self.at(next_s) + EPSILON_S)
 
     # --- life --------------------------------------------------------------------------------------------------
 
@@ -152,15 +162,24 @@ class Machine(StoreLink):
         return ShimModel(
             self.settings.kill_margin_s,
             lambda start: self.world.script(start.spec.id, start.attempt),
-            lambda: self.rng.uniform(0.0, self.settings.kill_margin_s * 0.95),
+            self._lag_s,
         )
+
+    def _lag_s(self) -> float:
+        if self.world.plan.wild:
+            return self.chance.uniform(0.0, WILD_LAG_S)
+        return self.rng.uniform(0.0, self.settings.kill_margin_s * 0.95)
+
+    def passes(self, what: str) -> str:
+        """A point has been reached; what is to become of the request at hand. See `points`."""
+        return self.world.striker.point(self, what) if self.world.striker is not None else ""
 
     def connect(self, daemon: Daemon) -> None:
         """The daemon connects to its shim and lists what it holds."""
         if daemon is not self.daemon or not self.shim_up:
             return
         self.connected = True
-        self.world.after(WIRE_S, self._list_runtime, daemon)
+        self.world.after(max(WIRE_S, self.shim_free_s - self.world.now), self._list_runtime, daemon)
 
     def _list_runtime(self, daemon: Daemon) -> None:
         if daemon is self.daemon and self.connected:
@@ -186,6 +205,8 @@ class Machine(StoreLink):
         self.world.after(delay_s, self._arrive, daemon, event)
 
     def _arrive(self, daemon: Daemon, event: Happening) -> None:
+        if self.world.striker is not None and daemon is self.daemon:
+            self.passes(f"told {type(event).__name__}")
         if daemon is self.daemon:
             daemon.inbox.append(event)
             self._tell_later(daemon, self.rng.choice((0.0, 0.0005)))
@@ -216,8 +237,28 @@ class Machine(StoreLink):
                 self.world.log(self.name, f"  < {event}")
         effects = daemon.agent.handle(now, int(self.world.now * 1000), *events)
         daemon.turns += 1
-        daemon.effects += len(effects)
-        for effect in effects:
+        if not self._carry_out_all(daemon, effects):
+            return
+        next_s = daemon.agent.next_s
+        if next_s is not None:
+            if next_s <= now:
+                raise Violated(0, f"{self.name} wants to be called again at {next_s}, which is not after {now}")
+            self._wake_at(daemon, self.at(next_s) + EPSILON_S)
+        if daemon.agent.left and not self.left:
+            self.world.log(self.name, "has left")
+            self.left = True
+            self.daemon = None
+
+    def _carry_out_all(self, daemon: Daemon, effects: list[Effect]) -> bool:
+        """One after the other; False when the daemon died meanwhile."""
+        for done, effect in enumerate(effects):
+            if self.world.striker is not None:
+                self.passes(type(effect).__name__)
+                if daemon is not self.daemon:
+                    return False
+                if self.world.now < daemon.paused_until_s:  # frozen between two of them: the rest comes later
+                    self.world.at(daemon.paused_until_s, self._go_on, daemon, effects[done:])
+                    return True
             if self.world.trace:
                 self.world.log(self.name, f"  > {effect}")
             self._carry_out(daemon, effect)
@@ -229,16 +270,12 @@ class Machine(StoreLink):
                 self.crash_on = None
                 crash()
                 self.world.after(back_s, back)
-                return
-        next_s = daemon.agent.next_s
-        if next_s is not None:
-            if next_s <= now:
-                raise Violated(0, f"{self.name} wants to be called again at {next_s}, which is not after {now}")
-            self._wake_at(daemon, self.at(next_s) + EPSILON_S)
-        if daemon.agent.left and not self.left:
-            self.world.log(self.name, "has left")
-            self.left = True
-            self.daemon = None
+                return False
+        return True
+
+    def _go_on(self, daemon: Daemon, effects: list[Effect]) -> None:
+        if daemon is self.daemon or daemon.agent.left:
+            self._carry_out_all(daemon, effects)
 
     def _wake_at(self, daemon: Daemon, at_s: float) -> None:
         if daemon.wake_at_s is None or at_s != daemon.wake_at_s:
@@ -253,103 +290,29 @@ class Machine(StoreLink):
                 self._to_shim(daemon, effect)
             case ListRuntime():
                 if self.connected:
-                    self.world.after(WIRE_S, self._list_runtime, daemon)
+                    self.world.after(self._shim_wire_s(), self._list_runtime, daemon)
             case Watch():
                 self.world.after(self._latency_s(), self._watch, daemon, effect)
             case Unwatch(tag):
                 self._end_watch(daemon, tag)
             case Remember(incarnation):
-                self.world.after(self.rng.uniform(0.001, 0.03), self._remember, daemon, incarnation)
+                delay_s = self.rng.uniform(0.001, 0.03)
+                if self.world.rates.slow_disk and self.chance.random() < self.world.rates.slow_disk:
+                    delay_s += self.chance.uniform(0.0, SLOW_DISK_S)
+                    self.world.tally["disk slow"] += 1
+                self.world.after(delay_s, self._remember, daemon, incarnation)
             case Notice(text):
                 self.world.log(self.name, f"NOTICE {text}")
             case _:
                 self._to_store(daemon, effect)
 
     def _remember(self, daemon: Daemon, incarnation: IncarnationId) -> None:
+        if self.world.striker is not None:
+            self.passes("remembers")
         if daemon is not self.daemon:
             return
         fails = self.rng.random() < self.world.rates.disk
         if not fails or self.rng.random() < 0.5:  # what failed may have been written all the same
             self.disk = incarnation
+        self.world.tally["disk failed"] += fails
         self._post(daemon, 0.0, Remembered(incarnation, not fails))
-
-    # --- the shim ---
-
-    def _to_shim(self, daemon: Daemon, effect: Start | Stop | Forget | RenewRuntime) -> None:
-        if not self.connected:
-            if isinstance(effect, Start):
-                self._post(daemon, self.rng.uniform(0.0, 0.3), _unanswered(effect))
-            return
-        arrives = True
-        if isinstance(effect, Start) and self.rng.random() < self.world.rates.runtime:
-            # The daemon gives the connection up, and lists again over a new one.
-            arrives = self.rng.random() < 0.5
-            self._post(daemon, self.rng.uniform(0.0, 0.3), _unanswered(effect))
-            if arrives:
-                self.world.after(WIRE_S, self._at_shim, daemon, effect, False)
-            self.disconnect(self.rng.uniform(0.01, 0.5))
-            return
-        self.world.after(WIRE_S, self._at_shim, daemon, effect, True)
-
-    def _at_shim(self, daemon: Daemon, effect: Start | Stop | Forget | RenewRuntime, answers: bool) -> None:
-        if not self.up or not self.shim_up:
-            if isinstance(effect, Start) and answers:
-                self._post(daemon, 0.1, _unanswered(effect))
-            return
-        self.shim_moves()
-        now = self.clock()
-        match effect:
-            case Start(spec, attempt, token):
-                process, exit_ = self.shim.start(effect, now)
-                if process is not None:
-                    self.world.log(self.name, f"process {process.key} runs until {self.at(process.ends_s):.3f}")
-                    self.world.checker.started(self.name, process)
-                if answers:
-                    if self.connected:
-                        self._post(daemon, WIRE_S, Started(attempt_key(spec.id, attempt), token, exit_))
-                    else:
-                        self._post(daemon, 0.1, _unanswered(effect))
-            case Stop(key, why):
-                held = self.shim.held.get(key)
-                if held is not None and held.exit is None:
-                    self.world.checker.stopped(self.name, held, why)
-                self.shim.stop(key, why, now)
-            case Forget(key):
-                self.shim.forget(key)
-            case RenewRuntime(at_s):
-                self.shim.renew(at_s)
-        self.shim_moves()
-
-    def shim_moves(self) -> None:
-        """Let the shim do what is due, and come back when more is."""
-        if not self.up:
-            return
-        for process in self.shim.advance(self.clock()):
-            assert process.exit is not None
-            self.world.log(self.name, f"process {process.key} ended: {process.exit.reason} {process.exit.exit_code}")
-            self.world.checker.ended(process)
-            if self.daemon is not None and self.connected:
-                self._post(self.daemon, WIRE_S, AttemptEnded(process.key, process.exit))
-                if self.rng.random() < self.world.rates.repeat:
-                    delay_s = self.rng.choice((WIRE_S, 0.05, 1.0))
-                    self._post(self.daemon, delay_s, AttemptEnded(process.key, process.exit))
-        wake_s = self.at(self.shim.next_s) + EPSILON_S
-        if wake_s < float("inf") and wake_s != self._shim_wake_s:
-            self._shim_wake_s = wake_s
-            self.world.at(wake_s, self._shim_due, wake_s)
-
-    def _shim_due(self, at_s: float) -> None:
-        if self._shim_wake_s == at_s:
-            self._shim_wake_s = float("inf")
-            self.shim_moves()
-
-    def check_deadlines(self) -> None:
-        """Nothing executes past its deadline and the margin."""
-        now = self.clock()
-        for process in self.shim.alive():
-            limit_s = self.shim.deadline_s(process) + self.settings.kill_margin_s
-            self.world.checker.overdue(self.name, process, now - limit_s)
-
-
-def _unanswered(start: Start) -> Started:
-    return Started(attempt_key(start.spec.id, start.attempt), start.token, NoAnswer.UNKNOWN)

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
 
-from spinetta import claims, codec, holdings, keys, lifecycle, queue, recover, steal, txn
+from spinetta import agent, claims, codec, holdings, keys, queue, recover, steal, trustcodec
 from spinetta.access import NodeAcl, NodeRole
 from spinetta.events import SetDraining
-from spinetta.model import IncarnationId, NodeId, QueueHint, State, TaskId, TaskSpec
+from spinetta.model import IncarnationId, Life, NodeId, State, TaskId
 from spinetta.session import Phase
 from spinetta.settings import AgentSettings
 from tests.builders import node_record
-from tests.sim.administrators import HEAL_LIMIT_S, Administrators
+from tests.sim.administrators import Administrators
 from tests.sim.etcd_model import EtcdModel
 from tests.sim.faults import CANDIDATES, Fault, Plan, Rates
 from tests.sim.invariants import Ability, Checker
+from tests.sim.liveness import recovery_limit_s, work_limit_s
 from tests.sim.machine import Machine
+from tests.sim.points import Armed, Striker
 from tests.sim.shim_model import Script
+from tests.sim.users import Users, Wish
 
 R = TypeVar("R")
-LONGEST_S = 15.0  # a process by itself
 REST_S = 3.0
+LOOK_S = 0.5  # how often it is asked whether all has come to its end
 REST_TURNS_MAX_HZ = 25.0  # a node at rest renews, keeps two leases alive and hears of its peers
 STEPS_MAX = 60_000
 # Limits that a dozen tasks reach, so that pages, batches and starvation are part of the story.
@@ -44,18 +49,22 @@ TIGHT: tuple[tuple[Any, str, float], ...] = (
 )
 
 
+# Records are values: what the same bytes say need be found out once only. Half of a run would be spent on it.
+CACHED: tuple[tuple[Any, str, Any], ...] = (
+    (codec, "decode_incarnation", functools.lru_cache(4096)(codec.decode_incarnation)),
+    (codec, "decode_holding", functools.lru_cache(4096)(codec.decode_holding)),
+    (codec, "decode_task", functools.lru_cache(4096)(codec.decode_task)),
+    (codec, "decode_node", functools.lru_cache(4096)(codec.decode_node)),
+    (agent, "decode_node", functools.lru_cache(4096)(codec.decode_node)),
+    (trustcodec, "decode", functools.lru_cache(4096)(trustcodec.decode)),
+)
+
+
 class Stuck(AssertionError):
     """The world has healed, and yet something feasible has not come to its end."""
 
 
-@dataclass(slots=True)
-class Wish:
-    """What a user asked for and has been told."""
-
-    acknowledged: bool = False
-
-
-class World(Administrators):
+class World(Administrators, Users):
     """Runs one plan. Everything that happens goes through `step`."""
 
     def __init__(self, plan: Plan, *, trace: bool = False, mutate: Callable[[World], None] | None = None) -> None:
@@ -66,9 +75,16 @@ class World(Administrators):
         self.steps = 0
         self.rng = random.Random(f"world {plan.seed}")
         self.rates = plan.rates
+        self.chance = random.Random(f"chance {plan.seed}")  # for what came later than the first seeds
+        self.striker: Striker | None = None
+        self.tally: Counter[str] = Counter()  # what has gone wrong, and how often
+        self.recovered_s = self.settled_s = 0.0  # after the last fault
+        self.electing = False
+        self._armed = Armed(self)
         self.model = EtcdModel()
         self.stalled_until_s = 0.0
-        self.checker = Checker({m.name: Ability(m.capacity, frozenset(m.tags)) for m in plan.machines})
+        abilities = {m.name: Ability(m.capacity, frozenset(m.tags)) for m in plan.machines}
+        self.checker = Checker(abilities, beyond=plan.wild)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._serial = 0
         self._scripts: dict[tuple[TaskId, int], Script] = {}
@@ -177,13 +193,15 @@ class World(Administrators):
     def _fault(self, fault: Fault) -> None:
         machine = self.machines[fault.node] if fault.node else None
         self.log("FAULT", f"{fault.kind} {fault.node} for {fault.for_s:.2f} s {fault.mode}")
+        self.tally[f"{fault.kind} {fault.mode.split(':')[0]}".strip() if fault.kind != "drift" else "drift"] += 1
         match fault.kind:
             case "etcd":
                 self.stalled_until_s = self.now + fault.for_s
                 self.at(self.stalled_until_s, self._etcd_back)
+            case "elect":
+                self.elect(fault.for_s)
             case "compact":
-                if self.model.compacted < self.model.revision:
-                    self.model.compact(self.model.revision)
+                self.compact()
             case _ if machine is not None:
                 self._machine_fault(machine, fault)
 
@@ -223,9 +241,39 @@ class World(Administrators):
                 self.administer(machine, fault)
             case "rights":
                 self.change_rights(machine, fault)
+            case "drift":
+                machine.change_rate(float(fault.mode))
+            case "lease":
+                self.misjudge(machine, fault.mode)
+            case "point":
+                how, _, points = fault.mode.partition(":")
+                self._armed.aim(machine, how, int(points), fault.for_s)
+
+    def compact(self) -> None:
+        """The store forgets its history."""
+        if self.model.compacted < self.model.revision:
+            self.model.compact(self.model.revision)
+
+    def elect(self, for_s: float) -> None:
+        """The store has no leader for a while, and forgets some of what it has been asked."""
+        self.electing = True
+        self.stalled_until_s = max(self.stalled_until_s, self.now + for_s)
+        self.at(self.stalled_until_s, self._etcd_back)
+
+    def misjudge(self, machine: Machine, mode: str) -> None:
+        """The store errs about leases: one is taken for run out, or all get their full time again."""
+        if mode == "kept":
+            self.model._now_s = self.now
+            self.model.restart_leases()
+            self._await_expiry()
+            return
+        held = self.model.get(keys.OFFICE if mode == "office" else keys.node(machine.name))
+        if held is not None and held.lease and self.now >= self.stalled_until_s:
+            self.on_store(lambda: self.model.expire(held.lease))
 
     def _etcd_back(self) -> None:
         if self.now >= self.stalled_until_s:
+            self.electing = False
             self.model._now_s = self.now
             self.model.restart_leases()
             self._await_expiry()
@@ -234,98 +282,40 @@ class World(Administrators):
         """No more faults; who can come back does."""
         self.log("HEAL", "")
         self.rates = Rates()
+        self.striker = None
         self.stalled_until_s = min(self.stalled_until_s, self.now)
         self._etcd_back()
         for machine in self.machines.values():
             machine.crash_on = machine.rights_change_on = None
+            machine.shim_free_s = min(machine.shim_free_s, self.now)
             machine.boot()
             machine.start_daemon()
             machine.tell(SetDraining(False))
-
-    # --- users -------------------------------------------------------------------------------------------------
-
-    def _fate(self) -> tuple[bool, bool]:
-        return self.rng.random() >= self.rates.lost, self.rng.random() >= self.rates.answer_lost
-
-    def _submit(self, spec: TaskSpec) -> None:
-        wish = self.submitted.setdefault(spec.id, Wish())
-        if wish.acknowledged:
-            return
-        task = lifecycle.submitted(spec, now_ms=int(self.now * 1000), at_node="user")
-        arrives, answers = self._fate()
-        if self.now < self.stalled_until_s:
-            arrives = False
-        if arrives:
-            hint = b"" if spec.id in self.plan.no_hint else codec.encode_hint(QueueHint.of(spec))
-            body = txn.submit(spec.id, codec.encode_task(task), hint)
-            self.on_store(lambda: self.model.commit(body))  # a conflict means that it was there already
-            wish.acknowledged = answers
-        if not wish.acknowledged:
-            self.after(0.5, self._submit, spec)
-
-    def _cancel(self, task_id: TaskId) -> None:
-        """Read, then write a little later: what was read may have changed."""
-        kv = self.model.get(keys.task(task_id))
-        arrives, _ = self._fate()
-        if kv is None or not arrives or self.now < self.stalled_until_s:
-            self.after(0.5, self._cancel, task_id)
-            return
-        task = codec.decode_task(kv.value)
-        body: txn.Txn | None = None
-        if task.state is State.QUEUED:
-            status = self.model.get(keys.queued(task_id))
-            assert status is not None
-            over = lifecycle.cancelled_waiting(task, "by its user", now_ms=int(self.now * 1000))
-            body = txn.cancel_waiting(task_id, status.key, status.modified, codec.encode_task(over))
-        elif task.state is State.RUNNING:
-            node = task.attempts[-1].node
-            status = self.model.get(keys.running(node, task_id))
-            assert status is not None
-            asked = replace(codec.decode_holding(status.value), cancel_requested=True)
-            body = txn.cancel_running(node, task_id, status.modified, codec.encode_holding(asked))
-        if body is not None:
-            self.after(self.rng.uniform(0.0, self.rng.choice((0.02, 0.6))), self._cancel_now, task_id, body)
-
-    def _cancel_now(self, task_id: TaskId, body: txn.Txn) -> None:
-        arrives, answers = self._fate()
-        arrives = arrives and self.now >= self.stalled_until_s
-        done = self.on_store(lambda: self.model.commit(body)) if arrives else None
-        if isinstance(done, txn.Committed) and answers:
-            self.cancelled[task_id] = Wish(acknowledged=True)
-            self.log("user", f"cancel of {task_id} acknowledged")
-        else:
-            self.after(0.3, self._cancel, task_id)
-
-    def script(self, task: TaskId, attempt: int) -> Script:
-        """What an attempt would do by itself: the same in every run of the seed, whoever runs it."""
-        found = self._scripts.get((task, attempt))
-        if found is None:
-            rng = random.Random(f"{self.plan.seed} {task} {attempt}")
-            code = 0 if rng.random() < 0.8 else rng.randint(1, 255)
-            longest_s = rng.choice((5.0, 10.0, LONGEST_S) if self.plan.long else (0.0, 0.3, 2.0, 5.0, 12.0))
-            duration_s = rng.uniform(longest_s / 2, longest_s)
-            found = self._scripts[task, attempt] = Script(duration_s, code, deaf=rng.random() < 0.2)
-        return found
 
     # --- the whole run -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Faults, healing, rest; raises when an invariant is broken or something does not come to its end."""
         with ExitStack() as limits:
-            for module, name, value in TIGHT if self.plan.tight else ():
+            for module, name, value in (*CACHED, *(TIGHT if self.plan.tight else ())):
                 limits.enter_context(mock.patch.object(module, name, value))
             self._run()
 
     def _run(self) -> None:
         self.at(0.5, self._look_round)
         self.run_until(self.plan.horizon_s)
-        work_s = sum(LONGEST_S * (spec.retries + 1) for _, spec in self.plan.submits)  # one after the other, at worst
-        limit_s = self.now + HEAL_LIMIT_S + work_s
-        while (why := self.unsettled()) is not None:
-            if self.now >= limit_s:
-                raise Stuck(f"{limit_s - self.plan.horizon_s:.0f} s after the last fault: {why}")
-            self.run_until(self.now + 0.5)
+        recovery_s, work_s = recovery_limit_s(self.plan), work_limit_s(self.plan)
+        self._until(self.unrecovered, recovery_s)
+        self.recovered_s = self.now - self.plan.horizon_s
+        self._until(self.unsettled, recovery_s + work_s)
+        self.settled_s = self.now - self.plan.horizon_s
         self._rest()
+
+    def _until(self, why_not: Callable[[], str | None], limit_s: float) -> None:
+        while (why := why_not()) is not None:
+            if self.now >= self.plan.horizon_s + limit_s:
+                raise Stuck(f"{self.now - self.plan.horizon_s:.0f} s after the last fault: {why}")
+            self.run_until(self.now + LOOK_S)
 
     def _look_round(self) -> None:
         for machine in self.machines.values():
@@ -349,6 +339,19 @@ class World(Administrators):
         why = self.unsettled()
         if why is not None:
             raise Stuck(f"what had come to rest has not stayed there: {why}")
+
+    def unrecovered(self) -> str | None:
+        """What has not been repaired yet, whatever work is left; None when all has."""
+        alive = [m for m in self.machines.values() if not m.gone and not m.left and not self.is_thrown_out(m)]
+        for name, held in self.checker.holds.items():
+            life = self.checker.lives.get(name)
+            if held and (life is None or life.state is not Life.OPEN or name not in self.checker.nodes):
+                return f"{name} holds {list(held)}, and its life is {life}"
+        for machine in alive:
+            if machine.daemon is None or machine.daemon.agent.session.phase is not Phase.ACTIVE:
+                return f"{machine.name} does not take part"
+        candidates = [m.daemon.agent for m in alive if m.settings.candidate and m.daemon is not None]
+        return "nobody leads" if candidates and not any(agent.leading for agent in candidates) else None
 
     def unsettled(self) -> str | None:
         """What has not come to its end yet; None when all has."""
