@@ -425,6 +425,100 @@ class ListResponse(_message.Message):
 Global___ListResponse: _TypeAlias = ListResponse  # noqa: Y015
 
 @_typing.final
+class ListArchivedRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    NEWEST_FIRST_FIELD_NUMBER: _builtins.int
+    SINCE_MS_FIELD_NUMBER: _builtins.int
+    BEFORE_MS_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """0: 100"""
+    page_token: _builtins.str
+    newest_first: _builtins.bool
+    since_ms: _builtins.int
+    """submitted then or later, as their ids tell; 0: any time"""
+    before_ms: _builtins.int
+    """submitted before then; 0: any time"""
+    @_builtins.property
+    def filter(self) -> Global___Filter: ...
+    def __init__(
+        self,
+        *,
+        filter: Global___Filter | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        newest_first: _builtins.bool = ...,
+        since_ms: _builtins.int = ...,
+        before_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_ms", b"before_ms", "filter", b"filter", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token", "since_ms", b"since_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListArchivedRequest: _TypeAlias = ListArchivedRequest  # noqa: Y015
+
+@_typing.final
+class SilentArchive(_message.Message):
+    """A node that has archived tasks and did not tell which."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SilentArchive: _TypeAlias = SilentArchive  # noqa: Y015
+
+@_typing.final
+class ListArchivedResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASKS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SILENT_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """may come with an empty page"""
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskView]:
+        """as List shows them; their revision is 0"""
+
+    @_builtins.property
+    def silent(self) -> _containers.RepeatedCompositeFieldContainer[Global___SilentArchive]:
+        """whether they have others that match is not known"""
+
+    def __init__(
+        self,
+        *,
+        tasks: _abc.Iterable[Global___TaskView] | None = ...,
+        next_page_token: _builtins.str = ...,
+        silent: _abc.Iterable[Global___SilentArchive] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "silent", b"silent", "tasks", b"tasks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListArchivedResponse: _TypeAlias = ListArchivedResponse  # noqa: Y015
+
+@_typing.final
 class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -897,11 +991,37 @@ class Voter(_message.Message):
     CLIENT_URL_FIELD_NUMBER: _builtins.int
     PEER_URL_FIELD_NUMBER: _builtins.int
     LEARNER_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    HEALTHY_FIELD_NUMBER: _builtins.int
+    LEADER_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DB_BYTES_FIELD_NUMBER: _builtins.int
+    DB_IN_USE_BYTES_FIELD_NUMBER: _builtins.int
+    BEHIND_FIELD_NUMBER: _builtins.int
+    ALARMS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     member_id: _builtins.int
     client_url: _builtins.str
     peer_url: _builtins.str
     learner: _builtins.bool
+    answers: _builtins.bool
+    """all that follows is known only then"""
+    healthy: _builtins.bool
+    """it answers and sees a leader"""
+    leader: _builtins.bool
+    """of etcd"""
+    version: _builtins.str
+    """of etcd"""
+    db_bytes: _builtins.int
+    """the file of its database, which the quota is for"""
+    db_in_use_bytes: _builtins.int
+    """what of that is not holes"""
+    behind: _builtins.int
+    """entries of the log of changes that it has still to apply, compared with the foremost"""
+    @_builtins.property
+    def alarms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NOSPACE, CORRUPT"""
+
     def __init__(
         self,
         *,
@@ -910,10 +1030,18 @@ class Voter(_message.Message):
         client_url: _builtins.str = ...,
         peer_url: _builtins.str = ...,
         learner: _builtins.bool = ...,
+        answers: _builtins.bool = ...,
+        healthy: _builtins.bool = ...,
+        leader: _builtins.bool = ...,
+        version: _builtins.str = ...,
+        db_bytes: _builtins.int = ...,
+        db_in_use_bytes: _builtins.int = ...,
+        behind: _builtins.int = ...,
+        alarms: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_url", b"client_url", "learner", b"learner", "member_id", b"member_id", "name", b"name", "peer_url", b"peer_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarms", b"alarms", "answers", b"answers", "behind", b"behind", "client_url", b"client_url", "db_bytes", b"db_bytes", "db_in_use_bytes", b"db_in_use_bytes", "healthy", b"healthy", "leader", b"leader", "learner", b"learner", "member_id", b"member_id", "name", b"name", "peer_url", b"peer_url", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -929,6 +1057,9 @@ class DescribeClusterResponse(_message.Message):
     WALL_MS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    HAS_MAJORITY_FIELD_NUMBER: _builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    NOTICES_FIELD_NUMBER: _builtins.int
     cluster_id: _builtins.str
     """etcd's, hexadecimal"""
     node: _builtins.str
@@ -937,8 +1068,17 @@ class DescribeClusterResponse(_message.Message):
     """its clock, so that a joining node can compare"""
     version: _builtins.str
     generation: _builtins.str
+    """empty while no majority answers"""
+    has_majority: _builtins.bool
+    """of the voters; without one nothing can be written or read"""
+    quota_bytes: _builtins.int
+    """of each member's database, as the node that answers has it set"""
     @_builtins.property
     def voters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Voter]: ...
+    @_builtins.property
+    def notices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what an administrator should know, the worst first; none: all is well"""
+
     def __init__(
         self,
         *,
@@ -948,10 +1088,13 @@ class DescribeClusterResponse(_message.Message):
         wall_ms: _builtins.int = ...,
         version: _builtins.str = ...,
         generation: _builtins.str = ...,
+        has_majority: _builtins.bool = ...,
+        quota_bytes: _builtins.int = ...,
+        notices: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "generation", b"generation", "node", b"node", "version", b"version", "voters", b"voters", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "generation", b"generation", "has_majority", b"has_majority", "node", b"node", "notices", b"notices", "quota_bytes", b"quota_bytes", "version", b"version", "voters", b"voters", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1076,3 +1219,113 @@ class GiveUpSeatResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GiveUpSeatResponse: _TypeAlias = GiveUpSeatResponse  # noqa: Y015
+
+@_typing.final
+class ArchiveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def records(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """values of /task/UUID"""
+
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArchiveRequest: _TypeAlias = ArchiveRequest  # noqa: Y015
+
+@_typing.final
+class ArchiveResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of those that are on its disk to stay"""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArchiveResponse: _TypeAlias = ArchiveResponse  # noqa: Y015
+
+@_typing.final
+class ReadArchiveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    NEWEST_FIRST_FIELD_NUMBER: _builtins.int
+    SINCE_MS_FIELD_NUMBER: _builtins.int
+    BEFORE_MS_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    after: _builtins.str
+    """an id, exclusive; empty: from the beginning (newest_first: from the end)"""
+    newest_first: _builtins.bool
+    since_ms: _builtins.int
+    before_ms: _builtins.int
+    @_builtins.property
+    def filter(self) -> Global___Filter: ...
+    def __init__(
+        self,
+        *,
+        filter: Global___Filter | None = ...,
+        limit: _builtins.int = ...,
+        after: _builtins.str = ...,
+        newest_first: _builtins.bool = ...,
+        since_ms: _builtins.int = ...,
+        before_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before_ms", b"before_ms", "filter", b"filter", "limit", b"limit", "newest_first", b"newest_first", "since_ms", b"since_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadArchiveRequest: _TypeAlias = ReadArchiveRequest  # noqa: Y015
+
+@_typing.final
+class ReadArchiveResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    last: _builtins.str
+    """the last one looked at"""
+    more: _builtins.bool
+    """there may be others after it"""
+    @_builtins.property
+    def records(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """in order, each task once"""
+
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[_builtins.bytes] | None = ...,
+        last: _builtins.str = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "more", b"more", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadArchiveResponse: _TypeAlias = ReadArchiveResponse  # noqa: Y015

@@ -54,6 +54,11 @@ class SpinettaStub:
                 request_serializer=spinetta_dot_v1_dot_api__pb2.ListRequest.SerializeToString,
                 response_deserializer=spinetta_dot_v1_dot_api__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.ListArchived = channel.unary_unary(
+                '/spinetta.v1.Spinetta/ListArchived',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.ListArchivedRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.ListArchivedResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/spinetta.v1.Spinetta/Watch',
                 request_serializer=spinetta_dot_v1_dot_api__pb2.WatchRequest.SerializeToString,
@@ -130,6 +135,13 @@ class SpinettaServicer:
 
     def List(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListArchived(self, request, context):
+        """Finished tasks that have left the cluster's store, from the archives of the nodes that finished them.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -223,6 +235,11 @@ def add_SpinettaServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=spinetta_dot_v1_dot_api__pb2.ListRequest.FromString,
                     response_serializer=spinetta_dot_v1_dot_api__pb2.ListResponse.SerializeToString,
+            ),
+            'ListArchived': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListArchived,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.ListArchivedRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.ListArchivedResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -383,6 +400,33 @@ class Spinetta:
             '/spinetta.v1.Spinetta/List',
             spinetta_dot_v1_dot_api__pb2.ListRequest.SerializeToString,
             spinetta_dot_v1_dot_api__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListArchived(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/ListArchived',
+            spinetta_dot_v1_dot_api__pb2.ListArchivedRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.ListArchivedResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -684,6 +728,16 @@ class PeerStub:
                 request_serializer=spinetta_dot_v1_dot_api__pb2.GiveUpSeatRequest.SerializeToString,
                 response_deserializer=spinetta_dot_v1_dot_api__pb2.GiveUpSeatResponse.FromString,
                 _registered_method=True)
+        self.Archive = channel.unary_unary(
+                '/spinetta.v1.Peer/Archive',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.ArchiveRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.ArchiveResponse.FromString,
+                _registered_method=True)
+        self.ReadArchive = channel.unary_unary(
+                '/spinetta.v1.Peer/ReadArchive',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.ReadArchiveRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.ReadArchiveResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -704,6 +758,20 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Archive(self, request, context):
+        """The leader has this node write finished tasks into its archive, before it deletes them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadArchive(self, request, context):
+        """A page of this node's archive.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -716,6 +784,16 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.GiveUpSeat,
                     request_deserializer=spinetta_dot_v1_dot_api__pb2.GiveUpSeatRequest.FromString,
                     response_serializer=spinetta_dot_v1_dot_api__pb2.GiveUpSeatResponse.SerializeToString,
+            ),
+            'Archive': grpc.unary_unary_rpc_method_handler(
+                    servicer.Archive,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.ArchiveRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.ArchiveResponse.SerializeToString,
+            ),
+            'ReadArchive': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadArchive,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.ReadArchiveRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.ReadArchiveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -773,6 +851,60 @@ class Peer:
             '/spinetta.v1.Peer/GiveUpSeat',
             spinetta_dot_v1_dot_api__pb2.GiveUpSeatRequest.SerializeToString,
             spinetta_dot_v1_dot_api__pb2.GiveUpSeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Archive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Peer/Archive',
+            spinetta_dot_v1_dot_api__pb2.ArchiveRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.ArchiveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadArchive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Peer/ReadArchive',
+            spinetta_dot_v1_dot_api__pb2.ReadArchiveRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.ReadArchiveResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class SpinettaStub:
     Cancel: _grpc.UnaryUnaryMultiCallable[_api_pb2.CancelRequest, _api_pb2.CancelResponse]
     Get: _grpc.UnaryUnaryMultiCallable[_api_pb2.GetRequest, _api_pb2.GetResponse]
     List: _grpc.UnaryUnaryMultiCallable[_api_pb2.ListRequest, _api_pb2.ListResponse]
+    ListArchived: _grpc.UnaryUnaryMultiCallable[_api_pb2.ListArchivedRequest, _api_pb2.ListArchivedResponse]
+    """Finished tasks that have left the cluster's store, from the archives of the nodes that finished them."""
     Watch: _grpc.UnaryStreamMultiCallable[_api_pb2.WatchRequest, _api_pb2.WatchResponse]
     """Changes of tasks, from a revision on. Sends the present state first when no revision is given."""
     Log: _grpc.UnaryStreamMultiCallable[_api_pb2.LogRequest, _api_pb2.LogChunk]
@@ -67,6 +69,8 @@ class SpinettaAsyncStub(SpinettaStub):
     Cancel: _aio.UnaryUnaryMultiCallable[_api_pb2.CancelRequest, _api_pb2.CancelResponse]  # type: ignore[assignment]
     Get: _aio.UnaryUnaryMultiCallable[_api_pb2.GetRequest, _api_pb2.GetResponse]  # type: ignore[assignment]
     List: _aio.UnaryUnaryMultiCallable[_api_pb2.ListRequest, _api_pb2.ListResponse]  # type: ignore[assignment]
+    ListArchived: _aio.UnaryUnaryMultiCallable[_api_pb2.ListArchivedRequest, _api_pb2.ListArchivedResponse]  # type: ignore[assignment]
+    """Finished tasks that have left the cluster's store, from the archives of the nodes that finished them."""
     Watch: _aio.UnaryStreamMultiCallable[_api_pb2.WatchRequest, _api_pb2.WatchResponse]  # type: ignore[assignment]
     """Changes of tasks, from a revision on. Sends the present state first when no revision is given."""
     Log: _aio.UnaryStreamMultiCallable[_api_pb2.LogRequest, _api_pb2.LogChunk]  # type: ignore[assignment]
@@ -114,6 +118,14 @@ class SpinettaServicer(metaclass=_abc_1.ABCMeta):
         request: _api_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_api_pb2.ListResponse, _abc.Awaitable[_api_pb2.ListResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListArchived(
+        self,
+        request: _api_pb2.ListArchivedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_pb2.ListArchivedResponse, _abc.Awaitable[_api_pb2.ListArchivedResponse]]:
+        """Finished tasks that have left the cluster's store, from the archives of the nodes that finished them."""
 
     @_abc_1.abstractmethod
     def Watch(
@@ -205,6 +217,10 @@ class PeerStub:
     """The leader gives this node a seat: it starts an etcd member with exactly these settings."""
     GiveUpSeat: _grpc.UnaryUnaryMultiCallable[_api_pb2.GiveUpSeatRequest, _api_pb2.GiveUpSeatResponse]
     """The member has been removed: stop it and put its data away."""
+    Archive: _grpc.UnaryUnaryMultiCallable[_api_pb2.ArchiveRequest, _api_pb2.ArchiveResponse]
+    """The leader has this node write finished tasks into its archive, before it deletes them."""
+    ReadArchive: _grpc.UnaryUnaryMultiCallable[_api_pb2.ReadArchiveRequest, _api_pb2.ReadArchiveResponse]
+    """A page of this node's archive."""
 
 @_typing.type_check_only
 class PeerAsyncStub(PeerStub):
@@ -215,6 +231,10 @@ class PeerAsyncStub(PeerStub):
     """The leader gives this node a seat: it starts an etcd member with exactly these settings."""
     GiveUpSeat: _aio.UnaryUnaryMultiCallable[_api_pb2.GiveUpSeatRequest, _api_pb2.GiveUpSeatResponse]  # type: ignore[assignment]
     """The member has been removed: stop it and put its data away."""
+    Archive: _aio.UnaryUnaryMultiCallable[_api_pb2.ArchiveRequest, _api_pb2.ArchiveResponse]  # type: ignore[assignment]
+    """The leader has this node write finished tasks into its archive, before it deletes them."""
+    ReadArchive: _aio.UnaryUnaryMultiCallable[_api_pb2.ReadArchiveRequest, _api_pb2.ReadArchiveResponse]  # type: ignore[assignment]
+    """A page of this node's archive."""
 
 class PeerServicer(metaclass=_abc_1.ABCMeta):
     """Between nodes of one cluster."""
@@ -234,5 +254,21 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_api_pb2.GiveUpSeatResponse, _abc.Awaitable[_api_pb2.GiveUpSeatResponse]]:
         """The member has been removed: stop it and put its data away."""
+
+    @_abc_1.abstractmethod
+    def Archive(
+        self,
+        request: _api_pb2.ArchiveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_pb2.ArchiveResponse, _abc.Awaitable[_api_pb2.ArchiveResponse]]:
+        """The leader has this node write finished tasks into its archive, before it deletes them."""
+
+    @_abc_1.abstractmethod
+    def ReadArchive(
+        self,
+        request: _api_pb2.ReadArchiveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_pb2.ReadArchiveResponse, _abc.Awaitable[_api_pb2.ReadArchiveResponse]]:
+        """A page of this node's archive."""
 
 def add_PeerServicer_to_server(servicer: PeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
