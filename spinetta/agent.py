@@ -48,6 +48,7 @@ from spinetta.recover import Leadership
 from spinetta.session import Phase, Session
 from spinetta.settings import AgentSettings
 from spinetta.standing import Revocations, Rights
+from spinetta.sweep import Sweep
 from spinetta.txn import Conflict, Registration
 
 POLLS_MAX = 16  # rounds of asking the parts until none has more to do; more would be two parts going in circles
@@ -65,6 +66,7 @@ class Agent:
         self.holdings = Holdings(settings.name)
         self.claims = Claims(settings)
         self.leadership = Leadership(settings)
+        self.sweep = Sweep(settings)
         self.draining = settings.record.draining
         self.leaving_soon = False
         self.leaving = False
@@ -111,6 +113,7 @@ class Agent:
             self.holdings.next_s,
             self.claims.next_s,
             self.leadership.next_s(keys.OFFICE in self.offices.entries) if self._may_lead else None,
+            self.sweep.next_s,
             *(m.next_s for m in self._mirrors.values()),
         ]
         return min((t for t in times if t is not None), default=None)
@@ -218,6 +221,8 @@ class Agent:
                 return self.holdings.finished(done, now)
             case "office":
                 return self.leadership.office_answered(done, now)
+            case "sweep-mend":
+                return self.sweep.mended(done, now)
             case CaseTag(step="condemn", node=node):
                 self.leadership.condemned(node, now)
                 return []
@@ -250,6 +255,10 @@ class Agent:
             case "hints":
                 self.claims.hints_read(done, now)
                 return []
+            case "sweep-page":
+                return self.sweep.page_read(done, self.lives.entries, now)
+            case "sweep-look":
+                return self.sweep.looked(done, now, now_ms)
             case CaseTag(node=node, revision=revision):
                 return self.leadership.strays_read(node, revision, done, now, now_ms)
         raise InvariantViolation(f"an answer to a question nobody asked: {done.tag}")
@@ -258,6 +267,8 @@ class Agent:
         match done.tag:
             case "queue":
                 return self.claims.listed(done, now)
+            case "sweep":
+                return self.sweep.listed(done, now)
             case CaseTag(node=node, revision=revision):
                 return self.leadership.strays_listed(node, revision, done, now)
             case tag:
@@ -369,15 +380,24 @@ class Agent:
             lives = self.lives.entries if self.lives.synced else None
             rights = self._rights()
             effects += self.leadership.poll(now, office, self.nodes.entries, lives, session.incarnation, rights)
+        effects += self._sweep_on(now)
         effects += self.claims.poll(
             now, self._claim_under, session.incarnation, self._takeable(), self._slots(), self._peers
         )
         return effects
 
+    def _sweep_on(self, now: float) -> list[Effect]:
+        office = self.leadership.office
+        if office is None or not self.lives.synced:
+            if self.sweep.begun:
+                self.sweep = Sweep(self.settings)  # the next leader begins its own round
+            return []
+        return self.sweep.poll(now, office)
+
     def _rights(self) -> Rights:
         needed = self.settings.secured
         rights = self._revocations.rights(self.settings.name, self.rights.entries, needed=needed)
-        return replace(rights, may_lead=rights.may_lead and not self.session.revoked)
+        return replace(rights, may_lead=False) if self.session.revoked else rights
 
     @property
     def _up_to_date(self) -> bool:
@@ -402,17 +422,12 @@ class Agent:
     def _describe(self) -> None:
         free = self.free() if self.holdings.all_read else Resources()
         running, leaving = len(self.holdings.held), self.leaving or self.leaving_soon
-        said = self.session.record
-        now = replace(
-            said,
-            free=free,
-            running=running,
-            draining=self.draining,
-            leaving=leaving,
-            brake=self.leadership.brake,
-        )
-        if now != said:
-            self.session.describe(now)
+        said, brake = self.session.record, self.leadership.brake
+        known = (said.free, said.running, said.draining, said.leaving, said.brake)
+        if known == (free, running, self.draining, leaving, brake):  # nearly always: this is asked at every event
+            return
+        now = replace(said, free=free, running=running, draining=self.draining, leaving=leaving, brake=brake)
+        self.session.describe(now)
 
 
 def _given_back(event: SetDraining) -> GiveBack:

@@ -263,9 +263,9 @@ class Holdings:
     def _tend(self, h: Held, now: float, now_ms: int, stop: Reason | None, may_start: bool) -> list[Effect]:
         if h.task is None:
             return []
-        if h.step in (Step.STARTING, Step.RUNNING) and h.key in self._runtime.ends:
-            h.exit = self._runtime.ends[h.key]
-            h.step = Step.ENDED
+        end = self._runtime.end_of(h.key)
+        if h.step in (Step.STARTING, Step.RUNNING) and end is not None:
+            h.exit, h.step = end, Step.ENDED
         why = Reason.CANCELLED if h.holding.cancel_requested else stop
         if why is None:
             self._runtime.let_run(h.key)

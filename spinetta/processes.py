@@ -67,6 +67,10 @@ class Processes:
         """Whether its end has been dealt with."""
         return key in self._past
 
+    def end_of(self, key: str) -> Exit | None:
+        """How it ended; None while that is not known. What was ended for want of its key, too, if that has come back."""
+        return self.ends.get(key) or (self._past.get(key) if key not in self.tokens else None)
+
     # --- from the runtime ---
 
     def listed(self, listed: RuntimeListed, now: float) -> None:
