@@ -64,6 +64,8 @@ class Holdings:
         self.giving_back = GiveBack.NOTHING
         self._over: dict[TaskId, Revision] = {}  # tokens known to be spent, until a listing is newer than they
         self._listed_at = Revision(0)
+        self.waiting: frozenset[Revision] = frozenset()  # tokens of what is not to be started now
+        self.wanted: frozenset[Revision] = frozenset()  # of what would be, had the node not promised otherwise
 
     # --- outside view ---
 
@@ -229,6 +231,7 @@ class Holdings:
         must_stop: bool,
         acl_seen: Revision = Revision(0),
         clearances: Collection[str] | None = None,
+        promised: Collection[Revision] = (),
     ) -> list[Effect]:
         """Bring the two truths together; idempotent. Starts, stops, forgets, and records ends in one batch.
 
@@ -239,7 +242,9 @@ class Holdings:
         while its key stands; all else is stopped and given back.
         `acl_seen`: the revision of this node's rights, under which ends are recorded. `clearances`: the labels it is
         cleared for, None while that is not known; what is no longer covered is given back, all else goes on.
+        `promised`: tokens that the node has said it would not start; see `Session.poll`.
         """
+        self.waiting = self.wanted = frozenset()
         asked = self._runtime.ask(now)
         if asked:
             return asked
@@ -251,16 +256,31 @@ class Holdings:
         ours = [h for h in self.held.values() if h.holding.incarnation == life]
         effects = self._runtime.tend_strays({h.key: h.token for h in ours}, now)
         for h in ours:
+            if h.step is Step.STARTING and h.key in self._runtime.tokens:
+                h.step = Step.RUNNING  # before it is judged: a drain gives back what was not started, and this was
             effects += self._tend(
-                h, now, now_ms, stop or h.goes_back(self.giving_back) or h.barred(clearances), may_start
+                h, now, now_ms, stop or h.goes_back(self.giving_back) or h.barred(clearances), may_start, promised
             )
+        self.waiting = frozenset(h.token for h in ours if self._is_unstarted(h)) - self.wanted
         effects += self._read_unread()
         if self._retry_at_s is None:
             effects += self._record_ends(now_ms, life_seen, acl_seen)
             effects += self._resolve_doubts()
         return effects
 
-    def _tend(self, h: Held, now: float, now_ms: int, stop: Reason | None, may_start: bool) -> list[Effect]:
+    def _is_unstarted(self, h: Held) -> bool:
+        known = h.key in self._runtime.tokens or self._runtime.may_run(h.key) or self._runtime.is_past(h.key)
+        return h.step in (Step.UNREAD, Step.STARTING) and not known
+
+    def _tend(
+        self,
+        h: Held,
+        now: float,
+        now_ms: int,
+        stop: Reason | None,
+        may_start: bool,
+        promised: Collection[Revision],
+    ) -> list[Effect]:
         if h.task is None:
             return []
         end = self._runtime.end_of(h.key)
@@ -269,14 +289,14 @@ class Holdings:
         why = Reason.CANCELLED if h.holding.cancel_requested else stop
         if why is None:
             self._runtime.let_run(h.key)
-        if h.step is Step.STARTING and h.key in self._runtime.tokens:
-            h.step = Step.RUNNING
         if h.step is Step.STARTING:
             if self._runtime.may_run(h.key):
                 return []  # it may run: not to be started again, and not to be called "not started"
             if why is not None:
                 h.exit = Exit(why, message="before it was started", ended_ms=now_ms)
                 h.step = Step.ENDED
+            elif may_start and self._retry_at_s is None and h.token in promised:
+                self.wanted |= {h.token}
             elif may_start and self._retry_at_s is None:
                 h.step = Step.RUNNING
                 self._runtime.start(h.key)
