@@ -317,9 +317,14 @@ class ProcessRuntime:
 
     async def _serve_connection(self) -> None:
         async with open_client(self._state_dir, self._on_event) as client:
-            self._hello = await client.hello(self._kill_margin_s)
-            # Events come before the answers to anything asked from here on, so none falls between.
-            await client.request("subscribe")
+            try:
+                self._hello = await client.hello(self._kill_margin_s)
+                # Events come before the answers to anything asked from here on, so none falls between.
+                await client.request("subscribe")
+            except RuntimeUnavailable as error:
+                if client.broken.is_set():  # it is just dying: the next try finds it dead
+                    raise ConnectionResetError(str(error)) from None
+                raise
             self._client, self._failure = client, None
             self._up.set()
             self._settled.set()

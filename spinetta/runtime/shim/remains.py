@@ -100,9 +100,9 @@ def sweep_remains(layout: Layout, node: str) -> Swept:
         folders += [Path(str(folder)) for folder in noted if _is_ours(Path(str(folder)), mounts)]
     stuck = sweep(list(dict.fromkeys(folders)), SWEEP_LIMIT_S)
     warnings = [f"left by an earlier shim and cannot be removed: {folder}" for folder in stuck]
-    # In this order: what is found by its mark may have left its group, what is found by its record was never marked.
     _until_none(lambda: _kill(_marked(name)))
-    _until_none(lambda: _kill_recorded(layout))
+    if identity:  # else the records may be a copy of another node's, and that node alive
+        _until_none(lambda: _kill_recorded(layout))
     if still := _marked(name):
         pids = ", ".join(str(pid) for pid in still[:10])
         warnings.append(f"processes of an earlier shim cannot be killed: {pids}")
