@@ -16,7 +16,7 @@ from spinetta.store.etcd import EtcdStore
 from spinetta.store.identity import Identity, check_data_dir
 from spinetta.store.members import Member as EtcdMember
 from spinetta.store.members import Members, MemberStatus, hex_id, statuses
-from spinetta.store.process import EtcdSettings, EtcdTls, Version, initial_cluster
+from spinetta.store.process import QUOTA_BYTES, EtcdSettings, EtcdTls, Version, initial_cluster
 from spinetta.store.supervisor import EtcdSupervisor, Services
 from spinetta.store.wal import wal_owner
 
@@ -41,6 +41,7 @@ class OwnSeat:
         peer_url: str,
         identity: Callable[[], Identity],
         update: Callable[..., None],
+        quota_bytes: int = QUOTA_BYTES,
         tls: Callable[[], EtcdTls] | None = None,
         before_resuming: Callable[[EtcdSupervisor], Awaitable[None]] | None = None,
     ) -> None:
@@ -54,6 +55,7 @@ class OwnSeat:
         self.peer_url = peer_url
         self._identity = identity
         self._update = update
+        self._quota_bytes = quota_bytes
         self._tls = tls
         self._before_resuming = before_resuming
         self._members: Members | None = None
@@ -174,6 +176,7 @@ class OwnSeat:
             initial_cluster=cluster,
             existing=existing,
             token=token,
+            quota_bytes=self._quota_bytes,
             tls=None if self._tls is None else self._tls(),
         )
         return EtcdSupervisor(self._services, settings, log_path=self._log_path, version=self._version)

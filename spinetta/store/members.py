@@ -67,6 +67,8 @@ class MemberStatus:
         leader_id: member id of etcd's leader; 0: it knows of none.
         db_bytes, db_in_use_bytes: the database's file, and what of it is not free.
         errors: what it complains of itself, alarms included.
+        applied: how far it has come in the log of all changes.
+        revision: of the store, as it has it.
     """
 
     cluster_id: str
@@ -77,6 +79,8 @@ class MemberStatus:
     db_in_use_bytes: int
     learner: bool
     errors: tuple[str, ...]
+    applied: int = 0
+    revision: int = 0
 
     @property
     def healthy(self) -> bool:
@@ -181,6 +185,11 @@ async def status(endpoint: str, tls: TlsSource | None = None, *, timeout_s: floa
         raise StoreUnavailable(f"{endpoint}: {error.details()}") from error
     finally:
         await connection.close()
+    return member_status(response)
+
+
+def member_status(response: Any) -> MemberStatus:
+    """What a member answered to `wire.status()`."""
     return MemberStatus(
         cluster_id=hex_id(response.header.cluster_id),
         member_id=response.header.member_id,
@@ -190,6 +199,8 @@ async def status(endpoint: str, tls: TlsSource | None = None, *, timeout_s: floa
         db_in_use_bytes=response.dbSizeInUse,
         learner=response.isLearner,
         errors=tuple(response.errors),
+        applied=response.raftAppliedIndex,
+        revision=response.header.revision,
     )
 
 

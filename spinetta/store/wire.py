@@ -226,9 +226,29 @@ def status() -> Message:
     return rpc.StatusRequest()
 
 
+def snapshot_request() -> Message:
+    """All that a member has, as of now."""
+    return rpc.SnapshotRequest()
+
+
 def alarm_list() -> Message:
     """Alarms raised anywhere; a plain read (the default action is GET)."""
     return rpc.AlarmRequest()
+
+
+def alarm_disarm(member_id: int) -> Message:
+    """Take back a member's alarm NOSPACE."""
+    return rpc.AlarmRequest(action=rpc.AlarmRequest.DEACTIVATE, memberID=member_id, alarm=1)
+
+
+def defragment() -> Message:
+    """Rewrite one member's file without holes."""
+    return rpc.DefragmentRequest()
+
+
+def move_leader(member_id: int) -> Message:
+    """Hand etcd's lead to this member."""
+    return rpc.MoveLeaderRequest(targetID=member_id)
 
 
 ALARM_NAMES = {1: "NOSPACE", 2: "CORRUPT"}

@@ -24,6 +24,7 @@ from spinetta.errors import (
     StoreUnavailable,
     UserError,
 )
+from spinetta.node.health import StoreHealth
 from spinetta.node.hub import closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits
@@ -39,6 +40,7 @@ T = TypeVar("T")
 NAMES_MAX = 20  # ids in one line of the audit log
 NAME_CHARS_MAX = 64  # of what a caller calls something there
 # What a worker answers to people: it holds logs, but not the cluster's records.
+NEEDS_STORE = frozenset({Call.SUBMIT, Call.CANCEL, Call.STATUS, Call.NODES})
 WORKERS_ANSWER = frozenset({Call.HEALTH, Call.REFLECTION, Call.ENROLL, Call.LOG, Call.WHOAMI})
 
 
@@ -119,8 +121,11 @@ class Asked:
 class Desk:
     """Lets calls in, to the services of a node."""
 
-    def __init__(self, port: NodePort, callers: Callers, throttle: Throttle | None = None) -> None:
+    def __init__(
+        self, port: NodePort, callers: Callers, throttle: Throttle | None = None, health: StoreHealth | None = None
+    ) -> None:
         self._port = port
+        self._health = health
         self.callers = callers
         self.throttle = throttle or Throttle()
         self.gate = Gate(port, self.throttle)
@@ -133,6 +138,7 @@ class Desk:
         *,
         subject: str = "",
         is_long: bool = False,
+        anyhow: bool = False,
     ) -> T:
         """Answer a call with what `work` says; errors end the RPC with a status.
 
@@ -142,9 +148,12 @@ class Desk:
             work: does it.
             subject: what it is about, for the audit log; `work` may set a better one.
             is_long: it may take minutes: counted as a stream, and rights are looked at meanwhile.
+            anyhow: it has an answer also while the store has none.
         """
         asked = Asked(self, context, call, Caller.nobody(), subject)
         try:
+            if not anyhow:
+                self._refuse_while_lost(asked)
             with await self._admit(asked, is_open=is_long):
                 if is_long and asked.caller.kind is not CallerKind.LOCAL:
                     result = await self._watched(asked, work(asked))
@@ -157,7 +166,7 @@ class Desk:
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: the client gets a status, the log the rest
             self._failed(asked, error)
-            await refuse(context, error)
+            await refuse(context, await self._explained(asked, error))
         if not asked.is_repeat:
             self._write_down(asked, "ok")
         return result
@@ -182,8 +191,26 @@ class Desk:
             raise
         except Exception as error:  # noqa: BLE001 - as in `answer`
             self._failed(asked, error)
-            await refuse(context, error)
+            await refuse(context, await self._explained(asked, error))
         self._write_down(asked, "ok")
+
+    def _refuse_while_lost(self, asked: Asked) -> None:
+        """Without the store there is no answer: said at once, where trying would take until the caller gives up.
+
+        Raises:
+            StoreUnavailable: no majority of the voters has answered for a while.
+        """
+        if self._health is not None and asked.call in NEEDS_STORE:
+            lost = self._health.lost(named=self._port.credentials is None)
+            if lost is not None:
+                raise lost
+
+    async def _explained(self, asked: Asked, error: Exception) -> Exception:
+        """The error, with what is wrong with the store when that is what is behind it."""
+        if self._health is None or not isinstance(error, SpinettaError):
+            return error
+        named = self._port.credentials is None or asked.caller.kind is not CallerKind.NOBODY
+        return await self._health.explain(error, named=named)
 
     async def _admit(self, asked: Asked, *, is_open: bool) -> AbstractContextManager[None]:
         context, throttle = asked.context, self.throttle

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from spinetta import codec, keys, lifecycle, names, payload, txn, validate
 from spinetta.errors import AlreadyExists, Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable
 from spinetta.model import QueueHint, Task, TaskSpec
+from spinetta.node.health import SAME_IDS, StoreHealth
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
 from spinetta.node.services.desk import Asked, short_list
@@ -37,8 +38,9 @@ class Submitter:
     meanwhile writes nothing more.
     """
 
-    def __init__(self, port: NodePort) -> None:
+    def __init__(self, port: NodePort, health: StoreHealth | None = None) -> None:
         self._port = port
+        self._health = health
 
     async def submit(self, request: api.SubmitRequest, asked: Asked) -> api.SubmitResponse:
         """Answers once every task is in the store. A task that names no owner belongs to the user who submits it.
@@ -53,7 +55,14 @@ class Submitter:
         """
         asked.subject = short_list([t.id for t in request.tasks[: validate.SUBMIT_TASKS_MAX]])
         await asked.count_tasks(len(request.tasks))
-        entries = await self._entries(request, asked)
+        try:
+            return await self._submit(await self._entries(request, asked), asked)
+        except OutcomeUnknown as e:
+            e.hint = e.hint or SAME_IDS
+            raise
+
+    async def _submit(self, entries: Sequence[_Entry], asked: Asked) -> api.SubmitResponse:
+        await self._check_room(entries)
         existed: dict[int, bool] = {}
         for chunk in portions(entries, lambda e: e.size_bytes):
             try:
@@ -65,6 +74,19 @@ class Submitter:
         return api.SubmitResponse(
             tasks=[api.Submitted(id=e.task.id, existed=existed[e.index]) for e in entries],
         )
+
+    async def _check_room(self, entries: Sequence[_Entry]) -> None:
+        """See that the store has room for what is new. Renewals and the ends of tasks are in need of the rest.
+
+        Raises:
+            UserError: it has not (``store-full``); nothing was written.
+        """
+        refusal = self._health.refusal_of_submits() if self._health is not None else None
+        if refusal is None:
+            return
+        found = await lookup.read_all(self._port.store, [keys.task(e.task.id) for e in entries])
+        if any(found.get(keys.task(e.task.id)) is None for e in entries):
+            raise refusal
 
     async def _entries(self, request: api.SubmitRequest, asked: Asked) -> list[_Entry]:
         specs: list[TaskSpec] = []
