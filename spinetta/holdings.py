@@ -214,6 +214,10 @@ class Holdings:
         self._runtime.ended(ended, held.token if held is not None else Revision(0))
         return []
 
+    def life_changed(self) -> None:
+        """Another life of this node begins, or this one has ended."""
+        self._runtime.forget_past()
+
     # --- what to do ---
 
     def give_back(self, what: GiveBack) -> None:

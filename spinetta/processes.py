@@ -71,6 +71,11 @@ class Processes:
         """How it ended; None while that is not known. What was ended for want of its key, too, if that has come back."""
         return self.ends.get(key) or (self._past.get(key) if key not in self.tokens else None)
 
+    def forget_past(self) -> None:
+        """Another life begins: what ended in an earlier one means nothing in it. Names may even come again, when the
+        store has been restored from a backup."""
+        self._past.clear()
+
     # --- from the runtime ---
 
     def listed(self, listed: RuntimeListed, now: float) -> None:

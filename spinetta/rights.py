@@ -26,6 +26,7 @@ class Call(enum.StrEnum):
     DRAIN = "drain"  # and undrain
     LEAVE = "leave"
     CONFIRM_DEAD = "confirm-dead"
+    BACKUP = "backup"
     WHOAMI = "whoami"
     RENEW = "renew"
     TOKENS = "tokens"
@@ -145,6 +146,7 @@ _ADMIN: Mapping[Call, Reach] = {
     Call.POLICY: _ANY,
     Call.AUTHORITIES: _ANY,
     Call.CONFIRM_DEAD: _ANY,  # not for operators: a wrong word lets two attempts of a task run at once
+    Call.BACKUP: _ANY,  # all of the store, though what is sealed in it stays so
 }
 _WORKER: Mapping[Call, Reach] = {Call.NODES: _ANY, Call.WHOAMI: _ANY, Call.RENEW: _ANY, Call.GATEWAY: _ANY}
 _VOTER: Mapping[Call, Reach] = {
@@ -188,7 +190,7 @@ CHANGES = frozenset(
 )
 """Calls that change something."""
 
-AUDITED = CHANGES | {Call.ENROLL, Call.LOG, Call.LABEL_KEYS}
+AUDITED = CHANGES | {Call.ENROLL, Call.LOG, Call.LABEL_KEYS, Call.BACKUP}
 """Calls that the audit log tells of also when they are allowed. The gateway tells of its own."""
 
 DOING: Mapping[Call, str] = {
@@ -201,6 +203,7 @@ DOING: Mapping[Call, str] = {
     Call.DRAIN: "drain nodes",
     Call.LEAVE: "make nodes leave",
     Call.CONFIRM_DEAD: "vouch that nodes are dead",
+    Call.BACKUP: "take backups",
     Call.WHOAMI: "ask who it is",
     Call.RENEW: "renew certificates",
     Call.TOKENS: "make, list or revoke tokens",

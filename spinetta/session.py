@@ -48,6 +48,7 @@ class Phase(enum.Enum):
     FENCED = "fenced"  # condemned: everything must stop
     WAITING = "waiting"  # an earlier life has not been closed yet
     LEFT = "left"
+    RESTORED = "restored"  # the cluster was made anew from older data: what this daemon knows is of another history
     REVOKED = "revoked"  # its rights have been taken away: everything must stop, and it may not come back by itself
 
 
@@ -74,6 +75,7 @@ class Session:
         self._deregistering = False
         self._open_revision = Revision(0)  # of the incarnation to go on with; 0: none, register a new one
         self._generation = Revision(0)
+        self._generation_value: bytes | None = None  # as first seen by this daemon; empty: there was none
         self._granting = False
         self._remembering = False
         # The id is of a life that is not known to have begun: it is kept, because a registration whose answer was lost
@@ -86,6 +88,8 @@ class Session:
         self.acl: NodeAcl | None = None  # our rights as last read; None: no record, or not read yet
         self.acl_seen = Revision(0)  # its revision: ends are recorded under it
         self._refused_since_s: float | None = None
+        self._beat: frozenset[Revision] = frozenset()  # what the latest renewal says
+        self.promised: frozenset[Revision] = frozenset()  # not to be started before a renewal without it is committed
 
     # --- outside view ---
 
@@ -119,12 +123,18 @@ class Session:
     @property
     def life_seen(self) -> Revision:
         """The revision of our incarnation as last seen; 0 while there is none, or none that we may write under."""
-        return Revision(0) if self.revoked else self._open_revision
+        return Revision(0) if self.revoked or self.restored else self._open_revision
 
     @property
     def revoked(self) -> bool:
         """True once this node's rights have been taken away: it may write nothing any more."""
         return self.phase is Phase.REVOKED
+
+    @property
+    def restored(self) -> bool:
+        """True once the cluster has another generation than when this daemon came: it must begin again with nothing in
+        memory, because revisions, by which everything is told apart here, have gone back."""
+        return self.phase is Phase.RESTORED
 
     @property
     def clearances(self) -> tuple[str, ...] | None:
@@ -139,15 +149,24 @@ class Session:
         """Start by reading what the store says of this node."""
         self._look(now)
 
-    def poll(self, now: float) -> list[Effect]:
-        """What time asks for."""
+    def poll(
+        self, now: float, waiting: frozenset[Revision] = frozenset(), wanted: frozenset[Revision] = frozenset()
+    ) -> list[Effect]:
+        """What time asks for.
+
+        `waiting`: tokens of attempts that are not to be started now: the next renewal promises it, so that whoever puts
+        them back when this node has died knows that they had no part in it. `wanted`: those that wait for the promise
+        to be taken back, and for nothing else.
+        """
+        if wanted & self.promised:
+            self._renew_at_s = min(self._renew_at_s, now)
         effects: list[Effect] = []
         if self._act_at_s is not None and self._act_at_s <= now and not self._busy:
             self._act_at_s = None
             self._busy = True
             effects.append(Read("self", self._self_keys()))
         if self.active and self._renew_at_s <= now:
-            effects += self._renew(now)
+            effects += self._renew(now, waiting)
         if self.active and self._advertising is None and self._advertise_at_s <= now:
             effects += self._advertise(now)
         return effects
@@ -160,7 +179,7 @@ class Session:
     @property
     def must_stop(self) -> bool:
         """True when nothing of this node may run on: its life has been ended by others."""
-        return self.phase in (Phase.FENCED, Phase.WAITING, Phase.REVOKED)
+        return self.phase in (Phase.FENCED, Phase.WAITING, Phase.RESTORED, Phase.REVOKED)
 
     def describe(self, record: NodeRecord) -> None:
         """New facts for what this node says of itself; sent when it is time."""
@@ -183,7 +202,7 @@ class Session:
         It reads again until it is let in, or the reading says more. If that goes on for a while, everything stops: none
         of it could be recorded, and the others will have it put back.
         """
-        if self.phase in (Phase.REVOKED, Phase.LEFT):
+        if self.phase in (Phase.REVOKED, Phase.RESTORED, Phase.LEFT):
             return []
         if self._refused_since_s is None:
             self._refused_since_s = now
@@ -269,13 +288,13 @@ class Session:
         return keys.node(name), keys.incarnation(name), keys.GENERATION, keys.acl_node(name)
 
     def _look(self, at_s: float) -> None:
-        if self.revoked:
+        if self.revoked or self.restored:
             return
         self._act_at_s = at_s if self._act_at_s is None else min(at_s, self._act_at_s)
 
     def suspect(self, now: float) -> None:
         """A guarded write failed: claim nothing until the store has said why."""
-        if self.revoked:
+        if self.revoked or self.restored:
             return
         self.registration = None
         if self.phase is Phase.ACTIVE:
@@ -287,6 +306,8 @@ class Session:
         node = reading.entries[keys.node(name)]
         inc = reading.entries[keys.incarnation(name)]
         generation = reading.entries[keys.GENERATION]
+        if self._is_another(generation.value if generation is not None else b""):
+            return self._restored_now()
         self._generation = generation.modified if generation else Revision(0)
         self._open_revision = inc.modified if inc else Revision(0)
         barred = self._take_rights(reading.entries[keys.acl_node(name)], now)
@@ -317,6 +338,21 @@ class Session:
             self.lease = node.lease
             return self._activate(registration, now)
         return self._condemned_by(inc.modified, life, now, nothing_runs)
+
+    def _is_another(self, value: bytes) -> bool:
+        """Whether the cluster has been made anew since this daemon came. By its value: revisions may repeat."""
+        if self._generation_value is None:
+            self._generation_value = value
+        return value != self._generation_value
+
+    def _restored_now(self) -> list[Effect]:
+        self.phase = Phase.RESTORED
+        self.registration = None
+        self.lease = None
+        self._act_at_s = None
+        return self._say(
+            "the cluster has been restored or recovered from older data: this node stops what it runs and begins again"
+        )
 
     def _take_rights(self, entry: Entry | None, now: float) -> list[Effect] | None:
         """What the store says of our rights; None when we may go on."""
@@ -424,7 +460,7 @@ class Session:
         self._notice = ""
         return []
 
-    def _renew(self, now: float) -> list[Effect]:
+    def _renew(self, now: float, waiting: frozenset[Revision]) -> list[Effect]:
         assert self.registration is not None and self.lease is not None  # noqa: S101, PT018 - active
         self._renew_at_s = now + self.settings.renew_every_s
         effects: list[Effect] = []
@@ -433,13 +469,16 @@ class Session:
             effects.append(KeepAlive("self", self.lease))
         if self._renewing_since_s is None:
             self._renewing_since_s = now
-            effects.append(Commit("renew", txn.renew(self.registration)))
+            self._beat = waiting
+            self.promised |= waiting  # an answer that is lost may mean that it was made
+            effects.append(Commit("renew", txn.renew(self.registration, codec.encode_beat(waiting))))
         return effects
 
     def _renewed(self, done: CommitDone, now: float) -> list[Effect]:
         sent_at_s, self._renewing_since_s = self._renewing_since_s, None
         if isinstance(done.result, txn.Committed) and sent_at_s is not None:
             self.renewed_at_s = sent_at_s
+            self.promised = self._beat
             return [RenewRuntime(sent_at_s)]
         if isinstance(done.result, txn.Conflict):
             self.suspect(now)

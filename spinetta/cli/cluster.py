@@ -1,4 +1,4 @@
-"""``spinetta cluster``: the cluster's certificate authorities."""
+"""``spinetta cluster``: the cluster's certificate authorities, and its data as a whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spinetta.cli import exits, output
+from spinetta.cli import clusterdata, clusterstatus, exits, output
 from spinetta.cli.base import client_options, config_option, credentials_file, json_option, with_client
 from spinetta.cli.who import confirm, document, done, role_word
 
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 @click.group(epilog=exits.HELP)
 def cluster() -> None:
-    """See and change the cluster's certificate authorities.
+    """See how the voters are; back up, restore and recover the cluster; see and change its certificate authorities.
 
     \b
     Examples:
+      spinetta cluster status
+      spinetta cluster backup today.db
+      spinetta cluster recover                       # the majority of the voters is lost for good
       spinetta cluster authorities
       spinetta cluster rotate-ca --kind cluster --overlap 7d
       spinetta cluster rotate-ca --kind cluster --retire-now
@@ -168,3 +171,7 @@ def rescue(data_dir: str | None, user: str, as_json: bool, config_file: str | No
     directory = Path(resolved_node({"data_dir": data_dir}, config_file).settings.data_dir)
     path = asyncio.run(make(directory, user))
     done(f"credentials of administrator {user}: {path}", {"user": user, "path": str(path)}, as_json=as_json)
+
+
+for _command in (*clusterdata.COMMANDS, *clusterstatus.COMMANDS):
+    cluster.add_command(_command)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spinetta import access, keys, names, trustcodec
-from spinetta.errors import CorruptRecord, NotFound, UserError
+from spinetta.client import views
+from spinetta.errors import CorruptRecord, NotFound, StoreUnavailable, UserError
+from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 from spinetta.v1 import trust_pb2 as trust
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from spinetta.client.channels import Nodes
 
 T = TypeVar("T")
+BACKUP_STALL_S = 90.0  # longer than a voter waits for its etcd
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +359,23 @@ class AsyncAdmin:
         request = trust.RotateAuthorityRequest(kind=kind, overlap_s=overlap_s, retire_now=retire_now)
         m = await self._nodes.trust(lambda stub: stub.RotateAuthority, request, writes=True)
         return Rotated(m.generation, m.signs_now)
+
+    async def backup(self) -> AsyncGenerator[views.BackupPiece, None]:
+        """All of the store in pieces: a snapshot of etcd with its hash behind it. Whole only when it ends by itself.
+
+        Raises:
+            StoreUnavailable: it broke off, or nothing came for a minute.
+        """
+        async with contextlib.aclosing(self._nodes.stream(lambda stub: stub.Backup, api.BackupRequest())) as chunks:
+            while True:
+                try:
+                    async with asyncio.timeout(BACKUP_STALL_S):
+                        m = await anext(chunks, None)
+                except TimeoutError:
+                    raise StoreUnavailable(f"the backup stopped for {BACKUP_STALL_S:g} s") from None
+                if m is None:
+                    return
+                yield views.BackupPiece(m.data, m.remaining_bytes, m.node, m.cluster_id)
 
     # --- secrets -----------------------------------------------------------------------------------------------
 

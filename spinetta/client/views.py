@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from spinetta import codec
@@ -104,6 +105,14 @@ class TaskChanges:
 
 
 @dataclass(frozen=True, slots=True)
+class ArchivedPage:
+    """Some archived tasks. `silent`: nodes that have others, perhaps, and did not tell, with the reason of each."""
+
+    tasks: tuple[TaskInfo, ...]
+    silent: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class LogChunk:
     """Bytes of one attempt's log; `offset` is that of the first."""
 
@@ -134,6 +143,16 @@ class NodeList:
 
 
 @dataclass(frozen=True, slots=True)
+class BackupPiece:
+    """Part of a backup. `remaining_bytes`: after it, about. `node`, `cluster_id`: of the first piece, where from."""
+
+    data: bytes
+    remaining_bytes: int
+    node: str = ""
+    cluster_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LeaveStep:
     """Progress of a node that leaves."""
 
@@ -153,18 +172,43 @@ class ConfirmedDead:
 
 @dataclass(frozen=True, slots=True)
 class VoterInfo:
-    """A node that runs an etcd member."""
+    """A node that runs an etcd member.
+
+    Attributes:
+        answers: its etcd does; what follows is known only then.
+        healthy: it answers and sees a leader.
+        leader: it leads etcd.
+        version: of etcd.
+        db_bytes, db_in_use_bytes: the file of its database, which the quota is for, and what of it is not holes.
+        behind: changes that it has still to take over.
+        alarms: ``NOSPACE``, ``CORRUPT``.
+    """
 
     name: str
     member_id: int
     client_url: str
     peer_url: str
     learner: bool = False
+    answers: bool = False
+    healthy: bool = False
+    leader: bool = False
+    version: str = ""
+    db_bytes: int = 0
+    db_in_use_bytes: int = 0
+    behind: int = 0
+    alarms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterInfo:
-    """The cluster, as one node sees it."""
+    """The cluster, as one node sees it.
+
+    Attributes:
+        generation: empty while no majority answers.
+        has_majority: of the voters; without one nothing can be read or written.
+        quota_bytes: of each voter's database.
+        notices: what an administrator should know, the worst first; none: all is well.
+    """
 
     cluster_id: str
     voters: tuple[VoterInfo, ...]
@@ -173,6 +217,9 @@ class ClusterInfo:
     version: str
     generation: str
     address: str = field(default="")
+    has_majority: bool = True
+    quota_bytes: int = 0
+    notices: tuple[str, ...] = ()
 
 
 def task_info(m: api.TaskView) -> TaskInfo:
@@ -187,8 +234,36 @@ def node_info(m: api.NodeView) -> NodeInfo:
 
 def cluster_info(m: api.DescribeClusterResponse, address: str) -> ClusterInfo:
     """From the wire; `address` is that of the node which answered."""
-    voters = tuple(VoterInfo(v.name, v.member_id, v.client_url, v.peer_url, v.learner) for v in m.voters)
-    return ClusterInfo(m.cluster_id, voters, m.node, m.wall_ms, m.version, m.generation, address)
+    voters = tuple(
+        VoterInfo(
+            v.name,
+            v.member_id,
+            v.client_url,
+            v.peer_url,
+            v.learner,
+            v.answers,
+            v.healthy,
+            v.leader,
+            v.version,
+            v.db_bytes,
+            v.db_in_use_bytes,
+            v.behind,
+            tuple(v.alarms),
+        )
+        for v in m.voters
+    )
+    return ClusterInfo(
+        m.cluster_id,
+        voters,
+        m.node,
+        m.wall_ms,
+        m.version,
+        m.generation,
+        address,
+        m.has_majority,
+        m.quota_bytes,
+        tuple(m.notices),
+    )
 
 
 def filter_to_pb(f: TaskFilter) -> api.Filter:

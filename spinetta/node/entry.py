@@ -17,6 +17,7 @@ from spinetta.config import Settings
 from spinetta.errors import Fenced, StoreUnavailable, UserError
 from spinetta.model import IncarnationId
 from spinetta.node.driver import wall_ms
+from spinetta.node.following import find_successor
 from spinetta.node.join import UNREACHABLE, introduce
 from spinetta.node.revival import have_ended, revive
 from spinetta.node.seats import OwnSeat
@@ -26,6 +27,7 @@ from spinetta.store.offline import read_offline
 from spinetta.store.process import EtcdTls, Version, check_version, etcd_version, find_etcd, parse_version
 from spinetta.store.protocol import Snapshot
 from spinetta.store.supervisor import EtcdSupervisor, Services
+from spinetta.store.tls import TlsSource
 from spinetta.trust.credentials import EtcdFiles, NodeCredentials
 from spinetta.trust.dial import Dialer
 
@@ -105,6 +107,11 @@ def remembered(settings: Settings, data_dir: Path) -> Identity | None:
     return known
 
 
+def remembered_any(data_dir: Path) -> Identity | None:
+    """What the node of this directory remembers, whatever its name. Raises `UserError`: the file is damaged."""
+    return identities.load(data_dir / IDENTITY_FILE)
+
+
 async def enter(
     settings: Settings,
     data_dir: Path,
@@ -143,6 +150,7 @@ async def enter(
         peer_url=f"{scheme}://{settings.host}:{identity.etcd_peer_port}",
         identity=lambda: memory.identity,
         update=memory.update,
+        quota_bytes=settings.etcd_quota_bytes,
         tls=None if tls is None else lambda: tls,
         before_resuming=None if credentials is None else _reviver(settings, credentials, version),
     )
@@ -150,6 +158,7 @@ async def enter(
         await _find_gateways(settings, memory, dialer)
         memory.update(address=settings.address)
         return Entrance(memory, seat, (), warnings)
+    await _follow(settings, memory, seat, dialer, None if tls is None else lambda: tls)
     endpoints = await _find_cluster(settings, memory, seat, dialer)
     memory.update(address=settings.address, endpoints=tuple(endpoints))
     return Entrance(memory, seat, endpoints, warnings)
@@ -196,6 +205,31 @@ async def _find_gateways(settings: Settings, memory: Memory, dialer: Dialer) -> 
         log.warning("no voter answers yet; this worker goes on trying: %s", e)
         return
     memory.update(cluster_id=met.cluster_id, gateways=met.gateways)
+
+
+async def _follow(settings: Settings, memory: Memory, seat: OwnSeat, dialer: Dialer, tls: TlsSource | None) -> None:
+    """If the cluster has been made anew elsewhere, from a backup or one voter's data: this node belongs there now."""
+    identity = memory.identity
+
+    async def told_by_peers() -> tuple[str, ...]:
+        try:
+            met = await introduce(settings.peers, name=settings.name, returning=True, wall_ms=wall_ms(), dialer=dialer)
+        except UserError:  # said later, if it matters
+            return ()
+        return met.client_urls
+
+    others = [url for url in identity.endpoints if url != seat.client_url or not identity.has_joined]
+    found = await find_successor(identity, others, tls, told_by_peers if settings.peers else None)
+    if found is None:
+        return
+    log.warning(
+        "cluster %s has been made anew as %s; this node goes on there%s",
+        identity.cluster_id,
+        found.cluster_id,
+        ", and its etcd's data is put aside" if identity.has_joined else "",
+    )
+    await seat.abandon(found.cluster_id)
+    memory.update(endpoints=found.endpoints)
 
 
 async def _find_cluster(settings: Settings, memory: Memory, seat: OwnSeat, dialer: Dialer) -> list[str]:
@@ -264,11 +298,12 @@ def _choose_ports(settings: Settings, memory: Memory) -> None:
     wanted = (settings.etcd_client_port, settings.etcd_peer_port)
     if identity.has_joined or (identity.etcd_client_port and 0 in wanted):
         return
-    client, peer = (port or _free_port(settings.host) for port in wanted)
+    client, peer = (port or free_port(settings.host) for port in wanted)
     memory.plan(etcd_client_port=client, etcd_peer_port=peer)
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A TCP port of this host that nobody listens on now."""
     bare = host.strip("[]")
     with socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET) as sock:
         sock.bind((bare, 0))

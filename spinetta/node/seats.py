@@ -62,6 +62,7 @@ class OwnSeat:
         self._supervisor: EtcdSupervisor | None = None
         self._changing = asyncio.Lock()
         self._reseated = asyncio.Event()
+        self._heard_of = ""  # the id of the cluster whose etcd answered last
 
     def attach(self, store: EtcdStore) -> None:
         """The store through which etcd is asked about its membership."""
@@ -77,6 +78,11 @@ class OwnSeat:
     def cluster_id(self) -> str:
         """Of the cluster, hexadecimal."""
         return self._identity().cluster_id
+
+    @property
+    def strayed(self) -> bool:
+        """True when the etcd that answers is of another cluster than this node remembers."""
+        return bool(self._heard_of and self.cluster_id) and self._heard_of != self.cluster_id
 
     @property
     def empty(self) -> bool:
@@ -190,8 +196,21 @@ class OwnSeat:
         await asyncio.to_thread(self._put_aside)
         log.info("this node has given up its voter's seat")
 
-    def _put_aside(self) -> None:
-        old = self._etcd_dir.with_name("etcd.removed")
+    async def abandon(self, cluster_id: str) -> None:
+        """The cluster has been made anew without this member, under another id. Its data is kept for good: it may hold
+        what that cluster lacks. May be repeated."""
+        async with self._changing:
+            known = self._identity()
+            if known.has_joined:
+                await self._supervisor_of(known.initial_cluster, existing=True, token=JOINING).stop()
+                self._seat(None)
+            self._update(member_id="", has_joined=False, initial_cluster="", cluster_id=cluster_id)
+            owner = wal_owner(self._etcd_dir)
+            if owner is not None and owner[1] != cluster_id:
+                await asyncio.to_thread(self._put_aside, f"etcd.of-{owner[1]}")
+
+    def _put_aside(self, name: str = "etcd.removed") -> None:
+        old = self._etcd_dir.with_name(name)
         try:
             if self._etcd_dir.exists():
                 shutil.rmtree(old, ignore_errors=True)
@@ -257,6 +276,23 @@ class OwnSeat:
         """How each member is; None for those that do not answer."""
         return await statuses(members, self._tls)
 
+    async def look_for_itself(self) -> None:
+        """See whether this node's member has been removed from the cluster without this node hearing of it.
+
+        Etcd finds that out itself as long as it reaches a member whose address has not changed since it was away; and
+        not while it is frozen.
+
+        Raises:
+            StoreUnavailable: nobody can tell now.
+        """
+        member_id = self.member_id
+        if not member_id:
+            return
+        listed = await self.members.members()
+        if listed.cluster_id == self.cluster_id and all(m.member_id != member_id for m in listed.members):
+            log.warning("this node's etcd member has been removed from its cluster")
+            await self.give_up(member_id)
+
     async def others_vote(self) -> bool:
         """True when some other node is a voter."""
         listed = await self.members.members()
@@ -265,6 +301,7 @@ class OwnSeat:
     async def endpoints(self) -> list[str]:
         """Client URLs of the voters: the own one first, else in an order that spreads the workers over them."""
         listed = await self.members.members()
+        self._heard_of = listed.cluster_id
         urls = sorted(m.client_url for m in listed.members if m.client_url and not m.learner)
         if self.client_url in urls and self._supervisor is not None:
             urls.remove(self.client_url)
@@ -282,7 +319,14 @@ class OwnSeat:
             cluster_id=listed.cluster_id,
             leader_member_id=next((s.leader_id for s in seen.values() if s is not None and s.leader_id), 0),
             members=tuple(
-                Member(m.name, m.member_id, m.client_url, m.peer_url, m.learner)
+                Member(
+                    m.name,
+                    m.member_id,
+                    m.client_url,
+                    m.peer_url,
+                    m.learner,
+                    (how := seen[m.member_id]) is not None and how.healthy,
+                )
                 for m in sorted(listed.members, key=lambda m: (m.name, m.member_id))
             ),
             alarms=tuple(f"etcd alarm {a.name} on {names.get(a.member_id, hex_id(a.member_id))}" for a in alarms),

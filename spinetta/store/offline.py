@@ -54,7 +54,7 @@ async def read_offline(
             f"etcd's data in {settings.data_dir} cannot be copied: {error}", field="node.data_dir", reason="disk"
         ) from error
     try:
-        async with asyncio.timeout(timeout_s), _served(settings, folder, version) as store:
+        async with asyncio.timeout(timeout_s), served(settings, folder, version) as store:
             return await store.read(keys)
     except TimeoutError:
         raise StoreUnavailable(f"a copy of etcd's data was not served within {timeout_s:g} s") from None
@@ -73,11 +73,24 @@ def _copy(data_dir: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def _served(settings: EtcdSettings, folder: Path, version: Version) -> AsyncIterator[EtcdStore]:
+async def served(
+    settings: EtcdSettings, folder: Path, version: Version, *, alone: bool = True
+) -> AsyncIterator[EtcdStore]:
+    """Serve the data in ``FOLDER/etcd`` to this process only: on loopback, under an authority made for the occasion.
+
+    What is committed is written there. For ever, unless the caller limits it.
+
+    Args:
+        folder: for its owner alone; holds the data, and the certificates and etcd's log of the occasion.
+        alone: of a cluster of several, the others are forgotten first. The ids of cluster and member stay.
+
+    Raises:
+        StoreUnavailable: etcd does not serve it.
+    """
     tls = _occasional(folder)
     client_port, peer_port = _free_ports()
     peer_url = f"https://{HOST}:{peer_port}"
-    alone = replace(
+    private = replace(
         settings,
         data_dir=folder / "etcd",
         client_url=f"https://{HOST}:{client_port}",
@@ -89,16 +102,16 @@ async def _served(settings: EtcdSettings, folder: Path, version: Version) -> Asy
     log_path = folder / "log"
     with log_path.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            *etcd_argv(alone, version),
-            "--force-new-cluster=true",
+            *etcd_argv(private, version),
+            *(["--force-new-cluster=true"] if alone else []),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=etcd_env(os.environ.get("PATH", "/usr/bin:/bin")),
         )
-    store = EtcdStore([alone.client_url], lambda: tls)
+    store = EtcdStore([private.client_url], lambda: tls)
     try:
-        while not await _healthy(alone.client_url, tls):
+        while not await _healthy(private.client_url, tls):
             if process.returncode is not None:
                 last = log_path.read_text(errors="replace").strip().splitlines()[-1:] or ["it wrote no log"]
                 raise StoreUnavailable(f"etcd does not serve a copy of its data: {last[0][:500]}")
