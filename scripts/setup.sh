@@ -81,6 +81,7 @@ missing_packages() {
         has git || echo git
         has ps || echo procps
         { has ip && has ss; } || echo iproute2
+        has iptables-restore || echo iptables
         has nsenter || echo util-linux
     fi
 }

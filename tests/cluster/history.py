@@ -26,6 +26,7 @@ class Checker:
     tasks: dict[TaskId, Task] = field(default_factory=dict)
     tokens: dict[TaskId, list[int]] = field(default_factory=lambda: defaultdict(list))
     recorded: dict[TaskId, int] = field(default_factory=lambda: defaultdict(int))
+    held: dict[NodeId, set[TaskId]] = field(default_factory=lambda: defaultdict(set))
     revisions: int = 0
 
     def feed(self, revision: Revision, events: Sequence[Change]) -> None:
@@ -47,8 +48,12 @@ class Checker:
                 self.now.pop(e.key, None)
             else:
                 self.now[e.key] = e.value
-            if e.key.startswith("/status/"):
-                task = keys.parse_running(e.key)[1] if e.key.startswith(keys.RUNNING) else keys.parse_task(e.key)
+            if e.key.startswith(keys.RUNNING):
+                node, task = keys.parse_running(e.key)
+                (self.held[node].discard if e.value is None else self.held[node].add)(task)
+                (self.status[task].discard if e.value is None else self.status[task].add)(e.key)
+            elif e.key.startswith("/status/"):
+                task = keys.parse_task(e.key)
                 (self.status[task].discard if e.value is None else self.status[task].add)(e.key)
         for e in events:
             if e.key.startswith(keys.TASK) and e.value is not None:
@@ -110,9 +115,8 @@ class Checker:
             return
         capacity = codec.decode_node(described.value).capacity
         used = Resources()
-        for task, present in self.status.items():
-            if keys.running(node, task) in present:
-                used = used + self.tasks[task].spec.resources
+        for task in self.held[node]:
+            used = used + self.tasks[task].spec.resources
         if not used.fits_in(capacity):
             raise Violation(f"7: {node} holds {used} of {capacity} at {revision}")
 
