@@ -203,7 +203,7 @@ def _submit(rng: random.Random, n: int, *, long: bool, labelled: float) -> tuple
 
 
 def _later_fields(seed: int, spec: TaskSpec) -> TaskSpec:
-    """What specifications have learnt since the first seeds were told: drawn apart, so that those keep their stories."""
+    """What specifications have learnt since the first seeds were told: drawn apart, so that those tell the same."""
     rng = random.Random(f"later {seed} {spec.id}")
     if seed % 5 != 1:
         return spec

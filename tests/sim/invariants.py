@@ -317,16 +317,18 @@ class Checker:
 
     def started(self, node: NodeId, process: Process) -> None:
         """A process begins to execute."""
-        if process.task in self.never:
+        # An attempt of such a task may be on its way to the shim when its task has been put back already.
+        overlap = self.tasks[process.task][0].spec.overlap
+        if process.task in self.never and not overlap:
             raise Violated(5, f"{process.key} was started on {node} although it was cancelled before")
         held = self.holds.get(node, {}).get(process.task)
-        if held is None or held.token != process.token:
+        if (held is None or held.token != process.token) and not overlap:
             self._by_clock(f"{process.key} with {process.token} starts on {node}, which holds {held}")
         name = process.task, process.token
         if name in self.truths:
             raise Violated(8, f"{process.key} was started twice")
         same = [p.key for p in self.alive.values() if p.task == process.task]
-        if same and not self.tasks[process.task][0].spec.overlap:
+        if same and not overlap:
             self._by_clock(f"{process.key} starts on {node} while {same} executes")
         self.truths[name] = Truth(node, process.token, process.incarnation)
         self.alive[name] = process

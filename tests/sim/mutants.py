@@ -16,20 +16,25 @@ from spinetta.agent import Agent
 from spinetta.events import List
 from spinetta.model import Reason, Revision, State
 from spinetta.standing import Rights
-from tests.sim.shim_model import ShimModel
+from tests.sim.enumerated import guards
+from tests.sim.shim_model import Process, ShimModel
 
 Mutant = Callable[[], Any]
 
 
 def drop_guards(function: str, *indexes: int) -> Mutant:
-    """The transaction without these guards."""
-    real = getattr(txn, function)
+    """The transaction, or the guards common to a batch, without these; ``Class.method`` for all that it guards."""
+    cls, _, method = function.rpartition(".")
+    where: Any = getattr(txn, cls) if cls else txn
+    real = getattr(where, method)
 
-    def weakened(*args: Any, **kwargs: Any) -> txn.Txn:
-        body: txn.Txn = real(*args, **kwargs)
-        return replace(body, when=tuple(g for i, g in enumerate(body.when) if i not in indexes))
+    def weakened(*args: Any, **kwargs: Any) -> Any:
+        made: Any = real(*args, **kwargs)
+        when = made.when if isinstance(made, txn.Txn) else made
+        kept = tuple(g for i, g in enumerate(when) if i not in indexes)
+        return replace(made, when=kept) if isinstance(made, txn.Txn) else kept
 
-    return lambda: mock.patch.object(txn, function, weakened)
+    return lambda: mock.patch.object(where, method, weakened)
 
 
 def drop_outer(size: int, *indexes: int) -> Mutant:
@@ -43,40 +48,37 @@ def drop_outer(size: int, *indexes: int) -> Mutant:
     return lambda: mock.patch.object(txn, "batch", weakened)
 
 
-def drop_from_registration(*indexes: int) -> Mutant:
-    """Every transaction that a node's membership guards, without these."""
-    real = txn.Registration.guards
-
-    def weakened(self: txn.Registration) -> tuple[txn.Guard, ...]:
-        return tuple(g for i, g in enumerate(real(self)) if i not in indexes)
-
-    return lambda: mock.patch.object(txn.Registration, "guards", weakened)
-
-
-def drop_from_office(*indexes: int) -> Mutant:
-    """Every write of the leader, without these of the guards of its office."""
-    real = txn.OfficeHeld.guards
-
-    def weakened(self: txn.OfficeHeld) -> tuple[txn.Guard, ...]:
-        return tuple(g for i, g in enumerate(real(self)) if i not in indexes)
-
-    return lambda: mock.patch.object(txn.OfficeHeld, "guards", weakened)
-
-
 def put(where: Any, name: str, what: Any) -> Mutant:
     """Something else in the place of a function."""
     return lambda: mock.patch.object(where, name, what)
 
 
 @contextmanager
-def _deaf_shim() -> Iterator[None]:
+def _shim_with(flag: str) -> Iterator[None]:
     real = ShimModel.__init__
 
     def init(self: ShimModel, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
-        self.obeys_deadline = False
+        setattr(self, flag, False)
 
     with mock.patch.object(ShimModel, "__init__", init):
+        yield
+
+
+def _deadline_without_margin(self: ShimModel, process: Process) -> float:
+    return float("-inf") if self.renewed_at_s is None else self.renewed_at_s + process.grace_s
+
+
+@contextmanager
+def _renewed_when_answered() -> Iterator[None]:
+    """A renewal counts from when it was answered, not from when it was sent."""
+    real = session.Session._renewed
+
+    def renewed(self: session.Session, done: Any, now: float) -> Any:
+        self._renewing_since_s = now
+        return real(self, done, now)
+
+    with mock.patch.object(session.Session, "_renewed", renewed):
         yield
 
 
@@ -202,35 +204,27 @@ def _reasons(*losses: Reason) -> frozenset[Reason]:
 
 
 MUTANTS: dict[str, Mutant] = {
-    # guards
-    "submit[0]": drop_guards("submit", 0),
-    "claim[0]": drop_guards("claim", 0),
+    # guards: each by itself, and some that stand behind one another together
+    **{g.name: drop_guards(g.owner, g.index) for g in guards() if not g.owner.endswith(" each")},
     "claims-outer[0]": drop_outer(4, 0),
     "claims-outer[0,1]": drop_outer(4, 0, 1),
     "claims-outer[3]": drop_outer(4, 3),
     "claims-outer[0,3]": drop_outer(4, 0, 3),
-    "ends-outer[1]": drop_outer(2, 1),
-    "finish[0]": drop_guards("finish", 0),
-    "give_back[0]": drop_guards("give_back", 0),
-    "cancel_waiting[0]": drop_guards("cancel_waiting", 0),
-    "cancel_running[0]": drop_guards("cancel_running", 0),
     "register[0,1]": drop_guards("register", 0, 1),
-    "register[3]": drop_guards("register", 3),
-    "reattach[3]": drop_guards("reattach", 3),
     "renew[0,1]": drop_guards("renew", 0, 1),
-    "registration[0]": drop_from_registration(0),
-    "registration[0,1]": drop_from_registration(0, 1),
-    "registration[0,3]": drop_from_registration(0, 3),
-    "take_office[0]": drop_guards("take_office", 0),
-    "take_office[1]": drop_guards("take_office", 1),
-    "office[1]": drop_from_office(1),
-    "confirm_dead[0]": drop_guards("confirm_dead", 0),
-    "condemn[0]": drop_guards("condemn", 0),
-    "condemn[2]": drop_guards("condemn", 2),
+    "Registration.guards[0,1]": drop_guards("Registration.guards", 0, 1),
+    "Registration.guards[0,3]": drop_guards("Registration.guards", 0, 3),
     # the dead-man's switch and the wait
-    "deaf-shim": _deaf_shim,
+    "deaf-shim": lambda: _shim_with("obeys_deadline"),
+    "late-start": lambda: _shim_with("refuses_late"),
+    "no-kill-margin": put(ShimModel, "deadline_s", _deadline_without_margin),
+    "renewed-when-answered": _renewed_when_answered,
+    "office-for-ever": put(recover.Leadership, "_office_until_s", property(lambda _: float("inf"), lambda *_: None)),
     "no-wait": put(recover, "wait_out_s", lambda *_: 0.0),
     "short-wait": put(recover, "wait_out_s", lambda grace_s, *_: grace_s / 2),
+    "wait-without-rho": put(recover, "wait_out_s", lambda grace_s, margin_s, _: grace_s + margin_s),
+    "wait-without-margin": put(recover, "wait_out_s", lambda grace_s, _, rho: grace_s * (1 + rho)),
+    "wait-for-the-grace-only": put(recover, "wait_out_s", lambda grace_s, *_: grace_s),
     "renew-unanswered": _renew_unanswered,
     # rows of the table
     **{
@@ -246,7 +240,6 @@ MUTANTS: dict[str, Mutant] = {
     # pieces of reasoning
     "no-resume": _no_resume,
     "start-on-old-listing": put(Agent, "_may_start", property(lambda self: self.session.may_start)),
-    "ends-of-any-life": drop_outer(2, 0),
     "blind-to-labels": _blind_to_labels,
     "claims-as-planned": put(claims.Claims, "_claimable", lambda _self, task: task.state is State.QUEUED),
     "doubts-as-planned": put(bids.Bid, "is_covered_by", lambda *_: True),

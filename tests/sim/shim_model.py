@@ -57,6 +57,7 @@ class ShimModel:
         self.renewed_at_s: float | None = None
         self.unfit = False  # nothing can be started: its disk, control groups or process table
         self.obeys_deadline = True  # tests switch it off to see that it is needed
+        self.refuses_late = True  # and this
         self._script = script
         self._lag_s = lag_s
         self._stop_wait_s = stop_wait_s
@@ -83,7 +84,7 @@ class ShimModel:
             self._lag_s(),
         )
         self.held[key] = process
-        if self.deadline_s(process) <= now:
+        if self.refuses_late and self.deadline_s(process) <= now:
             process.exit = Exit(Reason.FENCED, message="too late to start")
             return None, process.exit
         if self.unfit:

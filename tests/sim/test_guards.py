@@ -6,92 +6,21 @@ behind one another, so that it takes two faults and much bad luck before a world
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from spinetta.errors import InvariantViolation
-from tests.sim.__main__ import attempt
+from tests.sim import guards
+from tests.sim.enumerated import Found
+from tests.sim.enumerated import guards as all_guards
+from tests.sim.hunt import notices
 from tests.sim.mutants import MUTANTS
-from tests.unit import test_agent
-from tests.unit import test_agent_rights as rights
-from tests.unit import test_agent_stories as stories
+from tests.sim.noticed import NOTICED, TOLD, UNNOTICED
+from tests.sim.runs import attempt
 
 SEARCH = 100  # a change of the code changes what a seed tells: then the next one that notices will do
-
-# mutant: the faults that it takes, and a seed that notices
-NOTICED: dict[str, tuple[str, int]] = {
-    "submit[0]": ("net", 27),
-    "claim[0]": ("", 1),
-    "claims-outer[0]": ("admin,net", 28),
-    "claims-outer[0,1]": ("", 4),
-    "finish[0]": ("partition,net", 11),
-    "give_back[0]": ("admin,net", 35),
-    "cancel_waiting[0]": ("daemon,net", 14),
-    "cancel_running[0]": ("partition", 0),
-    "register[0,1]": ("daemon,net", 8),
-    "registration[0]": ("partition,net", 6),
-    "registration[0,1]": ("", 4),
-    "renew[0,1]": ("partition", 48),
-    "take_office[0]": ("", 3),
-    "confirm_dead[0]": ("machine", 5),
-    "condemn[0]": ("net", 24),
-    "condemn[2]": ("", 1),
-    "claims-outer[3]": ("rights", 4),
-    "claims-outer[0,3]": ("rights", 6),
-    "ends-outer[1]": ("rights", 8),
-    "registration[0,3]": ("rights", 0),
-    "register[3]": ("rights,net", 17),
-    "reattach[3]": ("rights", 2),
-    "office[1]": ("rights", 45),
-    "leads-on": ("rights", 2),
-    "blind-to-labels": ("rights", 1),
-    "deaf-shim": ("", 0),
-    "no-wait": ("partition", 1),
-    "short-wait": ("partition", 3),
-    "renew-unanswered": ("partition", 15),
-    "no-losses": ("partition", 3),
-    "claim-unknown-is-no": ("partition,net", 17),
-    "finish-unknown-is-yes": ("partition", 0),
-    "forgetful-daemon": ("runtime,daemon", 5),
-    "always-nothing-runs": ("partition", 22),
-    "late-news": ("", 1),
-    "no-reconcile": ("", 0),
-    "lives-go-on": ("net", 24),
-    "row QUEUED claim": ("", 0),
-    "row QUEUED cancel": ("", 0),
-    "row RUNNING finish": ("", 0),
-    "row RUNNING retry": ("", 1),
-    "row RUNNING release": ("admin", 3),
-    "row RUNNING node-lost": ("", 0),
-    "row RUNNING give-up": ("net,watch", 7),
-}
-
-# mutant: the story, told step by step, that does not come out well with it
-TOLD: dict[str, Callable[[], None]] = {
-    "no-resume": stories.test_claims_of_a_dead_daemon_come_too_late,
-    "no-fresh-listing": stories.test_a_claim_committed_between_listing_and_registration_is_counted,
-    "start-unknown-is-no": stories.test_a_start_that_was_not_answered_is_looked_up_not_guessed,
-    "start-on-old-listing": stories.test_nothing_is_started_on_the_word_of_an_old_listing,
-    "ends-of-any-life": stories.test_what_a_dead_daemon_gave_back_is_not_taken_from_the_next_one,
-    "no-must-stop": stories.test_a_condemned_node_stops_all_says_so_and_begins_again,
-    "claim-unknown-is-no": stories.test_a_claim_made_again_may_lose_to_its_own_first_proposal,
-    "give_back[0]": stories.test_a_cancel_between_the_end_and_its_record_is_not_lost,
-    "labels-stay": rights.test_what_is_no_longer_covered_is_given_back_and_all_else_goes_on,
-    "revoked-goes-on": rights.test_a_node_that_is_thrown_out_stops_all_and_its_task_runs_elsewhere,
-    "claims-as-planned": rights.test_a_round_planned_under_old_rights_is_not_claimed_under_new_ones,
-    "doubts-as-planned": rights.test_a_claim_in_doubt_is_not_made_again_without_the_label,
-    "braked-by-the-revoked": rights.test_those_who_were_thrown_out_are_no_mass_death,
-    "ends-outer[1]": rights.test_of_an_end_under_way_nothing_comes,
-    "claims-outer[3]": rights.test_a_claim_under_way_does_not_outlive_the_label,
-    "take_office[1]": rights.test_a_candidate_that_is_thrown_out_on_its_way_into_office_does_not_get_there,
-    "forgetful-daemon": test_agent.test_a_restarted_daemon_goes_on,
-}
-
-
-def notices(mutant: str, kinds: tuple[str, ...], seed: int) -> bool:
-    with MUTANTS[mutant]():
-        return bool(attempt(seed, kinds)[1])
+PAGE = Path(__file__).resolve().parents[2] / "docs/guards.md"
 
 
 @pytest.mark.parametrize("mutant", NOTICED)
@@ -110,4 +39,22 @@ def test_its_story_goes_wrong(mutant: str) -> None:
 
 
 def test_every_mutant_is_tried() -> None:
-    assert set(MUTANTS) == set(NOTICED) | set(TOLD)
+    """Or a guard that its own case in ``test_txn.py`` holds alone, or one of which it is told what stands behind it."""
+    alone = {g.name for g in all_guards() if guards.case_of(g)[0]}
+    assert set(MUTANTS) - set(NOTICED) - set(TOLD) - set(UNNOTICED) <= alone
+    assert set(NOTICED) | set(TOLD) | set(UNNOTICED) <= set(MUTANTS)
+
+
+@pytest.mark.parametrize("found", all_guards(), ids=lambda g: g.name)
+def test_each_guard_is_told_of_and_noticed(found: Found) -> None:
+    """A new guard has to be told of in ``tests/sim/guards.py``, and needs a case in ``tests/unit/test_txn.py``."""
+    assert guards.why(found)
+    assert list(guards.noticed_by(found)), f"add a case for {found.owner} to tests/unit/test_txn.py"
+
+
+def test_the_page_tells_of_every_fault() -> None:
+    assert guards.missing() == set()
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == guards.document(), "run: python -m tests.sim --guards > docs/guards.md"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sim.__main__ import attempt, chunk
 from tests.sim.faults import KINDS
+from tests.sim.runs import attempt, chunk
 
 CHUNK = 50
 CHUNKS = 20
@@ -40,6 +40,7 @@ STORIES = {
     840: "a registration came after its node had given up on it, and the leader saw too many dead to bury it",
     13797: "a node that left while it stood for the office was made leader without a lease, and turned in a tight loop",
     101407: "an attempt given back by a daemon that died, committed after the next one had started it",
+    200066: "a drain gave back what had been started, because nobody had answered the start",
     15234: "a listing of the runtime was under way while a start was answered, and its end was forgotten",
 }
 
