@@ -369,12 +369,13 @@ class Agent:
             must_stop=session.must_stop,
             acl_seen=session.acl_seen,
             clearances=session.clearances,
+            promised=session.promised,
         )
         if self.leaving and session.active and self.holdings.empty:
             effects += self.leadership.resign()
             effects += session.deregister()
         self._describe()
-        effects += session.poll(now)
+        effects += session.poll(now, self.holdings.waiting, self.holdings.wanted)
         if self._may_lead:
             office = self.offices.entries.get(keys.OFFICE)
             lives = self.lives.entries if self.lives.synced else None

@@ -24,6 +24,7 @@ from spinetta.model import LeaseId, Life, NodeId, Revision, TaskId
 from spinetta.txn import Put, Txn
 
 NODE_BYTES_MAX = 32 << 10  # of what a node says of itself: every node mirrors it; ours have less than 2 KB
+BEAT_BYTES_MAX = 16 << 10  # of a heartbeat: the tokens of all that a node may hold take less than 6 KB
 LEASE_TTL_MAX_S = 300.0  # the longest that the settings allow, and how long killing may take
 
 
@@ -144,8 +145,12 @@ class _Worker(Evidence):
 
     def _renew(self, body: Txn) -> Verdict | None:
         registration = self.registration(body.when)
-        if registration is None or body != txn.renew(registration):
+        if registration is None or len(body.then) != 1 or not isinstance(put := body.then[0], Put):
             return None
+        if body != txn.renew(registration, put.value):
+            return None
+        if len(put.value) > BEAT_BYTES_MAX:
+            raise NotAllowed(f"a heartbeat has at most {BEAT_BYTES_MAX} bytes")
         return Admitted(Kind.RENEW, body)
 
     def _deregister(self, body: Txn) -> Verdict | None:

@@ -309,7 +309,8 @@ class Leadership:
         if not due:
             return [List(CaseTag("list", case.node, case.revision), keys.running_on(case.node))]
         case.batch = tuple(due)
-        return [Read(CaseTag("read", case.node, case.revision), tuple(keys.task(s.task) for s in due))]
+        wanted = (*(keys.task(s.task) for s in due), keys.beat(case.node))
+        return [Read(CaseTag("read", case.node, case.revision), wanted)]
 
     def _case(self, node: NodeId, revision: Revision) -> Case | None:
         case = self._cases.get(node)
@@ -353,10 +354,13 @@ class Leadership:
             case.busy = False
             case.act_at_s = now + RETRY_S
             return []
+        beat = done.reading.entries.get(keys.beat(node))
+        waiting = codec.decode_beat(beat.value) if beat is not None else frozenset()
         nested = []
         for stray in case.batch:
             entry = done.reading.entries.get(keys.task(stray.task))
-            body = self._put_back(node, stray, entry, now_ms) if entry is not None else None
+            executed = stray.token not in waiting  # "it may have been" counts, too
+            body = self._put_back(node, stray, entry, executed, now_ms) if entry is not None else None
             if body is not None:
                 nested.append(body)
         case.strays.clear()
@@ -369,13 +373,21 @@ class Leadership:
         nested = nested[: txn.leading(nested)]  # the next listing shows the rest
         return [Commit(CaseTag("requeue", node, revision), txn.batch(nested, guards))]
 
-    def _put_back(self, node: NodeId, stray: Stray, entry: Entry, now_ms: int) -> txn.Txn | None:
+    def _put_back(self, node: NodeId, stray: Stray, entry: Entry, executed: bool, now_ms: int) -> txn.Txn | None:
         task = codec.readable(codec.decode_task, entry.value)
         if task is None or not lifecycle.is_attempt(task, node, stray.holding):
             return None  # its holder recorded the end after the listing
-        lost = Exit(Reason.NODE_LOST, message=f"node {node} was lost", ended_ms=now_ms)
-        asked, why = stray.holding.cancel_requested, stray.holding.cancel_reason
-        end = lifecycle.ended(task, lost, stray.token, cancel_requested=asked, cancel_reason=why, now_ms=now_ms)
+        what = "was lost" if executed else "was lost before it had started this"
+        lost = Exit(Reason.NODE_LOST, message=f"node {node} {what}", ended_ms=now_ms)
+        end = lifecycle.ended(
+            task,
+            lost,
+            stray.token,
+            cancel_requested=stray.holding.cancel_requested,
+            cancel_reason=stray.holding.cancel_reason,
+            executed=executed,
+            now_ms=now_ms,
+        )
         record = codec.encode_task(end.task)
         if end.event is lifecycle.Event.NODE_LOST:
             hint = codec.encode_hint(QueueHint.of(task.spec))

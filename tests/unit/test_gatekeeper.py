@@ -425,9 +425,17 @@ LIES: dict[str, tuple[str, Callable[[Yard], Txn]]] = {
         "belongs to the life",
         lambda y: replace(txn.renew(y.registration()), when=(*y.registration().guards(), Absent("/secret/ann/x"))),
     ),
-    "a beat with a value": (
+    "a beat of another": (
         "belongs to the life",
-        lambda y: replace(txn.renew(y.registration()), then=(Put(keys.beat(ME), b"x"),)),
+        lambda y: replace(txn.renew(y.registration()), then=(Put(keys.beat(OTHER), b""),)),
+    ),
+    "a beat and more": (
+        "belongs to the life",
+        lambda y: replace(txn.renew(y.registration()), then=(Put(keys.beat(ME)), Put(keys.beat(ME + "x")))),
+    ),
+    "a beat like a book": (
+        "at most",
+        lambda y: txn.renew(y.registration(), b"x" * (gatekeeper.BEAT_BYTES_MAX + 1)),
     ),
     "a beat under a lease": (
         "belongs to the life",

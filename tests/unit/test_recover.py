@@ -315,7 +315,7 @@ def test_it_waits_reads_puts_back_lists_again_and_closes() -> None:
     assert b.list_done(stray()) == []
     due_s = 100.0 + WAIT_S
     assert b.duties(due_s - 0.001) == []
-    assert b.duties(due_s) == [Read(CaseTag("read", LOST, CONDEMNED_AT), (keys.task(task_id(1)),))]
+    assert b.duties(due_s) == [Read(CaseTag("read", LOST, CONDEMNED_AT), (keys.task(task_id(1)), keys.beat(LOST)))]
     (commit,) = b.read_done(running())
     assert isinstance(commit, Commit)
     assert commit.tag == CaseTag("requeue", LOST, CONDEMNED_AT)
@@ -342,7 +342,7 @@ def test_each_task_waits_for_its_own_grace() -> None:
     b = with_case()
     b.list_done(stray(1, grace_s=20.0), stray(2, grace_s=2.0))
     (read,) = b.duties(100.0 + wait_out_s(2.0, MARGIN_S, RHO))
-    assert read == Read(CaseTag("read", LOST, CONDEMNED_AT), (keys.task(task_id(2)),))
+    assert read == Read(CaseTag("read", LOST, CONDEMNED_AT), (keys.task(task_id(2)), keys.beat(LOST)))
 
 
 def test_a_node_that_says_itself_that_nothing_runs_is_not_waited_for() -> None:
