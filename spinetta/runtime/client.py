@@ -114,6 +114,8 @@ class ShimClient:
             raise RuntimeUnavailable(f"the connection to the shim broke: {error}") from None
         finally:
             self._waiting.pop(number, None)
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # looked at: when the writing has failed nobody waits for it
         _raise_refusal(op, message)
         return message
 

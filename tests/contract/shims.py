@@ -68,7 +68,8 @@ def kill_shim(state_dir: Path) -> None:
             return
         # Without a PID namespace the process that writes its records ends a moment later, by itself.
         writers = [_pidfd(opened, c.pid) for c in children(who["pid"]) if name_of(c.pid) == "spinetta-writer"]
-        signal.pidfd_send_signal(shim, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            signal.pidfd_send_signal(shim, signal.SIGKILL)
         for ends in (shim, *writers):
             assert ends is None or select.select([ends], [], [], LIMIT_S)[0], "the shim does not die"
 
@@ -169,6 +170,12 @@ def living(marker: str) -> list[int]:
 
 def children(pid: int) -> list[proctable.Process]:
     return [process for process in proctable.read_all() if process.parent == pid]
+
+
+def groups_of(name: str) -> list[Path]:
+    """All control groups of a name, in all hierarchies. Others come and go meanwhile."""
+    mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - cgroup" in line}
+    return sorted({Path(where) / name for mount in mounts for where, below, _ in os.walk(mount) if name in below})
 
 
 def name_of(pid: int) -> str:

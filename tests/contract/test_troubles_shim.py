@@ -22,6 +22,7 @@ from tests.contract.shims import (
     children,
     clean_up,
     end_of,
+    groups_of,
     identity,
     isolate,
     kill_shim,
@@ -42,12 +43,6 @@ _ = (isolate, state_dir)  # fixtures
 def writer_of(shim_pid: int) -> int:
     (pid,) = [child.pid for child in children(shim_pid) if name_of(child.pid) == "spinetta-writer"]
     return pid
-
-
-def groups_of(name: str) -> list[Path]:
-    """All control groups of a name, in all hierarchies."""
-    mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - cgroup" in line}
-    return sorted({found for mount in mounts for found in Path(mount).rglob(name)})
 
 
 @contextlib.contextmanager
