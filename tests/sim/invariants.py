@@ -86,6 +86,7 @@ class Checker:
     lives: dict[NodeId, Incarnation] = field(default_factory=dict)
     tokens: dict[TaskId, tuple[int, Revision]] = field(default_factory=dict)
     truths: dict[Name, Truth] = field(default_factory=dict)
+    excused: dict[TaskId, int] = field(default_factory=dict)  # losses that were held against nobody
     alive: dict[Name, Process] = field(default_factory=dict)
     never: set[TaskId] = field(default_factory=set)
     released: set[NodeId] = field(default_factory=set)
@@ -303,6 +304,10 @@ class Checker:
         if held.holding.cancel_requested and record.state is not State.COMPLETE:
             raise Violated(5, f"{task} was asked to end, and was queued again")
         truth = self.truths.get((task, held.token))
+        if record.losses_excused > self.excused.get(task, 0):
+            self.excused[task] = record.losses_excused
+            if truth is not None:
+                raise Violated(3, f"{task}: the loss of attempt {last.number} was excused, but it had been started")
         ran = truth.exit if truth is not None else None
         if last.reason in (Reason.EXIT, Reason.SIGNAL, Reason.WALLTIME) and (
             ran is None or (ran.reason, ran.exit_code) != (last.reason, last.exit_code)
