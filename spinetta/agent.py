@@ -14,12 +14,15 @@ from spinetta import keys
 from spinetta.attempt import GiveBack
 from spinetta.claims import QUEUE, Claims
 from spinetta.codec import decode_node, readable
+from spinetta.collect import Collector
 from spinetta.errors import InvariantViolation
 from spinetta.events import (
+    Archived,
     AttemptEnded,
     CaseTag,
     Changed,
     ClearancesChanged,
+    CollectTag,
     CommitDone,
     Effect,
     Happening,
@@ -66,6 +69,7 @@ class Agent:
         self.holdings = Holdings(settings.name)
         self.claims = Claims(settings)
         self.leadership = Leadership(settings)
+        self.collector = Collector(settings)
         self.sweep = Sweep(settings)
         self.draining = settings.record.draining
         self.leaving_soon = False
@@ -112,6 +116,7 @@ class Agent:
             self.session.next_s,
             self.holdings.next_s,
             self.claims.next_s,
+            self.collector.next_s,
             self.leadership.next_s(keys.OFFICE in self.offices.entries) if self._may_lead else None,
             self.sweep.next_s,
             *(m.next_s for m in self._mirrors.values()),
@@ -147,6 +152,8 @@ class Agent:
         match event:
             case Tick():
                 return []
+            case CommitDone(tag=CollectTag()) | ReadDone(tag=CollectTag()) | ListDone(tag=CollectTag()) | Archived():
+                return self.collector.took(event, now, now_ms)
             case CommitDone():
                 return self._committed(event, now)
             case ReadDone():
@@ -271,8 +278,9 @@ class Agent:
                 return self.sweep.listed(done, now)
             case CaseTag(node=node, revision=revision):
                 return self.leadership.strays_listed(node, revision, done, now)
-            case tag:
+            case str() as tag:
                 return self._mirror_listed(self._mirrors[tag], done, now)
+        raise InvariantViolation(f"an answer to a question nobody asked: {done.tag}")
 
     def _mirror_listed(self, mirror: Mirror, done: ListDone, now: float) -> list[Effect]:
         deltas, effects = mirror.listed(done, now)
@@ -382,6 +390,7 @@ class Agent:
             rights = self._rights()
             effects += self.leadership.poll(now, office, self.nodes.entries, lives, session.incarnation, rights)
         effects += self._sweep_on(now)
+        effects += self._collect(now)
         effects += self.claims.poll(
             now, self._claim_under, session.incarnation, self._takeable(), self._slots(), self._peers
         )
@@ -394,6 +403,10 @@ class Agent:
                 self.sweep = Sweep(self.settings)  # the next leader begins its own round
             return []
         return self.sweep.poll(now, office)
+
+    def _collect(self, now: float) -> list[Effect]:
+        office = self.leadership.office if self.nodes.synced else None
+        return self.collector.poll(now, office, self.nodes.entries)
 
     def _rights(self) -> Rights:
         needed = self.settings.secured

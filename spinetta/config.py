@@ -50,6 +50,9 @@ class Settings:
             (wait for them, then give them back) or ``release`` (give them back).
         log_level: debug, info, warning or error.
         log_keep_bytes, log_keep_s: task logs beyond this, oldest first, are removed; 0: no limit.
+        collect_after_s: finished tasks leave the store for the archives after this time; 0: not by age.
+        collect_keep: at most so many of them stay in it, whatever their age; 0: any number. Both count on the leader.
+        archive_keep_bytes: what this node's archive may take, the oldest go first; 0: any amount.
         pids_max: processes and threads of one task; 0: no limit.
         reconcile_s: between two full comparisons with the store.
     """
@@ -81,6 +84,9 @@ class Settings:
     log_level: str = "info"
     log_keep_bytes: int = 10 << 30
     log_keep_s: float = 30 * 86400.0
+    collect_after_s: float = 7 * 86400.0
+    collect_keep: int = 100_000
+    archive_keep_bytes: int = 1 << 30
     pids_max: int = 4096
     reconcile_s: float = 45.0
 

@@ -25,7 +25,15 @@ class CaseTag:
     revision: Revision
 
 
-Tag = str | CaseTag
+@dataclass(frozen=True, slots=True)
+class CollectTag:
+    """Marks what the leader asks on its way through the finished tasks; `office`: as of when it holds the office."""
+
+    step: Literal["count", "page", "read", "drop"]
+    office: Revision
+
+
+Tag = str | CaseTag | CollectTag
 """Set by the agent, handed back with the answer."""
 
 
@@ -54,11 +62,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Keys of a prefix at one revision; `more`: it was cut at the limit."""
+    """Keys of a prefix at one revision; `more`: it was cut at the limit. `total`: how many there are in the range;
+    0: not known, as through the gateway."""
 
     revision: Revision
     entries: tuple[Entry, ...]
     more: bool = False
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +197,15 @@ class RenewRuntime:
 
 
 @dataclass(frozen=True, slots=True)
+class Archive:
+    """Have a node write finished tasks (the values of their keys) into its archive. → `Archived`."""
+
+    office: Revision
+    node: NodeId
+    records: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """Something an administrator should know; shown in the node's log. Yields nothing."""
 
@@ -208,6 +227,7 @@ Effect = (
     | Forget
     | ListRuntime
     | RenewRuntime
+    | Archive
     | Notice
 )
 
@@ -273,6 +293,16 @@ class WatchLost:
 
     tag: str
     serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """Which tasks are on that node's disk to stay; for the others nothing is known, and `why` may say a reason."""
+
+    office: Revision
+    node: NodeId
+    tasks: frozenset[TaskId]
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +419,7 @@ Happening = (
     | CommitDone
     | ReadDone
     | ListDone
+    | Archived
     | Changed
     | WatchLost
     | LeaseGranted

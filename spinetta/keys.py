@@ -27,6 +27,7 @@ POLICY = "/acl/policy"
 AUTHORITY = "/trust/authority/"
 ETCD_RESTART = "/trust/restart"  # leased: one voter at a time restarts its etcd
 LABEL = "/trust/label/"
+ARCHIVE = "/archive/"
 SECRET = "/secret/"  # noqa: S105 - a key, not a secret
 
 
@@ -110,6 +111,11 @@ def label(name: str) -> str:
     return LABEL + name
 
 
+def archive(name: NodeId) -> str:
+    """Present once the node has finished tasks in its archive that have left the store."""
+    return ARCHIVE + name
+
+
 def secrets_of(owner: str) -> str:
     """The prefix of an owner's secrets."""
     return f"{SECRET}{owner}/"
@@ -145,8 +151,8 @@ def parse_running(key: str) -> tuple[NodeId, TaskId]:
 
 
 def parse_node(key: str) -> NodeId:
-    """The node of a ``/node/``, ``/incarnation/`` or ``/beat/`` key."""
-    for prefix in (NODE, INCARNATION, BEAT):
+    """The node of a ``/node/``, ``/incarnation/``, ``/beat/`` or ``/archive/`` key."""
+    for prefix in (NODE, INCARNATION, BEAT, ARCHIVE):
         if key.startswith(prefix):
             return NodeId(key[len(prefix) :])
     raise InvariantViolation(f"not the key of a node: {key!r}")

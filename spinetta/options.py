@@ -13,6 +13,8 @@ PEERS_MAX = 64  # one that answers is enough; more than this is a mistake
 NODE_TAGS_MAX = 64  # they travel with every heartbeat of the node's record
 COUNTABLES_MAX = 32  # the same
 COUNT_MAX = 1_000_000
+KEEP_MAX = 10_000_000  # finished tasks in the store: ten times what etcd holds well
+COLLECT_MIN_S = 1.0  # less would be a slip; nothing leaves before those who wait for it have seen it anyway
 PATH_MAX = 4096  # the kernel's own limit
 NO_CREDENTIALS = "none"  # plain text, although the usual credentials file is there
 
@@ -229,6 +231,14 @@ def _voters(value: Any, where: str) -> int:
     return number
 
 
+def _keep_time(value: Any, where: str) -> float:
+    seconds = units.parse_duration(value, where)
+    if 0 < seconds < COLLECT_MIN_S:
+        hint = f"at least {units.format_duration(COLLECT_MIN_S)}; 0: never by age"
+        raise UserError(f"{units.format_duration(seconds)} is too short", field=where, hint=hint)
+    return seconds
+
+
 _PORT = _whole(0, 65535)
 _ENDS = ("keep", "drain", "release")
 
@@ -266,6 +276,9 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("log_level", "log_level", _one_of("debug", "info", "warning", "error"), "How much to say.", "LEVEL"),
     Option("log_keep", "log_keep_bytes", units.parse_bytes, "Bytes of task logs to keep (0: all).", "SIZE"),
     Option("log_keep_time", "log_keep_s", units.parse_duration, "How long to keep task logs (0: for ever).", "TIME"),
+    Option("collect_after", "collect_after_s", _keep_time, "When finished tasks leave the store (0: never).", "TIME"),
+    Option("collect_keep", "collect_keep", _whole(0, KEEP_MAX), "Finished tasks to keep in it (0: any).", "N"),
+    Option("archive_keep", "archive_keep_bytes", units.parse_bytes, "Bytes of archived tasks to keep (0: all).", "SIZE"),
     Option("pids_max", "pids_max", _whole(0, 4_194_304), "Processes and threads of one task (0: any).", "N"),
     Option("reconcile", "reconcile_s", _duration(1, 600), "Between full comparisons with the store.", "TIME"),
 )

@@ -20,6 +20,8 @@ class AgentSettings:
         reconcile_s: everything that is watched is also listed this often.
         candidate: whether the node may hold the office.
         secured: without a record of its rights under ``/acl/node/`` this node may do nothing.
+        collect_after_s: finished tasks leave the store after this time; 0: not by age.
+        collect_keep: at most so many finished tasks stay in it, the oldest go first; 0: any number.
         attempts_max: attempts held at once, whatever the resources: each is a process, a cgroup and two files.
     """
 
@@ -33,11 +35,18 @@ class AgentSettings:
     candidate: bool = True
     attempts_max: int = 512
     secured: bool = False
+    collect_after_s: float = 7 * 86400.0
+    collect_keep: int = 100_000
 
     @property
     def name(self) -> NodeId:
         """The node's name."""
         return self.record.name
+
+    @property
+    def collect_settle_s(self) -> float:
+        """No finished task leaves the store before: whoever waits for it may look this seldom (see `reconcile_s`)."""
+        return 2 * self.reconcile_s
 
     @property
     def renew_every_s(self) -> float:

@@ -391,3 +391,27 @@ def close(office: OfficeHeld, node: NodeId, condemned: Revision) -> Txn:
         ),
         then=(Delete(keys.incarnation(node)), Delete(keys.beat(node))),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A finished task that has been archived, and its keys as they were read."""
+
+    task: TaskId
+    record_seen: Revision
+    status_seen: Revision
+
+
+def collect(office: OfficeHeld, tasks: Sequence[Leaving], nodes: Sequence[NodeId]) -> Txn:
+    """Finished tasks leave the store; each is nested, and its conflict means that its keys are others than those read.
+
+    `nodes`: those that have written them down, which the store remembers.
+    """
+    nested = tuple(
+        Txn(
+            when=(RevisionIs(keys.task(t.task), t.record_seen), RevisionIs(keys.complete(t.task), t.status_seen)),
+            then=(Delete(keys.task(t.task)), Delete(keys.complete(t.task))),
+        )
+        for t in tasks
+    )
+    return Txn(when=office.guards(), then=tuple(Put(keys.archive(n)) for n in nodes), nested=nested)

@@ -181,6 +181,9 @@ def make_filter(
 @click.option("--limit", metavar="N", type=click.IntRange(0), default=LIST_LIMIT, show_default=True, help="0: all.")
 @click.option("--oldest-first", is_flag=True, help="In order of submission; else the newest come first.")
 @click.option("--quiet", "-q", is_flag=True, help="Print ids only.")
+@click.option("--archived", is_flag=True, help="Finished tasks that have left the cluster's store instead.")
+@click.option("--since", metavar="TIME", help="With --archived: submitted since then; 30d ago, or a date.")
+@click.option("--before", metavar="TIME", help="With --archived: submitted before then.")
 @click.option("--watch", is_flag=True, help="Go on and print a line for each change, until Ctrl-C.")
 @json_option
 @client_options
@@ -190,6 +193,9 @@ def list_tasks(
     limit: int,
     oldest_first: bool,
     quiet: bool,
+    archived: bool,
+    since: str | None,
+    before: str | None,
     watch: bool,
     as_json: bool,
     node: str | None,
@@ -199,13 +205,30 @@ def list_tasks(
 ) -> None:
     """List tasks. With --json, one document; with --json --watch, one line for each change.
 
+    Some time after its end a task leaves the cluster's store for an archive on the node that finished it: --archived
+    lists those. Times are those of submission.
+
     \b
     Examples:
       spinetta list --state running
       spinetta list --outcome failed --label run=7 --limit 0
       spinetta list --mine -q --state pending | xargs spinetta cancel
+      spinetta list --archived --outcome failed --since 30d
     """
-    wanted = make_filter(states, outcomes, **_named(filters, (node, timeout, config_file)))
+    where = (node, timeout, config_file)
+    wanted = make_filter(states, outcomes, **_named(filters, where))
+    if archived:
+        from spinetta.cli.archived import show_archived
+
+        if watch:
+            raise UserError("--watch and --archived are given", field="watch", hint="nothing there changes any more")
+        show_archived(
+            wanted, states=states, since=since, before=before, limit=limit, oldest_first=oldest_first,
+            quiet=quiet, as_json=as_json, where=where,
+        )  # fmt: skip
+        return
+    if since is not None or before is not None:
+        raise UserError("--since or --before without --archived", field="since", hint="add --archived")
     if watch:
         _watch(wanted, quiet, as_json, (node, timeout, config_file))
         return

@@ -275,6 +275,41 @@ class AsyncClient:
             async for chunk in chunks:
                 yield chunk
 
+    async def list_archived(
+        self,
+        wanted: views.TaskFilter = views.ALL_TASKS,
+        *,
+        since_ms: int = 0,
+        before_ms: int = 0,
+        newest_first: bool = False,
+        limit: int = 0,
+    ) -> AsyncGenerator[views.ArchivedPage, None]:
+        """Finished tasks that have left the cluster's store, in order of submission, page by page.
+
+        Args:
+            wanted: which.
+            since_ms: submitted then or later, in milliseconds since 1970; 0: any time.
+            before_ms: submitted before then; 0: any time.
+            newest_first: the other order.
+            limit: of tasks in all; 0: all.
+        """
+        token, left = "", limit
+        while True:
+            request = api.ListArchivedRequest(
+                filter=views.filter_to_pb(wanted),
+                page_size=min(left, validate.LIST_PAGE_MAX) if limit else 0,
+                page_token=token,
+                newest_first=newest_first,
+                since_ms=since_ms,
+                before_ms=before_ms,
+            )
+            answer = await self._nodes.call(lambda stub: stub.ListArchived, request)
+            tasks = tuple(views.task_info(m) for m in answer.tasks)
+            yield views.ArchivedPage(tasks, {s.node: s.why for s in answer.silent})
+            token, left = answer.next_page_token, left - len(tasks)
+            if not token or (limit and left <= 0):
+                return
+
     # --- nodes -------------------------------------------------------------------------------------------------
 
     async def nodes(self) -> views.NodeList:

@@ -177,6 +177,10 @@ class Client:
         """Cancel tasks: waiting ones are over when this answers, of running ones the node has been asked."""
         return self._run(self._client.cancel(ids, reason))
 
+    def list_archived(self, wanted: views.TaskFilter = views.ALL_TASKS, **options: Any) -> Iterator[views.ArchivedPage]:
+        """Finished tasks that have left the cluster's store, in pages; options as of `AsyncClient.list_archived`."""
+        return self._iterate(self._client.list_archived(wanted, **options))
+
     def nodes(self) -> views.NodeList:
         """All nodes, and notices for their administrators."""
         return self._run(self._client.nodes())

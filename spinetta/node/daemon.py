@@ -19,6 +19,8 @@ from spinetta.errors import OutcomeUnknown, RuntimeUnavailable, UserError
 from spinetta.events import SelfChanged, SetCandidate, SetDraining, attempt_key
 from spinetta.model import IncarnationId, Membership, NodeId, NodeRecord, TaskId, Usage
 from spinetta.node import detect
+from spinetta.node.archive import Archive
+from spinetta.node.archiving import NodeArchivist
 from spinetta.node.driver import Driver, LaunchSettings, wall_ms
 from spinetta.node.ending import Ending
 from spinetta.node.entry import Entrance
@@ -85,6 +87,7 @@ class Daemon:
         name = NodeId(settings.name)
         vault = Vault(store, name, lambda: credentials.sealing_private) if credentials is not None else None
         self.agent = Agent(self._agent_settings(), entrance.incarnation)
+        self.archive = Archive(Path(settings.data_dir) / "archive", settings.archive_keep_bytes)
         self.driver = Driver(
             self.agent,
             store,
@@ -92,6 +95,7 @@ class Daemon:
             LaunchSettings(settings.name, settings.pids_max, settings.address),
             remember=self._remember,
             vault=vault,
+            archivist=NodeArchivist(name, self.archive, dialer, lambda: self.agent.peers),
         )
         self.keeper = SeatKeeper(self.agent, self.seat, settings.voters_wanted, self.dialer, self._revoked)
         self._leaving = Leaving(self.driver, self.seat, left=stop.end)
@@ -362,6 +366,8 @@ class Daemon:
             reconcile_s=s.reconcile_s,
             candidate=bool(self.seat.member_id),
             secured=self.credentials is not None,
+            collect_after_s=s.collect_after_s,
+            collect_keep=s.collect_keep,
         )
 
     def _remember(self, incarnation: IncarnationId) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from spinetta.agent import Agent
 from spinetta.errors import Compacted, Denied, OutcomeUnknown, RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.events import (
+    Archive,
+    Archived,
     AttemptEnded,
     Change,
     Changed,
@@ -52,6 +54,7 @@ from spinetta.events import (
     attempt_key,
 )
 from spinetta.model import Exit, IncarnationId, Reason, Revision, TaskSpec
+from spinetta.node.archiving import Archivist, Nowhere
 from spinetta.node.trouble import Teller
 from spinetta.node.vault import CannotOpen, Opened, Vault
 from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimLost
@@ -137,6 +140,7 @@ class Driver:
         *,
         remember: Callable[[IncarnationId], None],
         vault: Vault | None = None,
+        archivist: Archivist | None = None,
     ) -> None:
         """`vault` opens what is sealed for this node; None in an open cluster, where nothing is."""
         self.agent = agent
@@ -145,6 +149,7 @@ class Driver:
         self._launch = launch
         self._remember = remember
         self._vault = vault
+        self._archivist = archivist or Nowhere()
         self._inbox: asyncio.Queue[Happening] = asyncio.Queue(INBOX_EVENTS_MAX)
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -240,6 +245,8 @@ class Driver:
                 self._spawn(self._quietly(self._list_runtime()))
             case RenewRuntime():
                 self._spawn(self._quietly(self._runtime.renew(effect.renewed_at_s)))
+            case Archive():
+                self._spawn(self._archive(effect))
             case Notice():
                 log.warning("%s", effect.text)
 
@@ -339,6 +346,10 @@ class Driver:
             await self.tell(Remembered(effect.incarnation, done=False))
         else:
             await self.tell(Remembered(effect.incarnation, done=True))
+
+    async def _archive(self, effect: Archive) -> None:
+        done, why = await self._archivist.archive(effect.node, effect.records)
+        await self.tell(Archived(effect.office, effect.node, done, why))
 
     # --- the runtime ---
 

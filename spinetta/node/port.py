@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from spinetta.model import Membership, NodeId, TaskId, Usage
+from spinetta.node.archive import Archive
 from spinetta.store.protocol import Store
 from spinetta.trust.credentials import NodeCredentials
 from spinetta.trust.dial import Dialer
@@ -53,6 +54,11 @@ class NodePort(Protocol):
     @property
     def clearances(self) -> frozenset[str]:
         """The labels that count for this node now; all that it is cleared for and its groups are."""
+        ...
+
+    @property
+    def archive(self) -> Archive:
+        """Finished tasks that have left the store and are kept here."""
         ...
 
     def voter_addresses(self) -> tuple[str, ...]:

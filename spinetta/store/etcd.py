@@ -119,7 +119,7 @@ class EtcdStore:
         low, end = wire.prefix_range(prefix)
         found: list[KeyValue] = []
         page_keys = min(limit, PAGE_KEYS) if limit else PAGE_KEYS
-        at, cursor = revision, after
+        at, cursor, total = revision, after, 0
         while True:
             try:
                 page = await self._page(low, end, cursor, page_keys, keys_only, newest_first, at, timeout_s)
@@ -129,10 +129,11 @@ class EtcdStore:
                 page_keys = max(1, page_keys // 8)
                 continue
             found += page.entries
+            total = total or page.total
             at = page.revision  # the pages of one list are of one revision
             wanted = limit - len(found) if limit else PAGE_KEYS
             if not page.more or wanted <= 0:
-                return Page(at, tuple(found), page.more)
+                return Page(at, tuple(found), page.more, total)
             cursor = found[-1].key
             page_keys = min(page_keys, wanted)
 
@@ -163,7 +164,7 @@ class EtcdStore:
                 raise _PageTooLarge from error
             raise refusal(error) from error
         entries = tuple(wire.key_value(kv) for kv in response.kvs)
-        return Page(revision or Revision(response.header.revision), entries, response.more)
+        return Page(revision or Revision(response.header.revision), entries, response.more, response.count)
 
     def watch(self, prefix: str, *, start: Revision) -> AsyncGenerator[Changes, None]:
         """As `Store.watch`. Close it (``contextlib.aclosing``) when leaving it early."""

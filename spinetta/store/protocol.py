@@ -31,11 +31,13 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A run of keys in key order, read at one revision. `more`: there are further keys in the range."""
+    """A run of keys in key order, read at one revision. `more`: there are further keys in the range. `total`: how many
+    there are in it; 0 when that is not known, as through the gateway."""
 
     revision: Revision
     entries: tuple[KeyValue, ...]
     more: bool
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from spinetta.model import (
     TaskSpec,
     Usage,
 )
+from spinetta.node.archive import Archive
 from spinetta.node.hub import Hub
 from spinetta.node.port import LeaveStep
 from spinetta.node.services.errors import DETAIL_KEY
@@ -174,6 +175,7 @@ class HandNode:
         self.usage: Usage | None = None
         self.member = Membership("abc123", 7, (Member(name, 7, "http://127.0.0.1:1", "http://127.0.0.1:2"),))
         self.failure: Exception | None = None
+        self.archive = Archive(directory / "archive", 0)
         self.steps: list[LeaveStep] = [LeaveStep("draining", 2), LeaveStep("left", 0, done=True)]
 
     def audit(self, call: str, caller: str, object_: str, outcome: str, revision: int) -> None:

@@ -75,7 +75,7 @@ def answer_of(model: EtcdModel, effect: Effect) -> Happening | None:
         case List(tag, prefix, after, limit):
             page = model.list(prefix, after=after, limit=limit)
             entries = tuple(e for kv in page.entries if (e := entry_of(kv)) is not None)
-            return ListDone(tag, Listing(page.revision, entries, page.more))
+            return ListDone(tag, Listing(page.revision, entries, page.more, page.total))
         case GrantLease(tag, ttl_s):
             return LeaseGranted(tag, model.grant_lease(ttl_s))
         case KeepAlive(tag, lease):

@@ -174,13 +174,13 @@ class EtcdModel:
         found = order[bisect_left(order, low) : bisect_left(order, high)]
         if newest_first:
             found.reverse()
-        more = 0 < limit < len(found)
+        more, total = 0 < limit < len(found), len(found)
         if more:
             del found[limit:]
         entries = (live[key] for key in found)
         if keys_only:
             entries = (KeyValue(e.key, b"", e.created, e.modified, e.lease) for e in entries)
-        return Page(revision or self.revision, tuple(entries), more)
+        return Page(revision or self.revision, tuple(entries), more, total)
 
     def _at(self, revision: Revision) -> tuple[dict[str, KeyValue], KeyOrder]:
         """The keys as they were, found by undoing: slow, for the few reads of the past."""

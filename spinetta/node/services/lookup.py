@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 
-from spinetta import codec, keys, validate
+from spinetta import codec, keys, units, validate
 from spinetta.errors import NotFound, UserError
 from spinetta.model import NodeId, TaskId
 from spinetta.node.port import NodePort
@@ -26,9 +27,11 @@ async def read_all(store: Store, wanted: Collection[str]) -> dict[str, KeyValue]
 
 def missing(fragment: str, field: str) -> NotFound:
     """The error for a task that is not there."""
-    return NotFound(
-        f"there is no task {fragment}", field=field, hint="tasks are removed from the store some time after their end"
-    )
+    hint = "finished tasks leave the store some time after their end: see spinetta list --archived"
+    if validate.is_task_id(fragment):
+        age_s = time.time() - int(fragment[:8] + fragment[9:13], 16) / 1000
+        hint = f"by its id it was submitted {units.format_duration(age_s)} ago; {hint}" if age_s >= 1 else hint
+    return NotFound(f"there is no task {fragment}", field=field, hint=hint)
 
 
 async def resolve(port: NodePort, texts: Sequence[str], *, limit: int, field: str = "ids") -> dict[TaskId, str]:

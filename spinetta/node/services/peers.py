@@ -54,6 +54,13 @@ class Peers:
 
     async def stub(self, node: NodeRecord) -> rpc.SpinettaAsyncStub:
         """A stub for a node."""
+        return rpc.SpinettaStub(await self._channel(node))
+
+    async def peer_stub(self, node: NodeRecord) -> rpc.PeerAsyncStub:
+        """The same for what nodes ask of each other."""
+        return rpc.PeerStub(await self._channel(node))
+
+    async def _channel(self, node: NodeRecord) -> grpc.aio.Channel:
         if self._serial != self._dialer.serial:  # this node's certificate has been renewed
             self._serial = self._dialer.serial
             self._retired.extend(self._channels.values())
@@ -68,7 +75,7 @@ class Peers:
                 await old.close(grace=limits.FORWARD_TIMEOUT_S)
             channel = self._channels[key] = self._dialer.channel(node.address, node_name(node.name), OPTIONS)
         self._channels.move_to_end(key)
-        return rpc.SpinettaStub(channel)
+        return channel
 
     async def close(self) -> None:
         """Close all channels. May be called twice."""

@@ -21,6 +21,7 @@ from spinetta.node.acl import AclView
 from spinetta.node.hub import Hub, closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, views
+from spinetta.node.services.archives import Archives, OwnArchive
 from spinetta.node.services.callers import Callers, TokenVerifier
 from spinetta.node.services.cancel import Canceller
 from spinetta.node.services.desk import Asked, Desk, short_list
@@ -38,7 +39,7 @@ from spinetta.trust.oidc import OidcVerifier
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 
-Shown = TypeVar("Shown", api.GetResponse, api.ListResponse, api.WaitResponse)
+Shown = TypeVar("Shown", api.GetResponse, api.ListResponse, api.ListArchivedResponse, api.WaitResponse)
 log = logging.getLogger(__name__)
 
 SERVICES = ("spinetta.v1.Spinetta", "spinetta.v1.Peer")
@@ -69,6 +70,7 @@ class Api(rpc.SpinettaServicer):
         self._desk = desk
         self._submitter = Submitter(port)
         self._canceller = Canceller(port)
+        self._archives = Archives(port, peers)
         self._query = Query(port)
         self._waiter = Waiter(port, hub)
         self._watcher = Watcher(port, hub)
@@ -89,6 +91,9 @@ class Api(rpc.SpinettaServicer):
 
     async def List(self, request: api.ListRequest, context: Any) -> api.ListResponse:
         return await self._desk.answer(context, Call.STATUS, lambda asked: _shown(asked, self._query.list(request)))
+
+    async def ListArchived(self, request: api.ListArchivedRequest, context: Any) -> api.ListArchivedResponse:
+        return await self._desk.answer(context, Call.STATUS, lambda asked: _shown(asked, self._archives.list(request)))
 
     async def Watch(self, request: api.WatchRequest, context: Any) -> AsyncIterator[api.WatchResponse]:
         async with closing(
@@ -166,6 +171,7 @@ class PeerApi(rpc.PeerServicer):
     def __init__(self, port: NodePort, desk: Desk) -> None:
         self._port = port
         self._desk = desk
+        self._archive = OwnArchive(port)
 
     async def TakeSeat(self, request: api.TakeSeatRequest, context: Any) -> api.TakeSeatResponse:
         await self._desk.answer(
@@ -184,6 +190,16 @@ class PeerApi(rpc.PeerServicer):
             subject=f"give up seat {request.member_id:x}",
         )
         return api.GiveUpSeatResponse()
+
+    async def Archive(self, request: api.ArchiveRequest, context: Any) -> api.ArchiveResponse:
+        return await self._desk.answer(
+            context, Call.PEER, lambda asked: self._archive.archive(request, asked), subject="archive"
+        )
+
+    async def ReadArchive(self, request: api.ReadArchiveRequest, context: Any) -> api.ReadArchiveResponse:
+        return await self._desk.answer(
+            context, Call.PEER, lambda asked: self._archive.read(request, asked), subject="read archive"
+        )
 
 
 class ApiServer:
