@@ -93,7 +93,9 @@ becomes(importlib.import_module("shim.child"), "run", "child")
 becomes(importlib.import_module("shim.detach"), "become_remover", "janitor")
 for name in CALLS:
     setattr(os, name, counted(name))
-sys.exit(main.main(sys.argv[1:]))
+result = main.main(sys.argv[1:])
+(HERE / "count").write_text(str(state["count"]))  # of a shim that has come to its end
+sys.exit(result)
 """
 
 
@@ -220,6 +222,13 @@ def once(role: str, number: int, *, isolate: bool) -> bool:
     """One story in a directory of its own."""
     with tempfile.TemporaryDirectory(prefix="spinetta-fault-") as folder:
         return asyncio.run(story(Path(folder), role, number, isolate=isolate))
+
+
+def points(*, isolate: bool) -> int:
+    """About how many points the life of a shim has here: it depends on the machine's control groups, and on time."""
+    with tempfile.TemporaryDirectory(prefix="spinetta-fault-") as folder:
+        asyncio.run(story(Path(folder), "shim", 1_000_000, isolate=isolate))
+        return int((Path(folder) / "entry" / "count").read_text())
 
 
 def main() -> int:
