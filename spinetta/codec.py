@@ -257,6 +257,7 @@ def node_to_pb(n: NodeRecord) -> pb.Node:
         etcd_trust_generation=n.etcd_trust_generation,
         etcd_authority_signed=n.etcd_authority_signed,
         brake=n.brake,
+        unfit=n.unfit,
     )
 
 
@@ -288,6 +289,7 @@ def node_from_pb(m: pb.Node) -> NodeRecord:
         etcd_trust_generation=m.etcd_trust_generation,
         etcd_authority_signed=m.etcd_authority_signed,
         brake=m.brake,
+        unfit=m.unfit,
     )
 
 
@@ -411,6 +413,7 @@ def encode_incarnation(i: Incarnation) -> bytes:
         boot_id=i.boot_id,
         lease_ttl_s=i.lease_ttl_s,
         kill_margin_s=i.kill_margin_s,
+        vouched=i.vouched,
     ).SerializeToString(deterministic=True)
 
 
@@ -426,7 +429,7 @@ def decode_incarnation(data: bytes) -> Incarnation:
 def _incarnation_from_pb(m: pb.Incarnation) -> Incarnation:
     if m.state == pb.Incarnation.INCARNATION_STATE_UNSPECIFIED:
         raise CorruptRecord("an incarnation has no state")
-    return Incarnation(IncarnationId(m.id), Life(m.state), m.boot_id, m.lease_ttl_s, m.kill_margin_s)
+    return Incarnation(IncarnationId(m.id), Life(m.state), m.boot_id, m.lease_ttl_s, m.kill_margin_s, m.vouched)
 
 
 def encode_office(node: NodeId) -> bytes:

@@ -365,6 +365,13 @@ class RuntimeListed:
 
 
 @dataclass(frozen=True, slots=True)
+class SetUnfit:
+    """The machine is not fit for tasks (why, for people), or is again (empty). What runs goes on."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class SelfChanged:
     """The shell has new facts for what this node says of itself (seat, address, warnings)."""
 
@@ -429,6 +436,7 @@ Happening = (
     | AttemptEnded
     | RuntimeListed
     | SelfChanged
+    | SetUnfit
     | SetDraining
     | LeaveWanted
     | SetCandidate

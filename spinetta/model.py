@@ -298,6 +298,7 @@ class NodeRecord:
     etcd_trust_generation: int = 0
     etcd_authority_signed: int = 0
     brake: str = ""
+    unfit: str = ""
 
 
 class Life(enum.IntEnum):
@@ -310,13 +311,17 @@ class Life(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Incarnation:
-    """The life-or-death record of one life of a node; never leased."""
+    """The life-or-death record of one life of a node; never leased.
+
+    `vouched`: it is DEAD by an administrator's word: its voter's seat, if it has one, need not wait for it either.
+    """
 
     id: IncarnationId
     state: Life
     boot_id: str
     lease_ttl_s: float
     kill_margin_s: float
+    vouched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,13 +343,14 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One etcd member."""
+    """One etcd member. `healthy`: it answers, sees a leader and makes progress; also True when nobody has asked."""
 
     name: str
     member_id: int
     client_url: str
     peer_url: str
     learner: bool = False
+    healthy: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ def rivals(hint: QueueHint, peers: Iterable[NodeRecord], *, with_room: bool = Tr
         for p in peers
         if not p.draining
         and not p.leaving
+        and not p.unfit
         and why_never(hint, p.capacity, frozenset(p.tags), p.clearances) is None
         and (not with_room or why_not_now(hint, p.free) is None)
     ]

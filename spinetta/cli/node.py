@@ -205,6 +205,7 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
         ("Certificate", f"until {shown.moment(r.certificate_expires_ms)}" if r.certificate_expires_ms else ""),
         ("Incarnation", r.incarnation),
         ("Version", r.version),
+        *((("Takes no tasks", r.unfit),) if r.unfit else ()),
         *(("Warning", w) for w in r.warnings),
     ]
     for heading, text in pairs:

@@ -138,6 +138,7 @@ def node_document(n: NodeInfo) -> dict[str, Any]:
         "clearances": list(r.clearances),
         "certificate_expires_ms": r.certificate_expires_ms or None,
         "warnings": list(r.warnings),
+        "unfit": r.unfit,
         "version": r.version,
     }
 

@@ -788,6 +788,7 @@ class Node(_message.Message):
     ETCD_TRUST_GENERATION_FIELD_NUMBER: _builtins.int
     ETCD_AUTHORITY_SIGNED_FIELD_NUMBER: _builtins.int
     BRAKE_FIELD_NUMBER: _builtins.int
+    UNFIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
     """of the API, HOST:PORT"""
@@ -815,6 +816,8 @@ class Node(_message.Message):
     etcd_authority_signed: _builtins.int
     brake: _builtins.str
     """of the leader: why it gives no node up, while more than half look dead at once"""
+    unfit: _builtins.str
+    """why it takes no tasks at present, e.g. its disk is full; empty: it does"""
     @_builtins.property
     def capacity(self) -> Global___Resources: ...
     @_builtins.property
@@ -857,10 +860,11 @@ class Node(_message.Message):
         etcd_trust_generation: _builtins.int = ...,
         etcd_authority_signed: _builtins.int = ...,
         brake: _builtins.str = ...,
+        unfit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "unfit", b"unfit", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -896,11 +900,14 @@ class Incarnation(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     LEASE_TTL_S_FIELD_NUMBER: _builtins.int
     KILL_MARGIN_S_FIELD_NUMBER: _builtins.int
+    VOUCHED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     state: Global___Incarnation.State.ValueType
     boot_id: _builtins.str
     lease_ttl_s: _builtins.float
     kill_margin_s: _builtins.float
+    vouched: _builtins.bool
+    """DEAD by an administrator's word: its voter's seat, if it has one, need not wait for it either"""
     def __init__(
         self,
         *,
@@ -909,10 +916,11 @@ class Incarnation(_message.Message):
         boot_id: _builtins.str = ...,
         lease_ttl_s: _builtins.float = ...,
         kill_margin_s: _builtins.float = ...,
+        vouched: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "id", b"id", "kill_margin_s", b"kill_margin_s", "lease_ttl_s", b"lease_ttl_s", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "id", b"id", "kill_margin_s", b"kill_margin_s", "lease_ttl_s", b"lease_ttl_s", "state", b"state", "vouched", b"vouched"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
