@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from spinetta import keys
 from spinetta.attempt import GiveBack
-from spinetta.claims import QUEUE, Claims
+from spinetta.claims import HOLD_OFF_S, QUEUE, Claims
 from spinetta.codec import decode_node, readable
 from spinetta.collect import Collector
 from spinetta.errors import InvariantViolation
@@ -40,6 +40,7 @@ from spinetta.events import (
     SelfChanged,
     SetCandidate,
     SetDraining,
+    SetUnfit,
     Started,
     Tick,
     WatchLost,
@@ -72,6 +73,8 @@ class Agent:
         self.collector = Collector(settings)
         self.sweep = Sweep(settings)
         self.draining = settings.record.draining
+        self.unfit = ""  # why the machine is not fit for tasks now, as the shell has seen
+        self._could_not_start = ("", 0.0)  # what kept it from starting one, and until when that counts
         self.leaving_soon = False
         self.leaving = False
         every_s = settings.reconcile_s
@@ -186,6 +189,10 @@ class Agent:
                 return self._runtime_listed(event, now)
             case SelfChanged():
                 self.session.describe(event.record)
+                return []
+            case SetUnfit():
+                self.unfit = event.why
+                self.claims.touch()
                 return []
             case SetDraining():
                 self.draining, self.leaving_soon = event.draining, event.leaving
@@ -329,6 +336,7 @@ class Agent:
         if not isinstance(ended, Exit) or ended.reason is not Reason.NODE_UNFIT:
             return []
         self.claims.hold_off(now)
+        self._could_not_start = (ended.message or "a task could not be started", now + HOLD_OFF_S)
         return [Notice(f"this node cannot start tasks and takes none for a while: {ended.message}")]
 
     def _runtime_listed(self, listed: RuntimeListed, now: float) -> list[Effect]:
@@ -382,7 +390,7 @@ class Agent:
         if self.leaving and session.active and self.holdings.empty:
             effects += self.leadership.resign()
             effects += session.deregister()
-        self._describe()
+        self._describe(now)
         effects += session.poll(now, self.holdings.waiting, self.holdings.wanted)
         if self._may_lead:
             office = self.offices.entries.get(keys.OFFICE)
@@ -428,20 +436,23 @@ class Agent:
 
     def _takeable(self) -> Resources | None:
         known = self._up_to_date and self.holdings.runtime_known and self.holdings.all_read
-        return self.free() if known and not self.draining else None
+        return self.free() if known and not self.draining and not self.unfit else None
 
     def _slots(self) -> int:
         return self.settings.attempts_max - len(self.holdings.held)
 
-    def _describe(self) -> None:
+    def _describe(self, now: float) -> None:
         free = self.free() if self.holdings.all_read else Resources()
         running, leaving = len(self.holdings.held), self.leaving or self.leaving_soon
         said, brake = self.session.record, self.leadership.brake
-        known = (said.free, said.running, said.draining, said.leaving, said.brake)
-        if known == (free, running, self.draining, leaving, brake):  # nearly always: this is asked at every event
+        failure, until_s = self._could_not_start
+        unfit = self.unfit or (failure if now < until_s else "")
+        known = (said.free, said.running, said.draining, said.leaving, said.brake, said.unfit)
+        if known == (free, running, self.draining, leaving, brake, unfit):  # nearly always: asked at every event
             return
-        now = replace(said, free=free, running=running, draining=self.draining, leaving=leaving, brake=brake)
-        self.session.describe(now)
+        self.session.describe(
+            replace(said, free=free, running=running, draining=self.draining, leaving=leaving, brake=brake, unfit=unfit)
+        )
 
 
 def _given_back(event: SetDraining) -> GiveBack:

@@ -16,7 +16,7 @@ from spinetta.access import NodeRole
 from spinetta.agent import Agent
 from spinetta.config import Settings
 from spinetta.errors import OutcomeUnknown, RuntimeUnavailable, UserError
-from spinetta.events import SelfChanged, SetCandidate, SetDraining, attempt_key
+from spinetta.events import SelfChanged, SetCandidate, SetDraining, SetUnfit, attempt_key
 from spinetta.model import IncarnationId, Membership, NodeId, NodeRecord, TaskId, Usage
 from spinetta.node import detect
 from spinetta.node.archive import Archive
@@ -24,6 +24,7 @@ from spinetta.node.archiving import NodeArchivist
 from spinetta.node.driver import Driver, LaunchSettings, wall_ms
 from spinetta.node.ending import Ending
 from spinetta.node.entry import Entrance
+from spinetta.node.fitness import LOOK_EVERY_S, Fitness
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
 from spinetta.node.logsweep import sweep_logs
@@ -230,6 +231,7 @@ class Daemon:
                 group.create_task(self.keeper.run(), name="voters"),
                 group.create_task(self._keep_endpoints(), name="endpoints"),
                 group.create_task(self._sweep(), name="logs"),
+                group.create_task(self._keep_fit(), name="fitness"),
                 group.create_task(self._leaving.run(), name="leave"),
             ]
             if self._secured is not None:
@@ -301,6 +303,19 @@ class Daemon:
         if isinstance(self._store, EtcdStore) and not await self._store.refresh():
             log.info("a member does not take this node's new certificate yet; the connection to it stays as it is")
         await self._seat_changed()
+
+    async def _keep_fit(self) -> None:
+        """Take no tasks while the machine has no room for them, and say why."""
+        fitness = Fitness(Path(self.settings.data_dir))
+        try:
+            while True:
+                why = await fitness.look()
+                if why != self.agent.unfit:
+                    log.warning("this node takes no tasks: %s", why) if why else log.info("this node takes tasks again")
+                    await self.driver.tell(SetUnfit(why))
+                await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            fitness.close()
 
     async def _sweep(self) -> None:
         while True:

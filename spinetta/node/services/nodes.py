@@ -116,7 +116,7 @@ class Nodes:
         elif record is None:
             status = "lost"
         else:
-            status = "leaving" if node.leaving else "draining" if node.draining else "ready"
+            status = "leaving" if node.leaving else "draining" if node.draining else "unfit" if node.unfit else "ready"
         member = next((m for m in membership.members if _is_member(node, m.member_id, m.name)), None)
         return api.NodeView(
             node=node,
@@ -307,11 +307,12 @@ def _is_member(node: pb.Node, member_id: int, name: str) -> bool:
 def _notices(views: list[api.NodeView], membership: Membership) -> list[str]:
     """What an administrator should know: alarms, and how many more voters may be lost."""
     notices = [v.node.brake for v in views if v.leader and v.node.brake]
+    notices += [f"node {v.node.name} takes no tasks: {v.node.unfit}" for v in views if v.node.unfit]
     notices += [f"etcd alarm: {alarm}" for alarm in membership.alarms]
     voters = [m for m in membership.members if not m.learner]
     if not voters:
         return notices
-    here = sum(1 for v in views if v.voter and v.status in ("ready", "draining", "leaving"))
+    here = sum(1 for v in views if v.voter and v.status in ("ready", "draining", "leaving", "unfit"))
     margin = here - (len(voters) // 2 + 1)
     if len(voters) == 1:
         notices.append("there is one voter only: if it is lost, so is the cluster's record")
