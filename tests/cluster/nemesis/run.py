@@ -61,6 +61,7 @@ class Nemesis:
         self.counts: Counter[str] = Counter()
         self.skipped = 0
         self.ended_by_themselves: list[str] = []
+        self.ended_on_a_full_disk: list[str] = []  # which is no reason to run; they are started again
         self.lost: list[tuple[str, float]] = []  # whole nodes that were killed, and when
 
     async def run(self, faults: Sequence[Fault]) -> None:
@@ -108,6 +109,9 @@ class Nemesis:
                 await asyncio.sleep(fault.hold_s)
             finally:
                 mend()
+                if fault.kind == "full-disk" and node.process is not None and node.process.poll() is not None:
+                    self.ended_on_a_full_disk.append(f"{node.name} with {node.process.poll()}: {node.tail(3)}")
+                    self._world.restart(node)
         finally:
             self._busy.discard(node.name)
         self.counts[fault.kind] += 1
@@ -169,6 +173,7 @@ async def run_in(made: World, directory: Path, settings: Settings) -> Result:
         "times": {"lease_ttl_s": settings.times.lease_ttl_s, "grace_s": settings.times.grace_s,
                   "kill_margin_s": settings.times.kill_margin_s},
         "faults": dict(sorted(nemesis.counts.items())), "faults_skipped": nemesis.skipped,
+        "daemons_ended_on_a_full_disk": nemesis.ended_on_a_full_disk,
         "settled_after_s": round(settled_s, 1), "watch_breaks": recorder.breaks,
         "calls_repeated": dict(load.again), "tasks_held_back": load.held_back,
         **figures(replay, ledger, told, nemesis.lost),
