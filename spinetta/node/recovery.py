@@ -40,6 +40,7 @@ from spinetta.store.offline import served
 from spinetta.store.process import EtcdSettings, Version, initial_cluster
 from spinetta.store.snapshot import RestoreTool, SnapshotWriter, fsync_folder, restore, stream
 from spinetta.store.wal import wal_owner
+from spinetta.store.walend import commit_tail
 from spinetta.trust import certificates
 from spinetta.txn import Committed, Delete, Put, Txn, Write
 from spinetta.units import format_bytes
@@ -252,11 +253,12 @@ async def make(place: Place, file: Path, folder: Path) -> Path:
 
 
 async def snapshot_of_own(place: Place, folder: Path, tell: Tell) -> Path:
-    """A snapshot of this node's own data, with all that its member knows to be committed. Its etcd must not run."""
+    """A snapshot of this node's own data, with all that its member was ever sent. Its etcd must not run."""
     copy = folder / "copy"
     copy.mkdir(mode=0o700)
     try:
         await asyncio.to_thread(shutil.copytree, place.data_dir / "etcd", copy / "etcd")
+        await asyncio.to_thread(commit_tail, copy / "etcd")
     except (OSError, shutil.Error) as e:
         raise UserError(f"etcd's data cannot be copied: {str(e)[:300]}", field="data_dir", reason="disk") from e
     file = folder / "own.snapshot"

@@ -50,15 +50,15 @@ def _owner(head: bytes) -> tuple[str, str] | None:
         length = field & ((1 << 56) - 1)
         if at + 8 + length > len(head):
             raise ValueError("a record is cut short")
-        record = _message(head[at + 8 : at + 8 + length])
+        record = message_of(head[at + 8 : at + 8 + length])
         if record.get(1) == METADATA:
-            metadata = _message(_bytes(record[3]))
+            metadata = message_of(_bytes(record[3]))
             return f"{_int(metadata[1]):x}", f"{_int(metadata[2]):x}"
         at += 8 + length + padding
     raise ValueError("the log does not begin with metadata")
 
 
-def _message(data: bytes) -> dict[int, int | bytes]:
+def message_of(data: bytes) -> dict[int, int | bytes]:
     """The fields of a protobuf message: numbers and byte strings are all there are."""
     found: dict[int, int | bytes] = {}
     at = 0
