@@ -37,6 +37,7 @@ class Settings:
         countables: further things to offer, sorted by name.
         runtimes: how tasks may be run here; each must be installed.
         etcd_client_port, etcd_peer_port: 0: choose free ones.
+        etcd_quota_bytes: of etcd's database; past it etcd takes nothing. The same on all voters.
         etcd_program: path or name on PATH.
         voters_wanted: how many nodes run an etcd member: 1, 3 or 5.
         candidate: whether this node may become one of them.
@@ -72,6 +73,7 @@ class Settings:
     runtimes: tuple[str, ...] = ("process", "runc")
     etcd_client_port: int = ETCD_CLIENT_PORT
     etcd_peer_port: int = ETCD_PEER_PORT
+    etcd_quota_bytes: int = 2 << 30  # etcd's own default
     etcd_program: str = "etcd"
     voters_wanted: int = 3
     candidate: bool = True

@@ -164,6 +164,17 @@ def _whole(low: int, high: int) -> Callable[[Any, str], int]:
     return parse
 
 
+def _size(low: int, high: int) -> Parse:
+    def parse(value: Any, where: str) -> int:
+        number = units.parse_bytes(value, where)
+        if not low <= number <= high:
+            hint = f"{units.format_bytes(low)} to {units.format_bytes(high)}"
+            raise UserError(f"{units.format_bytes(number)} is out of range", field=where, hint=hint)
+        return number
+
+    return parse
+
+
 def _fraction(low: float, high: float) -> Parse:
     def parse(value: Any, where: str) -> float:
         try:
@@ -258,6 +269,7 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("runtimes", "runtimes", _runtimes, "How tasks may be run here: process, runc.", "NAME,…"),
     Option("etcd_client_port", "etcd_client_port", _PORT, "etcd's port for clients (0: any free one).", "PORT"),
     Option("etcd_peer_port", "etcd_peer_port", _PORT, "etcd's port for its peers (0: any free one).", "PORT"),
+    Option("etcd_quota", "etcd_quota_bytes", _size(16 << 20, 64 << 30), "How large etcd's file may be.", "SIZE"),
     Option("etcd_program", "etcd_program", _program, "The etcd to run.", "PROGRAM"),
     Option("voters_wanted", "voters_wanted", _voters, "How many nodes run an etcd member: 1, 3 or 5.", "N"),
     Option("candidate", "candidate", _flag, "Whether this node may become a voter.", "yes|no"),

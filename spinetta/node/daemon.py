@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spinetta import __version__
 from spinetta.access import NodeRole
@@ -25,6 +25,8 @@ from spinetta.node.driver import Driver, LaunchSettings, wall_ms
 from spinetta.node.ending import Ending
 from spinetta.node.entry import Entrance
 from spinetta.node.fitness import LOOK_EVERY_S, Fitness
+from spinetta.node.etcdcare import EtcdCare
+from spinetta.node.health import StoreHealth
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
 from spinetta.node.logsweep import sweep_logs
@@ -97,6 +99,11 @@ class Daemon:
             remember=self._remember,
             vault=vault,
             archivist=NodeArchivist(name, self.archive, dialer, lambda: self.agent.peers),
+        )
+        self._health = (
+            StoreHealth(store.connections, settings.etcd_quota_bytes, lambda: self.seat.cluster_id)
+            if isinstance(store, EtcdStore)
+            else None
         )
         self.keeper = SeatKeeper(self.agent, self.seat, settings.voters_wanted, self.dialer, self._revoked)
         self._leaving = Leaving(self.driver, self.seat, left=stop.end)
@@ -229,6 +236,7 @@ class Daemon:
                 group.create_task(self.driver.run(), name="agent"),
                 group.create_task(self.seat.run(), name="etcd"),
                 group.create_task(self.keeper.run(), name="voters"),
+                *[group.create_task(work, name="etcd care") for work in self._etcd_work()],
                 group.create_task(self._keep_endpoints(), name="endpoints"),
                 group.create_task(self._sweep(), name="logs"),
                 group.create_task(self._keep_fit(), name="fitness"),
@@ -242,12 +250,20 @@ class Daemon:
                 task.cancel()
         return EXIT_OK
 
+    def _etcd_work(self) -> Iterator[Coroutine[Any, Any, None]]:
+        if isinstance(self._store, EtcdStore) and self._health is not None:
+            yield self._health.run()
+            pause_s = self.settings.lease_ttl_s / 2
+            yield EtcdCare(self.agent, self.seat, self._store, self._health, pause_s=pause_s).run()
+
     def _serve(self) -> AbstractAsyncContextManager[ApiServer]:
         addresses = [self.settings.address]
         if self._secured is None:
-            return serve(self, addresses)
+            return serve(self, addresses, store_health=self._health)
         trust = self._secured
-        return serve(self, addresses, acl=trust.acl, tokens=trust.tokens, extra=trust.services)
+        return serve(
+            self, addresses, acl=trust.acl, tokens=trust.tokens, extra=trust.services, store_health=self._health
+        )
 
     async def _report_ready(self) -> None:
         record = self.agent.settings.record

@@ -14,6 +14,7 @@ import grpc.aio
 from spinetta import codec, keys, names, txn, validate
 from spinetta.errors import Denied, NotFound, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import Incarnation, Life, Membership, NodeId, Revision
+from spinetta.node.health import StoreHealth
 from spinetta.node.hub import closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits
@@ -26,6 +27,7 @@ from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 from spinetta.v1 import record_pb2 as pb
 
+HEALTH_AGE_S = 5.0  # of what a list of nodes tells of etcd
 LEAVE_TIMEOUT_MAX_S = validate.WALLTIME_MAX_S  # to wait for running tasks: as long as one may run
 
 
@@ -67,8 +69,9 @@ class Beats:
 class Nodes:
     """Answers about nodes, and passes on what is meant for another one."""
 
-    def __init__(self, port: NodePort, peers: Peers, beats: Beats) -> None:
+    def __init__(self, port: NodePort, peers: Peers, beats: Beats, health: StoreHealth | None = None) -> None:
         self._port = port
+        self._health = health
         self._peers = peers
         self._beats = beats
 
@@ -92,6 +95,9 @@ class Nodes:
         ]
         if leader is None:
             notices.append("no node holds the office of the leader at the moment")
+        if self._health is not None:  # it tells of alarms in more words
+            membership = replace(membership, alarms=())
+            notices += self._health.notices(await self._health.look(max_age_s=HEALTH_AGE_S))
         notices += _notices(views, membership)
         return api.ListNodesResponse(nodes=views, notices=notices)
 
@@ -231,7 +237,9 @@ class Nodes:
         return read, life.modified
 
     async def describe(self) -> api.DescribeClusterResponse:
-        """What a joining node needs to know."""
+        """What a joining node needs to know, and how the voters are; also while they have no majority."""
+        if self._health is not None:
+            return await self._described(self._health)
         membership = await self._port.membership()
         generation = (await self._port.store.read([keys.GENERATION])).entries[keys.GENERATION]
         return api.DescribeClusterResponse(
@@ -251,6 +259,42 @@ class Nodes:
             version=self._port.version,
             generation=codec.decode_generation(generation.value) if generation is not None else "",
         )
+
+    async def _described(self, health: StoreHealth) -> api.DescribeClusterResponse:
+        view = await health.look()
+        members = {m.member_id: m for m in health.members}
+        front = max((m.applied for m in view.members), default=0)
+        answer = api.DescribeClusterResponse(
+            cluster_id=health.cluster_id,
+            node=self._port.name,
+            wall_ms=self._port.wall_ms(),
+            version=self._port.version,
+            has_majority=view.has_majority,
+            quota_bytes=health.quota_bytes,
+            notices=health.notices(view),
+        )
+        for m in view.members:
+            known = members.get(m.member_id)
+            answer.voters.add(
+                name=m.name,
+                member_id=m.member_id,
+                client_url=known.client_url if known is not None else "",
+                peer_url=known.peer_url if known is not None else "",
+                learner=not m.voter,
+                answers=m.answers,
+                healthy=m.healthy,
+                leader=m.healthy and m.leader_id == m.member_id,
+                version=m.version,
+                db_bytes=m.db_bytes,
+                db_in_use_bytes=m.in_use_bytes,
+                behind=front - m.applied if m.answers else 0,
+                alarms=[name for member, name in view.alarms or () if member == m.member_id],
+            )
+        if view.has_majority:
+            with contextlib.suppress(StoreUnavailable):  # lost since then
+                found = (await self._port.store.read([keys.GENERATION])).entries[keys.GENERATION]
+                answer.generation = codec.decode_generation(found.value) if found is not None else ""
+        return answer
 
     def _is_me(self, name: str, asked: Asked) -> bool:
         if asked.caller.kind is CallerKind.NODE and not asked.is_forwarded:

@@ -18,6 +18,7 @@ from spinetta import validate
 from spinetta.errors import UserError
 from spinetta.names import require_loopback
 from spinetta.node.acl import AclView
+from spinetta.node.health import StoreHealth
 from spinetta.node.hub import Hub, closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, views
@@ -66,16 +67,18 @@ Register = Callable[[grpc.aio.Server, Desk], Sequence[str]]
 class Api(rpc.SpinettaServicer):
     """``spinetta.v1.Spinetta``: each call to the part that knows it, by way of the desk."""
 
-    def __init__(self, port: NodePort, hub: Hub, peers: Peers, beats: Beats, desk: Desk) -> None:
+    def __init__(
+        self, port: NodePort, hub: Hub, peers: Peers, beats: Beats, desk: Desk, health: StoreHealth | None = None
+    ) -> None:
         self._desk = desk
-        self._submitter = Submitter(port)
+        self._submitter = Submitter(port, health)
         self._canceller = Canceller(port)
         self._archives = Archives(port, peers)
         self._query = Query(port)
         self._waiter = Waiter(port, hub)
         self._watcher = Watcher(port, hub)
         self._logs = Logs(port, hub, peers)
-        self._nodes = Nodes(port, peers, beats)
+        self._nodes = Nodes(port, peers, beats, health)
 
     async def Submit(self, request: api.SubmitRequest, context: Any) -> api.SubmitResponse:
         return await self._desk.answer(context, Call.SUBMIT, lambda asked: self._submitter.submit(request, asked))
@@ -162,7 +165,7 @@ class Api(rpc.SpinettaServicer):
         request: api.DescribeClusterRequest,  # noqa: ARG002 - gRPC's signature
         context: Any,
     ) -> api.DescribeClusterResponse:
-        return await self._desk.answer(context, Call.NODES, lambda _: self._nodes.describe())
+        return await self._desk.answer(context, Call.NODES, lambda _: self._nodes.describe(), anyhow=True)
 
 
 class PeerApi(rpc.PeerServicer):
@@ -229,6 +232,7 @@ async def serve(
     tokens: TokenVerifier | None = None,
     throttle: Throttle | None = None,
     extra: Sequence[Register] = (),
+    store_health: StoreHealth | None = None,
 ) -> AsyncIterator[ApiServer]:
     """Serve the API on these addresses (HOST:PORT; port 0: any free one) for as long as the context lasts.
 
@@ -242,18 +246,19 @@ async def serve(
         tokens: knows bearer tokens; None: a new verifier of the policy's issuers.
         throttle: how much one caller may ask for.
         extra: further services.
+        store_health: how the store stands; None: errors tell what a single call has met, and nothing more.
 
     Raises:
         UserError: an address cannot be had, for example because its port is in use, or may not be served so.
     """
     hub = hub or Hub(port.store)
     view = acl or AclView(port.store)
-    desk = Desk(port, Callers(port, view, tokens or OidcVerifier()), throttle)
+    desk = Desk(port, Callers(port, view, tokens or OidcVerifier()), throttle, store_health)
     peers = Peers(port.store, port.dialer)
     beats = Beats(port)
     gates = [desk.gate] if port.credentials is not None else []
     server = grpc.aio.server(interceptors=gates, options=OPTIONS, maximum_concurrent_rpcs=limits.RPCS_MAX)
-    rpc.add_SpinettaServicer_to_server(Api(port, hub, peers, beats, desk), server)
+    rpc.add_SpinettaServicer_to_server(Api(port, hub, peers, beats, desk, store_health), server)
     rpc.add_PeerServicer_to_server(PeerApi(port, desk), server)
     health_servicer = Health(desk)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
