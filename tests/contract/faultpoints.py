@@ -176,6 +176,8 @@ async def story(folder: Path, role: str, number: int, *, isolate: bool) -> bool:
                     except RuntimeUnavailable:
                         await asyncio.sleep(0.02)
             reached = hit.exists()
+        if reached and leftovers(state_dir, name):  # killed when all was said and done: the next start finds it
+            await _live(state_dir, isolate, [], told)
         lines = ledger.read_text().split() if ledger.exists() else []
         _judge(told, lines)
         await _nothing_left(state_dir, name, marker)
