@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strikes", default="", help=f"of a sweep: of {','.join(SWEPT)}")
     parser.add_argument("--at", metavar="STRIKE:POINT", help="of a sweep: this one only")
     parser.add_argument("--guards", action="store_true", help="print what docs/guards.md is to say")
-    parser.add_argument("--mutant", metavar="FAULT", help="with --seed: with this fault in the code")
+    parser.add_argument("--mutant", metavar="FAULT", help="with this fault in the code, see docs/guards.md")
     parser.add_argument("--hunt", nargs="*", metavar="FAULT", help="seeds that notice these faults of the code, or all")
     return parser
 
@@ -71,16 +71,20 @@ def main() -> int:
         for line in hunt.hunts(args.hunt, args.jobs):
             print(line, flush=True)
         return 0
+    if args.mutant and args.mutant not in MUTANTS:
+        parser.error(f"no such fault of the code: {args.mutant}; one of {', '.join(MUTANTS)}")
+    with MUTANTS[args.mutant]() if args.mutant else nullcontext():  # before workers are forked, which inherit it
+        return _run(only, hows, args)
+
+
+def _run(only: tuple[str, ...], hows: tuple[str, ...], args: argparse.Namespace) -> int:
     if args.sweep is not None and args.at:
         how, _, at = args.at.partition(":")
         return _show(struck(small(args.sweep), (how, int(at)), trace=args.verbose))
     if args.sweep is not None:
         return _sweep(args.sweep, hows, args)
     if args.seed is not None:
-        if args.mutant and args.mutant not in MUTANTS:
-            parser.error(f"no such fault of the code: {args.mutant}; one of {', '.join(MUTANTS)}")
-        with MUTANTS[args.mutant]() if args.mutant else nullcontext():
-            return _show(attempt(args.seed, only, trace=args.verbose))
+        return _show(attempt(args.seed, only, trace=args.verbose))
     return _seeds(only, args)
 
 

@@ -105,8 +105,9 @@ simulator, a story told step by step, or the test that holds each guard alone ag
 This page is written by `python -m tests.sim --guards`; the tests check that it is up to date, that every guard of
 `spinetta/txn.py` is in it, and that what it names still notices.
 
-A seed is run with its fault in the code by `python -m tests.sim --seed SEED --faults KINDS --mutant NAME`. A change of
-the code may change what a seed tells; then the next one that notices takes its place
+A seed is run with its fault in the code by `python -m tests.sim --seed SEED --faults KINDS --mutant NAME`, a sweep by
+`python -m tests.sim --sweep SEED --strikes STRIKE --mutant NAME`: it notices at one of the points of the sort that is
+named. A change of the code may change what a seed tells; then the next one that notices takes its place
 (`python -m tests.sim --hunt NAME` looks for it). Many guards stand behind one another, so that it takes two faults and
 much bad luck before a world goes wrong without one of them: beside those stands the seed that notices when both are
 gone, where there is one.
@@ -180,6 +181,8 @@ def case_of(found: Found) -> tuple[str, int]:
 def seed_text(mutant: str) -> str:
     """How to see a seed notice."""
     faults, seed = NOTICED[mutant]
+    if " at " in faults:
+        return f"sweep {seed}, `{faults}`"
     return f"seed {seed}" + (f" (`{faults}`)" if faults else "")
 
 
@@ -201,11 +204,12 @@ def _rows() -> Iterator[str]:
 
 def _table(title: str, rows: dict[str, tuple[str, str]]) -> Iterator[str]:
     yield f"\n## {title}\n"
-    yield "| fault | what is taken away | then | what notices |\n|---|---|---|---|"
+    yield "| fault | the rule it breaks | without that | what notices |\n|---|---|---|---|"
     for name, (what, then) in rows.items():
         by = [seed_text(name)] if name in NOTICED else []
         by += [story_text(name)] if name in TOLD else []
-        yield f"| `{name}` | {what} | {then} | {'; '.join(by) or f'nothing: {UNNOTICED[name]}'} |"
+        by = by or [f"nothing: {UNNOTICED.get(name, 'nobody knows why')}"]
+        yield f"| `{name}` | {what} | {then} | {'; '.join(by)} |"
 
 
 def missing() -> set[str]:

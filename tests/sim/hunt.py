@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
+from tests.sim.more import small
 from tests.sim.mutants import MUTANTS
-from tests.sim.runs import attempt
+from tests.sim.runs import Strike, aimed, attempt, struck
 
 SEEDS = 40  # of each mixture: what takes more luck than that is looked for by hand
 MIXTURES = (
@@ -30,6 +31,15 @@ def notices(mutant: str, kinds: tuple[str, ...], seed: int) -> bool:
     """Whether a seed goes wrong with a fault in the code."""
     with MUTANTS[mutant]():
         return bool(attempt(seed, kinds)[1])
+
+
+def strikes_notice(mutant: str, aim: str, seed: int) -> Strike | None:
+    """The first strike of this sort in the small world of a seed that does no harm but with a fault in the code."""
+    some = aimed(seed, aim)
+    made = small(seed)
+    with MUTANTS[mutant]():
+        found = next((strike for strike in some if struck(made, strike)[1]), None)
+    return found if found is not None and not struck(made, found)[1] else None
 
 
 def hunt(mutant: str, mixtures: Iterable[str] = MIXTURES, seeds: int = SEEDS) -> tuple[str, int] | None:

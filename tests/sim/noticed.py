@@ -36,6 +36,8 @@ NOTICED: dict[str, tuple[str, int]] = {
     "leads-on": ("rights", 2),
     "blind-to-labels": ("rights", 1),
     "deaf-shim": ("", 0),
+    "no-kill-margin": ("", 0),
+    "late-start": ("long-freeze at Start", 0),
     "no-wait": ("partition", 1),
     "short-wait": ("partition", 3),
     "renew-unanswered": ("partition", 15),

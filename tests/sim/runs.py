@@ -60,14 +60,19 @@ def points(seed: int) -> list[tuple[str, str]]:
     world = World(small(seed))
     sweep = Sweep(world)
     world.striker = sweep
-    wrong = run(world)
-    assert not wrong, f"the small world of seed {seed} does not even hold when left alone: {wrong}"
+    run(world)
     return sweep.seen
 
 
 def strikes(seed: int, hows: tuple[str, ...] = tuple(SWEPT)) -> list[Strike]:
     """All that a sweep of a seed does, in the order of its points."""
     return [(how, at) for at, (_, what) in enumerate(points(seed)) for how in hows if applies(how, what)]
+
+
+def aimed(seed: int, aim: str) -> list[Strike]:
+    """The strikes of a sweep that one like ``long-freeze at Start`` stands for: at each point of that sort."""
+    how, _, what = aim.partition(" at ")
+    return [(how, at) for at, (_, found) in enumerate(points(seed)) if found == what and applies(how, what)]
 
 
 def struck(made: Plan, strike: Strike, *, trace: bool = False) -> tuple[World, str]:

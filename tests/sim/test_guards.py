@@ -14,7 +14,7 @@ from spinetta.errors import InvariantViolation
 from tests.sim import guards
 from tests.sim.enumerated import Found
 from tests.sim.enumerated import guards as all_guards
-from tests.sim.hunt import notices
+from tests.sim.hunt import notices, strikes_notice
 from tests.sim.mutants import MUTANTS
 from tests.sim.noticed import NOTICED, TOLD, UNNOTICED
 from tests.sim.runs import attempt
@@ -26,6 +26,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/guards.md"
 @pytest.mark.parametrize("mutant", NOTICED)
 def test_it_is_noticed(mutant: str) -> None:
     faults, seed = NOTICED[mutant]
+    if " at " in faults:
+        assert strikes_notice(mutant, faults, seed) is not None, "no such strike notices it any more"
+        return
     kinds = tuple(k for k in faults.split(",") if k)
     assert not attempt(seed, kinds)[1], "the seed must hold without the fault in the code"
     assert any(notices(mutant, kinds, s) for s in (seed, *range(SEARCH))), "nothing notices it any more"
@@ -54,6 +57,7 @@ def test_each_guard_is_told_of_and_noticed(found: Found) -> None:
 
 def test_the_page_tells_of_every_fault() -> None:
     assert guards.missing() == set()
+    assert set(guards.TIMES) | set(guards.REASONING) <= set(NOTICED) | set(TOLD) | set(UNNOTICED)
 
 
 def test_the_page_is_up_to_date() -> None:
