@@ -59,6 +59,28 @@ def test_a_node_outlives_what_it_cannot_read(tmp_path: Path) -> None:
         assert alive(daemon.pid)
 
 
+def test_the_leader_mends_what_another_hand_has_spoilt(tmp_path: Path) -> None:
+    with running_cluster(tmp_path, 1) as cluster:
+        waiting = cluster.cli("submit", "--cpus", "1000", "--", "true").stdout.strip()  # more than there is
+        done = cluster.cli("submit", "--wait", "--", "true").stdout.split()[0]
+        cluster.etcdctl("del", keys.queued(TaskId(waiting)))
+        cluster.etcdctl("del", keys.complete(TaskId(done)))
+        nobodys = TaskId("01890a5d-ac96-774b-bcce-b302099a8057")
+        cluster.etcdctl("put", "--", keys.queued(nobodys), "x")
+        for key, there in (
+            (keys.queued(TaskId(waiting)), True),
+            (keys.complete(TaskId(done)), True),
+            (keys.queued(nobodys), False),
+        ):
+            eventually(
+                lambda key=key, there=there: (key in cluster.etcdctl("get", "--keys-only", key)) is there,
+                within_s=90,
+                what=f"{key} to be {'back' if there else 'gone'}",
+            )
+        log = cluster.nodes[0].log.read_text(errors="replace")
+        assert log.count("mending: ") == 3, log[-3000:]
+
+
 def test_a_secured_node_outlives_rights_and_keys_that_it_cannot_read(tmp_path: Path) -> None:
     with running_cluster(tmp_path, 2, "--lease-ttl", "3s", "--kill-margin", "2s", secured=True, workers=1) as cluster:
         voter, worker = cluster.nodes[0], cluster.nodes[1]
