@@ -80,6 +80,20 @@ async def test_an_exit_that_nobody_was_there_to_see(state_dir: Path, isolate: bo
 
 
 @asynchronous
+async def test_a_forgotten_end_answers_a_late_start_of_that_very_attempt_only(state_dir: Path) -> None:
+    """In a cluster that was restored from a backup the numbers of attempts come again."""
+    async with runtime(state_dir) as rt:
+        assert await rt.start(shell("twice.1", "exit 3", token=11)) is None
+        await end_of(rt, "twice.1")
+        await rt.forget("twice.1")
+        late = await rt.start(shell("twice.1", "exit 3", token=11))
+        assert late is not None
+        assert late.exit_code == 3
+        assert await rt.start(shell("twice.1", "exit 4", token=9)) is None
+        assert (await end_of(rt, "twice.1")).exit_code == 4
+
+
+@asynchronous
 async def test_one_shim_however_many_ask_for_it(state_dir: Path) -> None:
     async def attach() -> tuple[str, int]:
         async with runtime(state_dir) as rt:

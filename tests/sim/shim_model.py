@@ -61,15 +61,16 @@ class ShimModel:
         self._script = script
         self._lag_s = lag_s
         self._stop_wait_s = stop_wait_s
-        self._forgotten: dict[str, Exit] = {}
+        self._forgotten: dict[tuple[str, str, int], Exit] = {}
 
     # --- asked for by the daemon ---
 
     def start(self, start: Start, now: float) -> tuple[Process | None, Exit | None]:
         """The process if one was really started, and the answer to the daemon."""
         key = attempt_key(start.spec.id, start.attempt)
-        if key in self._forgotten:
-            return None, self._forgotten[key]
+        name = (key, start.incarnation, start.token)
+        if name in self._forgotten:
+            return None, self._forgotten[name]
         if key in self.held:
             return None, self.held[key].exit
         process = Process(
@@ -114,7 +115,7 @@ class ShimModel:
         """Only what has ended; may be repeated."""
         process = self.held.get(key)
         if process is not None and process.exit is not None:
-            self._forgotten[key] = process.exit
+            self._forgotten[key, process.incarnation, process.token] = process.exit
             del self.held[key]
 
     def listing(self) -> tuple[HeldAttempt, ...]:

@@ -59,7 +59,7 @@ class Keeper:
         self._renewed_at_s: float | None = None
         self._kill_margin_s = kill_margin_s
         self._fence_timer = Timer(NEVER, self._fence)
-        self._forgotten: OrderedDict[str, ExitDict] = OrderedDict()
+        self._forgotten: OrderedDict[tuple[str, str, int], ExitDict] = OrderedDict()  # by `_name`
         self.attempts: dict[str, Held] = {}
         self.services: dict[str, Held] = {}
         self.closing = False
@@ -72,7 +72,7 @@ class Keeper:
     def start(self, request: Held, done: Callable[[ExitDict | None], None]) -> None:
         """Start an attempt; `done` gets None when it runs, else how it ended. The same key again changes nothing."""
         held = self.attempts.get(request.key)
-        if held is None and (old := self._forgotten.get(request.key)) is not None:
+        if held is None and (old := self._forgotten.get(_name(request))) is not None:
             done(old)
             return
         if held is None:
@@ -178,7 +178,7 @@ class Keeper:
     def _removed(self, held: Held, error: str) -> None:
         if not error:
             del self.attempts[held.key]
-            self._forgotten[held.key] = held.exit or make_exit("shim-lost")
+            self._forgotten[_name(held)] = held.exit or make_exit("shim-lost")
             if len(self._forgotten) > FORGOTTEN_MAX:
                 self._forgotten.popitem(last=False)
         forgetters, held.forgetters = held.forgetters, []
@@ -344,6 +344,11 @@ class Keeper:
                 held.stop_why = held.stop_why or "fenced"
                 self._kill(held)
         self._set_fence(due_s)
+
+
+def _name(held: Held) -> tuple[str, str, int]:
+    """Which attempt this is for ever. In a cluster that was restored from a backup numbers of attempts come again."""
+    return held.key, held.incarnation, held.token
 
 
 def _call_all(waiters: list[Callable[[], None]]) -> None:
