@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -34,12 +35,13 @@ class DirectoryLock:
                 hint="give this node a --data-dir of its own, or stop the other with: spinetta node stop",
                 reason="already-exists",
             ) from None
-        try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        except OSError as e:  # the disk is full
-            os.close(fd)
-            raise _unusable(self._path, "written", e) from e
+        text = f"{os.getpid()}\n".encode()
+        # Over what is there, which takes no room. On a full disk a daemon must start all the same: results of tasks may
+        # wait for it. Should even that fail, `holder` asks the kernel.
+        with contextlib.suppress(OSError):
+            os.pwrite(fd, text, 0)
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, len(text))
         self._fd = fd
         return self
 
@@ -65,12 +67,31 @@ def holder(data_dir: Path) -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        text = os.pread(fd, 32, 0).decode(errors="replace").strip()
-        return int(text) if text.isdigit() else None
+        return _locker(os.fstat(fd)) or _written(fd)
     else:
         return None
     finally:
         os.close(fd)
+
+
+def _locker(file: os.stat_result) -> int | None:
+    """Who holds the lock, as the kernel tells it; None where it does not."""
+    wanted = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text("ascii", "replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        words = line.split()
+        # "7: FLOCK  ADVISORY  WRITE 1234 fe:00:99 0 EOF"; one that waits for it has an arrow behind the number
+        if len(words) > 5 and words[1] == "FLOCK" and words[5] == wanted and words[4].isdigit():
+            return int(words[4]) or None  # 0: in another pid namespace
+    return None
+
+
+def _written(fd: int) -> int | None:
+    text = os.pread(fd, 32, 0).decode(errors="replace").strip()
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _unusable(path: Path, what: str, error: OSError) -> UserError:

@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 log = logging.getLogger("spinetta.node")
+
+STEP_S = 60.0  # more than a clock drifts between two sweeps, or is slewed by NTP
+
+
+class SteppedClock:
+    """The wall clock, and when it was last seen to be set: `set_at_s`, of the wall clock, minus infinity at first.
+
+    Ages of files are worth nothing across such a step: a machine that starts with a wrong clock would have all its
+    logs look years old once the clock is right.
+    """
+
+    def __init__(
+        self,
+        wall: Callable[[], float] = time.time,
+        steady: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
+    ) -> None:
+        self._wall = wall
+        self._steady = steady
+        self._ahead_s = wall() - steady()
+        self.set_at_s = -math.inf
+
+    def now_s(self) -> float:
+        """The wall clock's time; looks whether it was set."""
+        now_s = self._wall()
+        ahead_s = now_s - self._steady()
+        if abs(ahead_s - self._ahead_s) > STEP_S:
+            log.warning("the clock was set %+.0f s; ages of logs count from now", ahead_s - self._ahead_s)
+            self.set_at_s = now_s
+        self._ahead_s = ahead_s
+        return now_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,22 +52,29 @@ class LogDirectory:
     size_bytes: int
 
 
-def too_many(logs: Collection[LogDirectory], *, now_s: float, keep_bytes: int, keep_s: float) -> list[LogDirectory]:
+def too_many(
+    logs: Collection[LogDirectory],
+    *,
+    now_s: float,
+    keep_bytes: int,
+    keep_s: float,
+    since_s: float = -math.inf,
+) -> list[LogDirectory]:
     """Which logs to remove: those older than `keep_s`, then the oldest until the rest is at most `keep_bytes`.
 
-    0 for a limit means that there is none.
+    0 for a limit means that there is none. No age counts from before `since_s`.
     """
     total_bytes = sum(d.size_bytes for d in logs)
     doomed = []
     for d in sorted(logs, key=lambda d: (d.written_s, d.path)):
-        if (keep_s and now_s - d.written_s > keep_s) or (keep_bytes and total_bytes > keep_bytes):
+        if (keep_s and now_s - max(d.written_s, since_s) > keep_s) or (keep_bytes and total_bytes > keep_bytes):
             doomed.append(d)
             total_bytes -= d.size_bytes
     return doomed
 
 
 def measure(path: Path) -> LogDirectory | None:
-    """The logs in a directory; None when it has gone meanwhile."""
+    """The logs in a directory; None when it has gone meanwhile, or cannot be looked at."""
     written_s, size_bytes = 0.0, 0
     try:
         for file in path.iterdir():
@@ -44,15 +83,26 @@ def measure(path: Path) -> LogDirectory | None:
             size_bytes += stat.st_size
     except FileNotFoundError:
         return None
+    except OSError as e:
+        log.warning("the logs in %s cannot be looked at: %s", path, e.strerror)
+        return None
     return LogDirectory(path, written_s, size_bytes)
 
 
-def sweep_logs(logs_dir: Path, held: Collection[str], *, now_s: float, keep_bytes: int, keep_s: float) -> int:
+def sweep_logs(
+    logs_dir: Path,
+    held: Collection[str],
+    *,
+    now_s: float,
+    keep_bytes: int,
+    keep_s: float,
+    since_s: float = -math.inf,
+) -> int:
     """Remove what is too much; how many attempts' logs were removed."""
     if not logs_dir.is_dir():
         return 0
     found = [m for d in logs_dir.iterdir() if d.is_dir() and d.name not in held and (m := measure(d)) is not None]
-    doomed = too_many(found, now_s=now_s, keep_bytes=keep_bytes, keep_s=keep_s)
+    doomed = too_many(found, now_s=now_s, keep_bytes=keep_bytes, keep_s=keep_s, since_s=since_s)
     for d in doomed:
         shutil.rmtree(d.path, ignore_errors=True)
     if doomed:

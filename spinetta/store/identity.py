@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ def load(path: Path) -> Identity | None:
         raise UserError(f"{path} cannot be read: {error.strerror}", reason="identity") from error
     try:
         return _parse(data)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged: {error}",
             hint="restore it from a backup; or, if this node may be given up, remove the member from the cluster, move "
@@ -89,6 +91,10 @@ def _parse(data: bytes) -> Identity:
     version = document.pop("format")
     if version != FORMAT:
         raise ValueError(f"format {version} is not known to this version of Spinetta")
+    # Of what an administrator has edited, or an earlier version written, there is none.
+    checksum = document.pop("sum", None)
+    if checksum is not None and checksum != _checksum(document):
+        raise ValueError('its checksum is wrong (if it was edited on purpose, remove the line with "sum")')
     known = {each.name: type(each.default) for each in fields(Identity)} | {"node": str}
     known |= dict.fromkeys(_LISTS, list)
     if unknown := sorted(set(document) - set(known)):
@@ -101,13 +107,18 @@ def _parse(data: bytes) -> Identity:
     return Identity(**document)
 
 
+def _checksum(document: Mapping[str, Any]) -> str:
+    """A flipped bit must not make this node a member of another cluster, or one that has never joined."""
+    return f"{zlib.crc32(json.dumps(document, sort_keys=True).encode()):08x}"
+
+
 def save(path: Path, identity: Identity) -> None:
     """Replace what was saved: after a crash there is the old or the new one, whole.
 
     Raises:
         UserError: it cannot be written.
     """
-    document: dict[str, Any] = {"format": FORMAT, **asdict(identity)}
+    document: dict[str, Any] = {"format": FORMAT, "sum": _checksum(asdict(identity)), **asdict(identity)}
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -71,6 +71,25 @@ def test_a_damaged_file_is_refused_and_left_alone(tmp_path: Path, data: bytes, m
     assert path.read_bytes() == data
 
 
+def test_damage_anywhere_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "identity.json"
+    save(path, WHOLE)
+    whole = path.read_bytes()
+    for at in range(len(whole) - 1):  # the last one is the end of the line
+        for damaged in (
+            whole[:at],
+            *(whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1 :] for bits in (1, 4, 32, 255)),
+        ):
+            path.write_bytes(damaged)
+            try:
+                found = load(path)
+            except UserError as error:
+                refused = error.message
+                assert refused.startswith(f"{path} is damaged: "), at  # noqa: PT017 - or loaded as it was
+            else:
+                assert found == WHOLE, (at, damaged)  # white space
+
+
 def test_what_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         save(tmp_path / "none" / "identity.json", WHOLE)

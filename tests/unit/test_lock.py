@@ -51,8 +51,18 @@ def test_another_users_directory(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
+@pytest.mark.parametrize("content", ["", "no number\n", "99999999\n", "\0" * 32])
+def test_what_is_written_in_it_is_not_needed(tmp_path: Path, content: str) -> None:
+    """A full disk, or a damaged file: a daemon starts, and is found."""
+    with DirectoryLock(tmp_path):
+        (tmp_path / "daemon.lock").write_text(content)
+        script = "import pathlib, sys, spinetta.node.lock as lock; print(lock.holder(pathlib.Path(sys.argv[1])))"
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+        assert done.stdout == f"{os.getpid()}\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_no_daemon_from_starting(tmp_path: Path) -> None:
     (tmp_path / "daemon.lock").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot be written"), DirectoryLock(tmp_path):
+    with DirectoryLock(tmp_path):
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from spinetta.node.logsweep import LogDirectory, sweep_logs, too_many
+from spinetta.node.logsweep import LogDirectory, SteppedClock, sweep_logs, too_many
 
 
 def logs(*ages_and_sizes: tuple[float, int]) -> list[LogDirectory]:
@@ -44,3 +44,29 @@ def test_a_sweep_spares_what_is_held(tmp_path: Path) -> None:
 
 def test_a_sweep_without_logs_is_nothing(tmp_path: Path) -> None:
     assert sweep_logs(tmp_path / "none", (), now_s=0.0, keep_bytes=1, keep_s=1) == 0
+
+
+def test_a_clock_that_was_set_makes_nothing_old() -> None:
+    wall, steady = [1000.0], [0.0]
+    clock = SteppedClock(lambda: wall[0], lambda: steady[0])
+    found = logs((1, 10), (900, 10))
+    steady[0], wall[0] = 300.0, 1300.5  # as it should be
+    assert names(too_many(found, now_s=clock.now_s(), keep_bytes=0, keep_s=1000, since_s=clock.set_at_s)) == ["1"]
+    year_s = 365 * 86400.0
+    steady[0], wall[0] = 600.0, 1600.0 + year_s
+    assert too_many(found, now_s=clock.now_s(), keep_bytes=0, keep_s=1000, since_s=clock.set_at_s) == []
+    steady[0], wall[0] = 1601.0, 2601.0 + year_s  # from then on time is time again
+    doomed = too_many(found, now_s=clock.now_s(), keep_bytes=0, keep_s=1000, since_s=clock.set_at_s)
+    assert sorted(names(doomed)) == ["0", "1"]
+    steady[0], wall[0] = 1700.0, 1.0  # set back: what was written is of the future
+    assert too_many(found, now_s=clock.now_s(), keep_bytes=0, keep_s=1000, since_s=clock.set_at_s) == []
+
+
+def test_a_folder_that_cannot_be_looked_at_keeps_no_other(tmp_path: Path) -> None:
+    for name in ("bad.1", "old.1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bad.1" / "stdout").symlink_to("stdout")
+    (tmp_path / "old.1" / "stdout").write_bytes(b"x")
+    os.utime(tmp_path / "old.1" / "stdout", (0, 0))
+    assert sweep_logs(tmp_path, (), now_s=10**9, keep_bytes=0, keep_s=1) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.1"]
