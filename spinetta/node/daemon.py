@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from spinetta.node.etcdcare import EtcdCare
 from spinetta.node.health import StoreHealth
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
-from spinetta.node.logsweep import sweep_logs
+from spinetta.node.logsweep import SteppedClock, sweep_logs
 from spinetta.node.port import LeaveStep
 from spinetta.node.renewal import Report
 from spinetta.node.seats import OwnSeat
@@ -334,6 +333,7 @@ class Daemon:
             fitness.close()
 
     async def _sweep(self) -> None:
+        clock = SteppedClock()
         while True:
             holdings = self.agent.holdings
             # An earlier daemon may have left attempts running: nothing is swept before they are known.
@@ -344,9 +344,10 @@ class Daemon:
                         sweep_logs,
                         self._runtime.logs_dir,
                         {h.key for h in holdings.held.values()} | set(holdings.processes),
-                        now_s=time.time(),
+                        now_s=clock.now_s(),
                         keep_bytes=self.settings.log_keep_bytes,
                         keep_s=self.settings.log_keep_s,
+                        since_s=clock.set_at_s,
                     )
                 except OSError as e:
                     log.warning("old logs cannot be removed now: %s", e)
