@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spinetta.store.wal import message_of
@@ -31,7 +31,7 @@ class _Record:
 
 @dataclass(slots=True)
 class _End:
-    """What the last file of a log says. `at`: where its last whole record ends."""
+    """What the last file of a log says. `at`: where its last whole record ends; `is_cut`: something follows it."""
 
     at: int = 0
     checksum: int = 0
@@ -40,6 +40,7 @@ class _End:
     commit: int = 0
     last_term: int = 0
     last_index: int = 0
+    is_cut: bool = False
 
 
 def commit_tail(data_dir: Path) -> int:
@@ -62,50 +63,63 @@ def commit_tail(data_dir: Path) -> int:
         return 0
     last_index = end.last_index or first_index - 1
     if last_index <= end.commit or not end.term:
+        if end.is_cut:
+            _write(log, end.at, b"", size)
         return 0
     state = b"".join(
         _varint(number << 3) + _varint(value)
         for number, value in ((1, max(end.term, end.last_term)), (2, end.vote), (3, last_index))
     )
-    framed = _framed(STATE, _crc32c(end.checksum, state), state)
-    with log.open("r+b") as file:
-        file.truncate(end.at)  # what was cut short at the end must not be read behind the new record
-        file.seek(end.at)
-        file.write(framed)
-        file.truncate(max(size, end.at + len(framed)))
-        file.flush()
-        os.fsync(file.fileno())
+    _write(log, end.at, _framed(STATE, _crc32c(end.checksum, state), state), size)
     return last_index - end.commit
 
 
+def _write(log: Path, at: int, data: bytes, size: int) -> None:
+    """Write at the end of the whole records, and nothing behind: what was cut short must not be read any more."""
+    with log.open("r+b") as file:
+        file.truncate(at)
+        file.seek(at)
+        file.write(data)
+        file.truncate(max(size, at + len(data)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _read(data: bytes) -> _End:
-    end, recent, at = _End(), deque[tuple[int, _Record]](maxlen=CHECKED_MAX), 0
+    end, before_last, at = _End(), _End(), 0
+    recent = deque[tuple[int, _Record]](maxlen=CHECKED_MAX)
     while at + 8 <= len(data):
         field = int.from_bytes(data[at : at + 8], "little")
         if not field:
             break
-        padding = (field >> 56) & 7 if field >> 63 else 0
-        length = field & ((1 << 56) - 1)
-        if at + 8 + length + padding > len(data):
+        length, padding = field & ((1 << 56) - 1), (field >> 56) & 7 if field >> 63 else 0
+        record = _record(data[at + 8 : at + 8 + length]) if at + 8 + length + padding <= len(data) else None
+        if record is None:
+            end.is_cut = True
             break
-        try:
-            fields = message_of(data[at + 8 : at + 8 + length])
-        except (ValueError, IndexError):
-            break
-        kind, checksum, body = fields.get(1, 0), fields.get(2, 0), fields.get(3, b"")
-        if not isinstance(kind, int) or not isinstance(checksum, int) or not isinstance(body, bytes):
-            break
-        before, record = end.checksum, _Record(kind, checksum, body)
-        if kind == CHECKSUM:
-            before = checksum
-        recent.append((before, record))
         at += 8 + length + padding
-        end.at, end.checksum = at, checksum
+        recent.append((record.checksum if record.kind == CHECKSUM else end.checksum, record))
+        before_last = replace(end)
+        end.at, end.checksum = at, record.checksum
         _take(end, record)
-    for before, record in recent:
-        if _crc32c(before, record.data) != record.checksum:
-            raise ValueError("a checksum is wrong")
-    return end
+    bad = [n for n, (before, record) in enumerate(recent) if _crc32c(before, record.data) != record.checksum]
+    if not bad:
+        return end
+    if bad != [len(recent) - 1]:
+        raise ValueError("a checksum is wrong")
+    before_last.is_cut = True
+    return before_last
+
+
+def _record(data: bytes) -> _Record | None:
+    try:
+        fields = message_of(data)
+    except (ValueError, IndexError):
+        return None
+    kind, checksum, body = fields.get(1, 0), fields.get(2, 0), fields.get(3, b"")
+    if not isinstance(kind, int) or not isinstance(checksum, int) or not isinstance(body, bytes):
+        return None
+    return _Record(kind, checksum, body)
 
 
 def _take(end: _End, record: _Record) -> None:
