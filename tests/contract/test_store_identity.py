@@ -85,7 +85,7 @@ def test_damage_anywhere_is_found(tmp_path: Path) -> None:
                 found = load(path)
             except UserError as error:
                 refused = error.message
-                assert refused.startswith(f"{path} is damaged: "), at  # noqa: PT017 - or loaded as it was
+                assert refused.startswith(f"{path} is damaged: "), at
             else:
                 assert found == WHOLE, (at, damaged)  # white space
 
