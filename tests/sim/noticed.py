@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.unit import test_agent
+from tests.unit import test_agent, test_recover, test_session
 from tests.unit import test_agent_rights as rights
 from tests.unit import test_agent_stories as stories
 
@@ -76,12 +76,13 @@ TOLD: dict[str, Callable[[], None]] = {
     "finish_guards[1]": rights.test_of_an_end_under_way_nothing_comes,
     "claims-outer[3]": rights.test_a_claim_under_way_does_not_outlive_the_label,
     "take_office[1]": rights.test_a_candidate_that_is_thrown_out_on_its_way_into_office_does_not_get_there,
+    "renewed-when-answered": test_session.test_a_renewal_counts_from_before_it_was_sent,
+    "office-for-ever": test_recover.test_no_answer_keeps_the_office_until_the_lease_must_have_ended,
+    "wait-for-the-grace-only": test_recover.test_it_waits_reads_puts_back_lists_again_and_closes,
+    "wait-without-rho": test_recover.test_it_waits_reads_puts_back_lists_again_and_closes,
+    "wait-without-margin": test_recover.test_it_waits_reads_puts_back_lists_again_and_closes,
     "forgetful-daemon": test_agent.test_a_restarted_daemon_goes_on,
 }
 
 # mutant: what stands behind it, so that nothing goes wrong without it alone
-UNNOTICED: dict[str, str] = {
-    "wait-without-rho": "the margin of the wait is more than the clocks can differ in the graces of the simulator",
-    "wait-without-margin": "the kill begins a margin early, so that the grace is over with it",
-    "office-for-ever": "each write of a leader is guarded by the office",
-}
+UNNOTICED: dict[str, str] = {}

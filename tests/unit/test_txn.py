@@ -96,6 +96,12 @@ def with_running() -> Ground:
     return ground
 
 
+def with_finished() -> Ground:
+    ground = with_running()
+    assert isinstance(ground.etcd.commit(txn.finish(ME, T, ground.created(R), b"over")), txn.Committed)
+    return ground
+
+
 def lost() -> Ground:
     """The node's lease has run out; its incarnation is open."""
     ground = cluster()
@@ -116,6 +122,10 @@ def condemned_with_running() -> Ground:
     ground.etcd.expire(ground.lease)
     ground.etcd.commit(txn.condemn(ground.office_held(), ME, ground.modified(keys.incarnation(ME)), b"condemned"))
     return ground
+
+
+def archived(ground: Ground) -> txn.Leaving:
+    return txn.Leaving(T, ground.modified(keys.task(T)), ground.modified(keys.complete(T)))
 
 
 INC = keys.incarnation(ME)
@@ -283,6 +293,18 @@ CASES = (
         condemned,
         lambda g: txn.close(g.office_held(), ME, g.modified(INC)),
         (lambda g: g.again(keys.OFFICE), _leader_revoked, lambda g: g.again(INC), lambda g: _ignore(g.put(R))),
+    ),
+    Case(
+        "collect",
+        with_finished,
+        lambda g: txn.collect(g.office_held(), [archived(g)], [ME]),
+        (lambda g: g.again(keys.OFFICE), _leader_revoked),
+    ),
+    Case(
+        "collect each",
+        with_finished,
+        lambda g: txn.collect(g.office_held(), [archived(g)], [ME]).nested[0],
+        (lambda g: _ignore(g.put(keys.task(T), b"mended")), lambda g: g.again(keys.complete(T))),
     ),
 )
 GUARDS = [(case, i) for case in CASES for i in range(len(case.breaks))]
