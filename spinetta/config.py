@@ -40,6 +40,7 @@ class Settings:
         etcd_quota_bytes: of etcd's database; past it etcd takes nothing. The same on all voters.
         etcd_program: path or name on PATH.
         voters_wanted: how many nodes run an etcd member: 1, 3 or 5.
+        voter_replace_after_s: a voter that has been away for so long loses its seat to a spare node; 0: never.
         candidate: whether this node may become one of them.
         lease_ttl_s: after this long without a sign of life the node is suspected.
         grace_s: how long a task may go on without a renewal, unless it asks for something else.
@@ -76,6 +77,7 @@ class Settings:
     etcd_quota_bytes: int = 2 << 30  # etcd's own default
     etcd_program: str = "etcd"
     voters_wanted: int = 3
+    voter_replace_after_s: float = 300.0
     candidate: bool = True
     lease_ttl_s: int = 10
     grace_s: float = 60.0

@@ -215,7 +215,12 @@ def membership_to_pb(membership: Membership) -> pb.StoreMembersResponse:
         leader_member_id=membership.leader_member_id,
         members=[
             pb.StoreMembersResponse.Member(
-                name=m.name, member_id=m.member_id, client_url=m.client_url, peer_url=m.peer_url, learner=m.learner
+                name=m.name,
+                member_id=m.member_id,
+                client_url=m.client_url,
+                peer_url=m.peer_url,
+                learner=m.learner,
+                unhealthy=not m.healthy,
             )
             for m in membership.members
         ],
@@ -225,7 +230,9 @@ def membership_to_pb(membership: Membership) -> pb.StoreMembersResponse:
 
 def membership_from_pb(message: pb.StoreMembersResponse) -> Membership:
     """Message to value."""
-    members = tuple(Member(m.name, m.member_id, m.client_url, m.peer_url, m.learner) for m in message.members)
+    members = tuple(
+        Member(m.name, m.member_id, m.client_url, m.peer_url, m.learner, not m.unhealthy) for m in message.members
+    )
     return Membership(message.cluster_id, message.leader_member_id, members, tuple(message.alarms))
 
 

@@ -16,6 +16,7 @@ COUNT_MAX = 1_000_000
 KEEP_MAX = 10_000_000  # finished tasks in the store: ten times what etcd holds well
 COLLECT_MIN_S = 1.0  # less would be a slip; nothing leaves before those who wait for it have seen it anyway
 PATH_MAX = 4096  # the kernel's own limit
+NEVER = "never"
 NO_CREDENTIALS = "none"  # plain text, although the usual credentials file is there
 
 Parse = Callable[[Any, str], Any]
@@ -219,6 +220,13 @@ def _flag(value: Any, where: str) -> bool:
     raise UserError(f"not yes or no: {names.quoted(str(value))}", field=where, hint="yes or no, true or false")
 
 
+def _replace_after(value: Any, where: str) -> float:
+    if value == NEVER or value == 0 or value == "0":
+        return 0.0
+    seconds: float = _duration(1.0, 7 * 86400.0)(value, where)
+    return seconds
+
+
 _YES = frozenset({"yes", "true", "1", "on"})
 _NO = frozenset({"no", "false", "0", "off"})
 
@@ -272,6 +280,9 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("etcd_quota", "etcd_quota_bytes", _size(16 << 20, 64 << 30), "How large etcd's file may be.", "SIZE"),
     Option("etcd_program", "etcd_program", _program, "The etcd to run.", "PROGRAM"),
     Option("voters_wanted", "voters_wanted", _voters, "How many nodes run an etcd member: 1, 3 or 5.", "N"),
+    Option(
+        "voter_replace_after", "voter_replace_after_s", _replace_after, "When a voter that is away is replaced.", "TIME"
+    ),
     Option("candidate", "candidate", _flag, "Whether this node may become a voter.", "yes|no"),
     Option("lease_ttl", "lease_ttl_s", _whole_seconds(2, 300), "Silence after which this node is suspected.", "TIME"),
     Option("grace", "grace_s", _duration(3, 86400), "How long tasks may run without a renewal.", "TIME"),

@@ -102,6 +102,7 @@ class Leadership:
         self._office_until_s = 0.0
         self._cases: dict[NodeId, Case] = {}
         self._condemning: dict[NodeId, float] = {}  # until when not to try again
+        self._vouched: set[NodeId] = set()  # seen dead by an administrator's word, and not back since
         self._notice = ""
         self._rights = NO_RIGHTS
 
@@ -111,6 +112,11 @@ class Leadership:
     def braking(self) -> bool:
         """True while more than half of the nodes look dead at once, which is not believed."""
         return bool(self.brake)
+
+    @property
+    def vouched_dead(self) -> frozenset[NodeId]:
+        """Nodes that an administrator has said are dead while we were leading, and that have not come back."""
+        return frozenset(self._vouched)
 
     @property
     def leading(self) -> bool:
@@ -164,6 +170,7 @@ class Leadership:
         if lives is None:
             return effects
         effects += self._condemn_absent(now, nodes, lives, own)
+        self._vouched = {n for n in self._vouched if keys.node(n) not in nodes}
         self._open_cases(now, lives)
         for case in list(self._cases.values()):
             if not case.busy and case.act_at_s <= now:
@@ -230,6 +237,7 @@ class Leadership:
         self.office = None
         self._cases.clear()
         self._condemning.clear()
+        self._vouched.clear()
         self.brake = ""
         return [RevokeLease(lease)] if lease is not None else []
 
@@ -290,6 +298,8 @@ class Leadership:
             case = self._cases.get(node)
             if life.state is Life.OPEN:
                 continue
+            if life.vouched:
+                self._vouched.add(node)
             if case is None:
                 # The wait counts from when *this* leader saw the condemnation: never too early.
                 self._cases[node] = Case(node, entry.modified, life, now, now)

@@ -26,8 +26,9 @@ def confirm_dead(
     """Vouch that nothing runs any more on a lost node, because it burned, was switched off or sent away.
 
     Its tasks go back to the queue at once, without the wait until they have certainly been killed there, also while
-    more than half of the nodes look dead. If it is not true and the node still runs them, two attempts of a task may
-    run at the same time; still one result is recorded. A node that is alive is refused.
+    more than half of the nodes look dead. A voter's seat goes to another node, if one can take it. If it is not true
+    and the node still runs tasks, two attempts of one may run at the same time; still one result is recorded. A node
+    that is alive is refused.
 
     \b
     Examples:

@@ -44,6 +44,7 @@ from spinetta.store.protocol import Store
 from spinetta.trust.audit import AuditLog
 from spinetta.trust.credentials import NodeCredentials
 from spinetta.trust.dial import Dialer
+from spinetta.txn import Committed, Txn
 
 if TYPE_CHECKING:
     from spinetta.store.gateway import GatewayStore
@@ -104,7 +105,15 @@ class Daemon:
             if isinstance(store, EtcdStore)
             else None
         )
-        self.keeper = SeatKeeper(self.agent, self.seat, settings.voters_wanted, self.dialer, self._revoked)
+        self.keeper = SeatKeeper(
+            self.agent,
+            self.seat,
+            settings.voters_wanted,
+            self.dialer,
+            self._revoked,
+            replace_after_s=settings.voter_replace_after_s,
+            holds_office=self._holds_office,
+        )
         self._leaving = Leaving(self.driver, self.seat, left=stop.end)
         self._ending = Ending(self.driver, self.seat, runtime, entrance.memory, stop, settings.drain_timeout_s)
         self._secured: Secured | None = None
@@ -291,6 +300,7 @@ class Daemon:
             if gateways:
                 await self._store.set_endpoints(gateways)
             return
+        await self.seat.look_for_itself()
         urls = tuple(await self.seat.endpoints())
         if urls and urls != self._store.endpoints:
             await self._store.set_endpoints(urls)
@@ -311,6 +321,9 @@ class Daemon:
         may_lead = bool(self.seat.member_id) and not self._leaving.wanted
         if may_lead and not self.agent.leadership.candidate:
             await self.driver.tell(SetCandidate(True))
+        elif not self.seat.member_id and self.agent.leadership.candidate:
+            # Its seat has been given to another. The office goes to a node that can care for the voters.
+            await self.driver.tell(SetCandidate(False))
 
     async def _certificates_changed(self, report: Report) -> None:
         """Tell the others how this node's certificates stand; its own connections to etcd use the new ones."""
@@ -354,6 +367,11 @@ class Daemon:
             await asyncio.sleep(SWEEP_EVERY_S)
 
     # --- inside ---
+
+    async def _holds_office(self) -> bool:
+        """Whether the store says that this node is the leader now."""
+        office = self.agent.leadership.office
+        return office is not None and isinstance(await self._store.commit(Txn(when=office.guards())), Committed)
 
     async def _revoked(self, nodes: Iterable[str]) -> frozenset[str]:
         """Those of these nodes that are trusted no more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -67,6 +67,7 @@ class MemberStatus:
         leader_id: member id of etcd's leader; 0: it knows of none.
         db_bytes, db_in_use_bytes: the database's file, and what of it is not free.
         errors: what it complains of itself, alarms included.
+        serves: it has answered a read as well, which takes it and a majority; True where that was not asked.
         applied: how far it has come in the log of all changes.
         revision: of the store, as it has it.
     """
@@ -81,11 +82,12 @@ class MemberStatus:
     errors: tuple[str, ...]
     applied: int = 0
     revision: int = 0
+    serves: bool = True
 
     @property
     def healthy(self) -> bool:
-        """It takes part: it knows a leader."""
-        return self.leader_id != 0
+        """It takes part: it knows a leader, and answers more than what it has in memory."""
+        return self.leader_id != 0 and self.serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +170,12 @@ class Members:
         return await self._connections.call(method, request, timeout_s=timeout_s, write=True)
 
 
-async def status(endpoint: str, tls: TlsSource | None = None, *, timeout_s: float = 2.0) -> MemberStatus:
+async def status(
+    endpoint: str, tls: TlsSource | None = None, *, timeout_s: float = 2.0, with_read: bool = False
+) -> MemberStatus:
     """How the member at one endpoint is; learners answer too. `tls` as for `EtcdStore`.
+
+    `with_read`: ask a voter for a read as well: one whose disk is stuck still tells its status. Twice the time at most.
 
     Raises:
         StoreUnavailable: it does not answer.
@@ -181,11 +187,24 @@ async def status(endpoint: str, tls: TlsSource | None = None, *, timeout_s: floa
             raise StoreUnavailable(f"{endpoint}: {connection.trouble}")
         with connection.use() as stubs:
             response = await stubs.maintenance.Status(wire.status(), timeout=timeout_s)
+            found = member_status(response)
+            if with_read and found.leader_id and not found.learner:
+                found = replace(found, serves=await _reads(stubs, timeout_s))
     except grpc.aio.AioRpcError as error:
         raise StoreUnavailable(f"{endpoint}: {error.details()}") from error
     finally:
         await connection.close()
-    return member_status(response)
+    return found
+
+
+async def _reads(stubs: wire.Stubs, timeout_s: float) -> bool:
+    """Whether it answers a linearizable read of nothing, for which its own log of changes must go forward."""
+    request = wire.range_request(wire.ALL_KEYS, b"", keys_only=True)
+    try:
+        await stubs.kv.Range(request, timeout=timeout_s, metadata=REQUIRE_LEADER)
+    except grpc.aio.AioRpcError:
+        return False
+    return True
 
 
 def member_status(response: Any) -> MemberStatus:
@@ -207,13 +226,16 @@ def member_status(response: Any) -> MemberStatus:
 async def statuses(
     members: Iterable[Member], tls: TlsSource | None = None, *, timeout_s: float = 2.0
 ) -> dict[int, MemberStatus | None]:
-    """How each member is, by its id, asked all at once; None for those that do not answer. `tls` as for `EtcdStore`."""
+    """How each member is, a read included, by its id; None for those that do not answer. `tls` as for `EtcdStore`.
+
+    All are asked at once, over new connections: an old one to a frozen member looks well for a while.
+    """
 
     async def one(member: Member) -> MemberStatus | None:
         if not member.client_url:
             return None
         try:
-            return await status(member.client_url, tls, timeout_s=timeout_s)
+            return await status(member.client_url, tls, timeout_s=timeout_s, with_read=True)
         except StoreUnavailable:
             return None
 

@@ -561,11 +561,13 @@ class StoreMembersResponse(_message.Message):
         CLIENT_URL_FIELD_NUMBER: _builtins.int
         PEER_URL_FIELD_NUMBER: _builtins.int
         LEARNER_FIELD_NUMBER: _builtins.int
+        UNHEALTHY_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         member_id: _builtins.int
         client_url: _builtins.str
         peer_url: _builtins.str
         learner: _builtins.bool
+        unhealthy: _builtins.bool
         def __init__(
             self,
             *,
@@ -574,10 +576,11 @@ class StoreMembersResponse(_message.Message):
             client_url: _builtins.str = ...,
             peer_url: _builtins.str = ...,
             learner: _builtins.bool = ...,
+            unhealthy: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["client_url", b"client_url", "learner", b"learner", "member_id", b"member_id", "name", b"name", "peer_url", b"peer_url"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["client_url", b"client_url", "learner", b"learner", "member_id", b"member_id", "name", b"name", "peer_url", b"peer_url", "unhealthy", b"unhealthy"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -125,7 +125,7 @@ def test_a_lost_node_is_dead_by_an_administrators_word(etcd: Etcd, tmp_path: Pat
             before = await lose(a, "b", life, tasks=3)
             said = await a.api.ConfirmDead(api.ConfirmDeadRequest(node="b"))
             assert (said.incarnation, said.running, said.was_dead) == ("i-b", 3, False)
-            assert await life_of(a, "b") == replace(before, state=Life.DEAD)
+            assert await life_of(a, "b") == replace(before, state=Life.DEAD, vouched=True)
             again = await a.api.ConfirmDead(api.ConfirmDeadRequest(node="b"))
             assert again.was_dead
 
@@ -168,10 +168,49 @@ def test_notices_of_the_margin(etcd: Etcd, tmp_path: Path, alive: int, voters: i
                 await announce(a.store, f"n{i}", a.address, etcd_member_id=10 + i)
             await announce(a.store, "x", "h:1", etcd_member_id=99)
             views, notices = await nodes(a)
-            assert notices == notice
+            told = [line for line in notices.splitlines() if not line.startswith("voter ")]
+            assert told == [notice][: bool(notice)]
             assert sum(v.voter and v.status == "ready" for v in views.values()) == alive
             assert {n for n, v in views.items() if v.status == "lost"} == {f"n{i}" for i in range(alive, voters)}
             assert not views["x"].voter
+
+    run(scenario())
+
+
+def test_notices_of_seats(etcd: Etcd, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with node(etcd, tmp_path, "n0") as a:
+            well, ill, lost = (Member(f"n{i}", 10 + i, "", f"http://n{i}", healthy=i != 1) for i in range(3))
+            a.port.member = Membership("c", 10, (well, ill, lost))
+            for i in range(2):
+                await announce(a.store, f"n{i}", a.address, etcd_member_id=10 + i, etcd_peer_url=f"http://n{i}")
+            told = [line for line in (await nodes(a))[1].splitlines() if line.startswith("voter ")]
+            none = "no other node could take its seat: let one more join"
+            ails = "voter n1 has an etcd that does not answer, or makes no progress"
+            assert told == [f"{ails}; {none}", f"voter n2 is away; {none}"]
+            await announce(a.store, "n3", a.address, etcd_peer_url="http://n3", candidate=True)
+            told = [line for line in (await nodes(a))[1].splitlines() if line.startswith("voter ")]
+            spare = "another node takes its seat if that lasts (setting voter_replace_after)"
+            assert told == [f"{ails}; {spare}", f"voter n2 is away; {spare}"]
+
+    run(scenario())
+
+
+def test_an_administrators_word_counts_for_a_seat_whose_node_is_long_gone(etcd: Etcd, tmp_path: Path) -> None:
+    """Its life has been closed, so there is no record of it left: one is made for the leader to see."""
+
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a:
+            a.port.member = replace(a.port.member, members=(Member("b", 0xB, "", ""),))
+            said = await a.api.ConfirmDead(api.ConfirmDeadRequest(node="b"))
+            assert (said.running, said.was_dead) == (0, False)
+            life = await life_of(a, "b")
+            assert (life.id, life.state, life.vouched) == (said.incarnation, Life.DEAD, True)
+            failed = await failure(a.api.ConfirmDead(api.ConfirmDeadRequest(node="c")))
+            assert failed.code is Code.NOT_FOUND
+            await announce(a.store, "b", "h:1")
+            failed = await failure(a.api.ConfirmDead(api.ConfirmDeadRequest(node="b")))
+            assert failed.detail.reason == "node-alive"
 
     run(scenario())
 
@@ -246,7 +285,7 @@ def test_a_lost_voter_cannot_leave_but_its_seat_can_be_removed(etcd: Etcd, tmp_p
             failed = await failure(all_of(a.api.Leave(api.LeaveRequest(node="gone"))))
             assert (failed.code, failed.detail.reason) == (Code.UNAVAILABLE, "node-unreachable")
             assert failed.detail.message == "node gone is lost, but its voter's seat is kept for it"
-            assert failed.detail.hint.endswith("spinetta etcdctl member remove abcdef")
+            assert failed.detail.hint.endswith("spinetta node confirm-dead gone")
 
     run(scenario())
 

@@ -7,13 +7,14 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from uuid import uuid4
 
 import grpc
 import grpc.aio
 
 from spinetta import codec, keys, names, txn, validate
 from spinetta.errors import Denied, NotFound, OutcomeUnknown, StoreUnavailable, UserError
-from spinetta.model import Incarnation, Life, Membership, NodeId, Revision
+from spinetta.model import Incarnation, IncarnationId, Life, Membership, NodeId, Revision
 from spinetta.node.health import StoreHealth
 from spinetta.node.hub import closing
 from spinetta.node.port import NodePort
@@ -28,6 +29,7 @@ from spinetta.v1 import api_pb2_grpc as rpc
 from spinetta.v1 import record_pb2 as pb
 
 HEALTH_AGE_S = 5.0  # of what a list of nodes tells of etcd
+AWAY = frozenset({"lost", "condemned", "dead", "unreadable"})  # statuses of nodes that nothing can be given to
 LEAVE_TIMEOUT_MAX_S = validate.WALLTIME_MAX_S  # to wait for running tasks: as long as one may run
 
 
@@ -99,6 +101,7 @@ class Nodes:
             membership = replace(membership, alarms=())
             notices += self._health.notices(await self._health.look(max_age_s=HEALTH_AGE_S))
         notices += _notices(views, membership)
+        notices += seat_notices(views, membership)
         return api.ListNodesResponse(nodes=views, notices=notices)
 
     def _view(
@@ -204,15 +207,23 @@ class Nodes:
         """One try; None when what was read has changed before it was written."""
         store = self._port.store
         found = (await store.read([keys.node(node), keys.incarnation(node)])).entries
-        life, seen = self._lost(node, found[keys.node(node)], found[keys.incarnation(node)])
+        record, entry = found[keys.node(node)], found[keys.incarnation(node)]
+        if record is None and entry is None and await self._has_seat(node):
+            # Its life has been closed already, but its voter's seat waits. The leader closes this one at once.
+            life, seen = Incarnation(IncarnationId(str(uuid4())), Life.CONDEMNED, "", 0.0, 0.0), Revision(0)
+        else:
+            life, seen = self._lost(node, record, entry)
         held = len((await store.list(keys.running_on(node), keys_only=True)).entries)
-        if life.state is not Life.DEAD:
-            dead = codec.encode_incarnation(replace(life, state=Life.DEAD))
+        if not life.vouched:
+            dead = codec.encode_incarnation(replace(life, state=Life.DEAD, vouched=True))
             result = await store.commit(txn.confirm_dead(node, seen, dead, asked.caller.guards))
             if not isinstance(result, txn.Committed):
                 return None
             asked.revision = result.revision
         return api.ConfirmDeadResponse(incarnation=life.id, running=held, was_dead=life.state is Life.DEAD)
+
+    async def _has_seat(self, node: NodeId) -> bool:
+        return any(m.name == node for m in (await self._port.membership()).members)
 
     @staticmethod
     def _lost(node: NodeId, record: KeyValue | None, life: KeyValue | None) -> tuple[Incarnation, Revision]:
@@ -319,7 +330,7 @@ class Nodes:
                 f"node {name} is lost, but its voter's seat is kept for it",
                 field="node",
                 reason="node-unreachable",
-                hint=f"start it again; or, if it will not come back: spinetta etcdctl member remove {lost.member_id:x}",
+                hint=f"start it again; or, if it will not come back: spinetta node confirm-dead {name}",
             ) from None
         return await self._peers.stub(record)
 
@@ -342,6 +353,25 @@ def _passed_on(name: str) -> Iterator[None]:
         if e.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not e.trailing_metadata():
             raise OutcomeUnknown(f"node {name} did not answer in time") from e
         raise
+
+
+def seat_notices(views: list[api.NodeView], membership: Membership) -> list[str]:
+    """What becomes of the seats of voters that are away, or whose etcd is not well."""
+    here = {v.node.name: v.node for v in views if v.status not in AWAY}
+    taken = {m.peer_url for m in membership.members}
+    spares = [n for n in here.values() if n.candidate and not n.leaving and n.etcd_peer_url not in taken]
+    notices = []
+    for m in membership.members:
+        if m.learner or (m.healthy and m.name in here):
+            continue
+        what = "is away" if m.name not in here else "has an etcd that does not answer, or makes no progress"
+        then = (
+            "another node takes its seat if that lasts (setting voter_replace_after)"
+            if spares
+            else "no other node could take its seat: let one more join"
+        )
+        notices.append(f"voter {m.name or m.peer_url} {what}; {then}")
+    return notices
 
 
 def _is_member(node: pb.Node, member_id: int, name: str) -> bool:
