@@ -17,6 +17,7 @@ from spinetta.node.daemon import EXIT_OK, Daemon
 from spinetta.node.entry import Entrance, enter, etcd_tls, remembered
 from spinetta.node.lock import DirectoryLock
 from spinetta.node.signals import StopSignals, Wish
+from spinetta.node.threads import standing_threads
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.runtime.shim import sysapi
 from spinetta.store.etcd import EtcdStore
@@ -80,6 +81,7 @@ def run(resolved: Resolved) -> int:
 
 
 async def _main(settings: Settings, data_dir: Path) -> int:
+    asyncio.get_running_loop().set_default_executor(standing_threads())
     stop = StopSignals(settings.on_terminate)
     life = asyncio.create_task(_live(settings, data_dir, stop), name="life")
     stop.install(life)
