@@ -34,6 +34,7 @@ from spinetta.events import (
     Notice,
     ReadDone,
     Refused,
+    Rejected,
     Remembered,
     RenewRuntime,
     RuntimeListed,
@@ -88,6 +89,7 @@ class Agent:
         self._records: dict[str, NodeRecord] = {}
         self._peers: tuple[NodeRecord, ...] = ()
         self._begun = False
+        self._life = incarnation
 
     # --- outside view ---
 
@@ -96,6 +98,12 @@ class Agent:
         """True once the node has deregistered, or has nothing more to do here: the daemon may end."""
         thrown_out = self.leaving and self.session.revoked and self.holdings.nothing_runs
         return self.session.phase is Phase.LEFT or thrown_out
+
+    @property
+    def restored(self) -> bool:
+        """True once the cluster has been made anew from older data: this agent is of no use any more, and whoever runs
+        it puts a new one in its place. Nothing that was asked for this one may be answered to that one."""
+        return self.session.restored
 
     @property
     def leading(self) -> bool:
@@ -224,6 +232,8 @@ class Agent:
 
     def _committed(self, done: CommitDone, now: float) -> list[Effect]:
         match done.tag:
+            case "claim" if isinstance(done.result, Rejected):
+                return self.claims.rejected(done.result, now)
             case "claim":
                 if not self.claims.answered(done, now, self.holdings):
                     self.session.suspect(now)
@@ -376,6 +386,9 @@ class Agent:
         if session.must_stop:
             self.claims.life_ended()
         life = session.incarnation
+        if life != self._life:
+            self._life = life
+            self.holdings.life_changed()
         effects += self.holdings.poll(
             now,
             now_ms,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spinetta.events import attempt_key
 from spinetta.match import uncleared
 from spinetta.model import Exit, Holding, Reason, Revision, Task, TaskId
+
+SHORT_CHARS = 100  # of an end's message, when the whole does not fit into the record
+CUT = " … (cut: the record was too large)"
+REFUSED_AGAIN_S, REFUSED_AGAIN_MAX_S = 5.0, 300.0  # nothing is left to cut: somebody has to look at it
 
 
 class Step(enum.Enum):
@@ -43,6 +47,8 @@ class Held:
     task: Task | None = None
     exit: Exit | None = None
     key: str = ""  # its name on this node
+    refused: int = 0  # how often the store has refused the record of its end, alone, as it was
+    not_before_s: float = 0.0  # … and when to try again
 
     def __post_init__(self) -> None:
         self.key = attempt_key(self.task_id, self.holding.attempt)
@@ -62,6 +68,15 @@ class Held:
             GiveBack.ALL: True,
         }
         return Reason.RELEASED if wanted[what] else None
+
+    def shorten_end(self, now: float) -> None:
+        """The store does not take the record of its end as it is: say less of it, and try again, ever more rarely."""
+        self.refused += 1
+        delay_s = 0.0 if self.refused < 3 else min(REFUSED_AGAIN_S * 2.0 ** (self.refused - 3), REFUSED_AGAIN_MAX_S)
+        self.not_before_s = now + delay_s
+        if self.exit is not None:
+            cut = self.exit.message[:SHORT_CHARS] + CUT if self.refused == 1 else ""
+            self.exit = replace(self.exit, message=min(cut, self.exit.message, key=len))
 
     @property
     def may_start_again(self) -> bool:

@@ -20,8 +20,10 @@ from spinetta.events import (
     Effect,
     List,
     ListDone,
+    Notice,
     Read,
     ReadDone,
+    Rejected,
     Unwatch,
     Watch,
     WatchLost,
@@ -51,6 +53,7 @@ class Claims:
         self._serial = 0
         self._listing_after: str | None = None
         self._listing_void = False  # the window was cleared meanwhile: a page from its middle is of no use
+        self._bids_max = txn.NESTED_MAX
         self._paused = False
         self._not_before_s = 0.0  # after a failure: a pause, or an unreachable store would be asked in a tight loop
         self._reconcile_at_s = 0.0
@@ -247,7 +250,7 @@ class Claims:
             self.window.entries[w.id] = w
         if not plan.claims:
             return []
-        bids = {w.id: Bid(w, w.hint.resources) for w in plan.claims if w.hint is not None}
+        bids = {w.id: Bid(w, w.hint.resources) for w in plan.claims[: self._bids_max] if w.hint is not None}
         self.round = Round(Stage.READING, incarnation, bids)
         return [Read("claim", tuple(keys.task(t) for t in bids))]
 
@@ -312,6 +315,7 @@ class Claims:
             current.act_at_s = now + RETRY_S
             return True
         refused = isinstance(done.result, txn.Conflict)
+        self._bids_max = min(2 * self._bids_max, txn.NESTED_MAX)
         if isinstance(done.result, txn.Committed):
             for (task_id, bid), won in zip(list(current.bids.items()), done.result.nested, strict=True):
                 if won and bid.task is not None and bid.holding is not None:
@@ -326,6 +330,28 @@ class Claims:
         else:
             self._abandon()
         return not refused
+
+    def rejected(self, why: Rejected, now: float) -> list[Effect]:
+        """The store does not take a batch of claims as it is: fewer of them, until it shows which one it is.
+
+        That one is left alone until the whole queue is looked through again; others, who have an etcd that takes more,
+        may claim it, and it can be cancelled.
+        """
+        current = self.round
+        if current is None or current.stage is not Stage.COMMITTING:
+            return []
+        self._pause(now)
+        if current.doubted:  # an earlier proposal of the same may still commit
+            current.stage = Stage.DOUBTFUL
+            current.act_at_s = now + RETRY_S
+            return []
+        self._abandon()
+        if len(current.bids) > 1:
+            self._bids_max = len(current.bids) // 2
+            return []
+        ((task_id, bid),) = current.bids.items()
+        self.window.drop(task_id, bid.waiting.revision)
+        return [Notice(f"task {task_id} is left in the queue, because it cannot be claimed: {why.text}")]
 
     def _abandon(self) -> list[Effect]:
         self.round = None

@@ -8,7 +8,7 @@ process without a key has been fenced and is stopped; an end is recorded under t
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from spinetta import codec, keys, lifecycle, txn
 from spinetta.attempt import GiveBack, Held, Step
@@ -20,8 +20,10 @@ from spinetta.events import (
     Entry,
     Forget,
     NoAnswer,
+    Notice,
     Read,
     ReadDone,
+    Rejected,
     RuntimeListed,
     Start,
     Started,
@@ -60,6 +62,8 @@ class Holdings:
         self._reading: frozenset[TaskId] = frozenset()
         self._finishing: tuple[tuple[TaskId, Revision], ...] = ()
         self._resolving: tuple[tuple[TaskId, Revision], ...] = ()
+        self._ends_max = FINISHES_MAX  # fewer after the store has refused a batch: which one it is shows alone
+        self._some_refused = False
         self._retry_at_s: float | None = None
         self.giving_back = GiveBack.NOTHING
         self._over: dict[TaskId, Revision] = {}  # tokens known to be spent, until a listing is newer than they
@@ -72,7 +76,10 @@ class Holdings:
     @property
     def next_s(self) -> float | None:
         """When `poll` has something to do that failed before, or to ask for again."""
-        return min((t for t in (self._retry_at_s, self._runtime.next_s) if t is not None), default=None)
+        times = [t for t in (self._retry_at_s, self._runtime.next_s) if t is not None]
+        if self._some_refused and not self._finishing:
+            times += [h.not_before_s for h in self.held.values() if h.refused and h.step is Step.ENDED]
+        return min(times, default=None)
 
     @property
     def processes(self) -> Mapping[str, Revision]:
@@ -268,7 +275,7 @@ class Holdings:
         self.waiting = frozenset(h.token for h in ours if self._is_unstarted(h)) - self.wanted
         effects += self._read_unread()
         if self._retry_at_s is None:
-            effects += self._record_ends(now_ms, life_seen, acl_seen)
+            effects += self._record_ends(now, now_ms, life_seen, acl_seen)
             effects += self._resolve_doubts()
         return effects
 
@@ -336,10 +343,12 @@ class Holdings:
                 self._drop(held)  # the record has moved on, so the key has gone too; or nobody can read it
         return []
 
-    def _record_ends(self, now_ms: int, life_seen: Revision, acl_seen: Revision) -> list[Effect]:
+    def _record_ends(self, now: float, now_ms: int, life_seen: Revision, acl_seen: Revision) -> list[Effect]:
         if self._finishing or not life_seen:
             return []
-        ready = [h for h in self.held.values() if h.step is Step.ENDED][:FINISHES_MAX]
+        ready = [h for h in self.held.values() if h.step is Step.ENDED and h.not_before_s <= now]
+        # What was refused goes alone, so that it keeps nobody else's end from being recorded.
+        ready = [h for h in ready if not h.refused][: self._ends_max] or ready[:1]
         if not ready:
             return []
         nested = [self._end_of(h, now_ms) for h in ready]
@@ -367,6 +376,8 @@ class Holdings:
     def finished(self, done: CommitDone, now: float) -> list[Effect]:
         """The answer to a batch of ends."""
         batch, self._finishing = self._finishing, ()
+        if isinstance(done.result, Rejected):
+            return self._refused(batch, done.result, now)
         if not isinstance(done.result, txn.Committed):
             self._retry_at_s = now + RETRY_S
             for task_id, token in batch:
@@ -384,7 +395,22 @@ class Holdings:
             else:
                 held.step = Step.DOUBTFUL
                 self._retry_at_s = now + RETRY_S  # not at once: it may be refused again
+        self._ends_max = min(2 * self._ends_max, FINISHES_MAX)
+        self._some_refused = self._some_refused and any(h.refused for h in self.held.values())
         return []
+
+    def _refused(self, batch: Sequence[tuple[TaskId, Revision]], why: Rejected, now: float) -> list[Effect]:
+        """The store does not take these ends as they are. Nothing was recorded, so there is nothing to read back."""
+        current = [held for task_id, token in batch if (held := self._current(task_id, token)) is not None]
+        for held in current:
+            held.step = Step.ENDED
+        if len(batch) > 1 or not current:
+            self._ends_max = max(len(batch) // 2, 1)
+            self._retry_at_s = now + RETRY_S
+            return []
+        current[0].shorten_end(now)
+        self._some_refused = True
+        return [Notice(f"the end of {current[0].key} cannot be recorded as it is: {why.text}")]
 
     def _resolve_doubts(self) -> list[Effect]:
         if self._resolving:

@@ -39,6 +39,7 @@ from spinetta.events import (
     ReadDone,
     Reading,
     Refused,
+    Rejected,
     Remember,
     Remembered,
     RenewRuntime,
@@ -47,6 +48,7 @@ from spinetta.events import (
     Start,
     Started,
     Stop,
+    Tag,
     Tick,
     Unwatch,
     Watch,
@@ -59,6 +61,8 @@ from spinetta.node.trouble import Teller
 from spinetta.node.vault import CannotOpen, Opened, Vault
 from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimLost
 from spinetta.store.protocol import KeyValue, Store
+from spinetta.trust.backoff import Backoff
+from spinetta.txn import Result
 
 log = logging.getLogger("spinetta.node")
 
@@ -66,6 +70,9 @@ INBOX_EVENTS_MAX = 4096  # about a second at several kHz; watches wait when it i
 TURN_EVENTS_MAX = 512  # handled in one turn, so that a flood does not keep effects waiting
 IDLE_S = 5.0  # the longest sleep, in case a wake-up was forgotten
 RUNTIME_RETRY_S = 0.5
+PAUSE_FIRST_S, PAUSE_MOST_S = 0.2, 2.0  # before the failure of an effect is told, from the second one in a row on
+UNPACED = frozenset({"renew", "advertise"})  # they have a rhythm of their own, and a task's life hangs on the first
+NEVER = frozenset({"too-large", "too-many-operations"})  # reasons for which the same write would be refused again
 REMARK_EVERY_S = 10.0  # of the same kind; the rest are at level debug
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -128,6 +135,10 @@ def entry_of(kv: KeyValue | None) -> Entry | None:
     return None if kv is None else Entry(kv.key, kv.value, kv.created, kv.modified, kv.lease)
 
 
+def _name_of(tag: Tag) -> str:
+    return tag if isinstance(tag, str) else tag.step
+
+
 class Driver:
     """Owns the agent and all that is done for it; nothing of it outlives `run`."""
 
@@ -156,6 +167,7 @@ class Driver:
         self._changed = asyncio.Condition()
         self._remarked_s: dict[str, float] = {}
         self._teller = Teller(log)
+        self._waits: dict[str, Backoff] = {}  # by the names of tags, of which there are two dozen
         self._hushed = False
         self._busy_s = agent.settings.renew_every_s
         self._relist_s = agent.settings.reconcile_s  # an end that the shim could not forget is found again
@@ -248,7 +260,7 @@ class Driver:
             case Archive():
                 self._spawn(self._archive(effect))
             case Notice():
-                log.warning("%s", effect.text)
+                self._teller.tell(effect.text, logging.WARNING)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._tasks is not None  # noqa: S101 - only called from run
@@ -263,18 +275,31 @@ class Driver:
         # A renewal or description that takes longer than until the next one is worth nothing.
         timeout_s = self._busy_s if effect.tag in ("renew", "advertise") else 5.0
         try:
-            result = await self._store.commit(effect.txn, timeout_s=timeout_s)
-        except (OutcomeUnknown, StoreUnavailable) as e:
+            result: Result | Rejected | None = await self._store.commit(effect.txn, timeout_s=timeout_s)
+        except (OutcomeUnknown, StoreUnavailable) as e:  # also a store that is full: later it will not be
             self._remark("no answer to a write", e)
             result = None
         except Denied as e:
             await self._refused(e)
             result = None
-        except UserError as e:  # the store refuses: out of space, too large
-            log.error("the store refuses %s: %s", effect.tag, e)
-            await asyncio.sleep(1.0)
-            result = None
+        except UserError as e:
+            self._remark(f"the store refuses to write ({_name_of(effect.tag)})", e)
+            result = Rejected(e.message) if e.reason in NEVER else None
+        await self._pace(effect.tag, failed=result is None or isinstance(result, Rejected))
         await self.tell(CommitDone(effect.tag, result))
+
+    async def _pace(self, tag: Tag, *, failed: bool) -> None:
+        """After a failure keep its answer for a while, longer each time and by chance: the agent tries again half a
+        second after it. So a store that comes back is not met by all nodes at once, each with all that it has."""
+        name = _name_of(tag)
+        if not failed:
+            self._waits.pop(name, None)
+        elif name not in UNPACED:
+            wait = self._waits.get(name)
+            if wait is None:
+                self._waits[name] = Backoff(PAUSE_FIRST_S, PAUSE_MOST_S)  # not at once: one failure is nothing
+            else:
+                await wait.pause()
 
     async def _refused(self, error: Denied) -> None:
         """The gateway does not let this node in: no answer to what was asked. The agent decides what follows."""
@@ -290,8 +315,10 @@ class Driver:
             return
         except (StoreUnavailable, UserError) as e:  # the latter: what a voter cannot tell this node now
             self._remark("no answer to a read", e)
+            await self._pace(effect.tag, failed=True)
             await self.tell(ReadDone(effect.tag, None))
             return
+        await self._pace(effect.tag, failed=False)
         entries = {k: entry_of(v) for k, v in snapshot.entries.items()}
         await self.tell(ReadDone(effect.tag, Reading(snapshot.revision, entries)))
 
@@ -300,10 +327,12 @@ class Driver:
             page = await self._store.list(effect.prefix, after=effect.after, limit=effect.limit)
         except (StoreUnavailable, Compacted, UserError) as e:  # a long list is read in pages, all at one revision
             self._remark("no answer to a list", e)
+            await self._pace(effect.tag, failed=True)
             await self.tell(ListDone(effect.tag, None))
             return
+        await self._pace(effect.tag, failed=False)
         entries = tuple(entry for kv in page.entries if (entry := entry_of(kv)) is not None)
-        await self.tell(ListDone(effect.tag, Listing(page.revision, entries, page.more)))
+        await self.tell(ListDone(effect.tag, Listing(page.revision, entries, page.more, page.total)))
 
     async def _watch(self, effect: Watch) -> None:
         try:
