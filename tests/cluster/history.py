@@ -28,6 +28,7 @@ class Checker:
     recorded: dict[TaskId, int] = field(default_factory=lambda: defaultdict(int))
     held: dict[NodeId, set[TaskId]] = field(default_factory=lambda: defaultdict(set))
     revisions: int = 0
+    collected: set[TaskId] = field(default_factory=set)
 
     def feed(self, revision: Revision, events: Sequence[Change]) -> None:
         """All events of one revision."""
@@ -58,6 +59,8 @@ class Checker:
         for e in events:
             if e.key.startswith(keys.TASK) and e.value is not None:
                 self._record(codec.decode_task(e.value.value), revision, before)
+            elif e.key.startswith(keys.TASK):
+                self._collected(keys.parse_task(e.key), revision)
         for task in touched:
             self._agree(task, revision)
         for node in nodes:
@@ -94,9 +97,20 @@ class Checker:
                 raise Violation(f"3: {task.id} is complete at {revision} without an outcome")
         self.tasks[task.id] = task
 
+    def _collected(self, task: TaskId, revision: Revision) -> None:
+        """Its record has left the store, for an archive."""
+        known = self.tasks.get(task)
+        if known is None or known.state is not State.COMPLETE:
+            raise Violation(f"1: the record of {task} was removed at {revision}, it was {known}")
+        self.collected.add(task)
+
     def _agree(self, task: TaskId, revision: Revision) -> None:
         record = self.tasks.get(task)
         present = self.status[task]
+        if task in self.collected:
+            if present or keys.task(task) in self.now:
+                raise Violation(f"1: {task} was collected, and has {present} at {revision}")
+            return
         if record is None:
             if present:
                 raise Violation(f"1: {task} has {present} at {revision} and no record")
