@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "user": ("user", "user", "Add people, and say what they may do."),
     "group": ("trust", "group", "Limit what groups of nodes are cleared for."),
     "policy": ("trust", "policy", "Approval, lifetimes, limits, OIDC issuers."),
-    "cluster": ("cluster", "cluster", "See and change certificate authorities."),
+    "cluster": ("cluster", "cluster", "Back up, restore, recover; certificate authorities."),
     "audit": ("audit", "audit", "Read and check a node's audit log."),
     "config": ("configure", "config", "Show settings and where they come from."),
     "decode": ("etcd", "decode", "Print a stored record as JSON."),

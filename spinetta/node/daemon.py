@@ -23,8 +23,8 @@ from spinetta.node.archiving import NodeArchivist
 from spinetta.node.driver import Driver, LaunchSettings, wall_ms
 from spinetta.node.ending import Ending
 from spinetta.node.entry import Entrance
-from spinetta.node.fitness import LOOK_EVERY_S, Fitness
 from spinetta.node.etcdcare import EtcdCare
+from spinetta.node.fitness import LOOK_EVERY_S, Fitness
 from spinetta.node.health import StoreHealth
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
@@ -56,6 +56,7 @@ DRAIN, RELEASE, FORCE = "drain", "release", "force"  # as remembered
 ENDPOINTS_EVERY_S = 5.0  # how often the voters to talk to are looked up
 SWEEP_EVERY_S = 300.0
 EXIT_OK = 0
+BEGIN_ANEW = -1  # no exit code: the daemon is to be made anew in this process
 
 
 def boot_id() -> str:
@@ -253,10 +254,21 @@ class Daemon:
             if self._secured is not None:
                 work.append(group.create_task(self._secured.run(), name="trust"))
             await self._report_ready()
-            await self._ending.finish(await self._stop.told())
-            for task in work:
+            told = group.create_task(self._stop.told(), name="told")
+            anew = group.create_task(self._made_anew(), name="generation")
+            await asyncio.wait((told, anew), return_when=asyncio.FIRST_COMPLETED)
+            if told.done():
+                await self._ending.finish(told.result())
+            else:
+                self.driver.hush()
+            for task in (*work, told, anew):
                 task.cancel()
-        return EXIT_OK
+        return EXIT_OK if told.done() and not told.cancelled() else BEGIN_ANEW
+
+    async def _made_anew(self) -> None:
+        """Return when the cluster turns out to have been restored or recovered: all in memory is of another history."""
+        while not self.agent.restored and not self.seat.strayed:
+            await self.driver.until(lambda a: a.restored, ENDPOINTS_EVERY_S)
 
     def _etcd_work(self) -> Iterator[Coroutine[Any, Any, None]]:
         if isinstance(self._store, EtcdStore) and self._health is not None:

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from pathlib import Path
 
 from spinetta import names
 from spinetta.config import Resolved, Settings
-from spinetta.errors import RuntimeUnavailable, UserError
-from spinetta.node import founding
+from spinetta.errors import RuntimeUnavailable, StoreUnavailable, UserError
+from spinetta.node import founding, recovery
 from spinetta.node.admission import admit
-from spinetta.node.daemon import EXIT_OK, Daemon
+from spinetta.node.daemon import BEGIN_ANEW, EXIT_OK, Daemon
 from spinetta.node.entry import Entrance, enter, etcd_tls, remembered
 from spinetta.node.lock import DirectoryLock
 from spinetta.node.signals import StopSignals, Wish
@@ -29,6 +30,8 @@ from spinetta.trust.dial import Dialer
 
 log = logging.getLogger("spinetta.node")
 
+ANEW_STEADY_S = 120.0  # a daemon that lived this long before it has to begin again does so at once
+ANEW_PAUSE_MAX_S = 30.0
 CLEAN_UP_S = 15.0  # for a shim to end etcd, when the node does not come up
 
 
@@ -95,34 +98,58 @@ async def _main(settings: Settings, data_dir: Path) -> int:
 
 
 async def _live(settings: Settings, data_dir: Path, stop: StopSignals) -> int:
+    pause_s, first = 0.0, True
     with DirectoryLock(data_dir):
-        check_port_free(settings.address, "the API")
-        known = remembered(settings, data_dir)
-        credentials = await admit(settings, data_dir, known)
-        dialer = Dialer.open() if credentials is None else Dialer.secured(credentials.pems)
-        async with contextlib.AsyncExitStack() as stack:
-            runtime = await stack.enter_async_context(
-                ProcessRuntime.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
-            )
+        if await asyncio.to_thread(recovery.complete, data_dir):
+            log.warning("a restore or recovery that was cut short has been completed")
+        while True:
+            since_s = time.monotonic()
             try:
-                entrance = await enter(settings, data_dir, runtime, known, credentials, dialer)
-                store = _store(entrance, credentials, dialer)
-                stack.push_async_callback(store.close)
-                if isinstance(store, EtcdStore):
-                    entrance.seat.attach(store)
-                if credentials is not None and founding.is_pending(credentials.directory):
-                    await founding.commit(store, credentials)
-                log_of_calls = await asyncio.to_thread(open_log, data_dir / "audit", settings.name)
-            except UserError:
-                await _leave_no_idle_shim(runtime)
-                raise
-            except asyncio.CancelledError:  # told to stop
-                await _leave_no_idle_shim(runtime, with_etcd=stop.wish is Wish.EVERYTHING)
-                raise
-            stack.push_async_callback(asyncio.to_thread, log_of_calls.close)
-            daemon = Daemon(settings, entrance, runtime, store, credentials, dialer, log_of_calls, stop)
-            stop.started()
-            return await daemon.run()
+                code = await _live_once(settings, data_dir, stop)
+            except (UserError, StoreUnavailable, RuntimeUnavailable) as e:
+                if first:
+                    raise
+                log.error("this node cannot begin again yet: %s", e)
+                code = BEGIN_ANEW
+            if code != BEGIN_ANEW:
+                return code
+            first = False
+            # At once the first time; later and later while it keeps coming back.
+            pause_s = 0.0 if time.monotonic() - since_s > ANEW_STEADY_S else min(2 * pause_s + 1, ANEW_PAUSE_MAX_S)
+            log.warning("this node begins again with nothing in memory, and finds out what is true now")
+            await asyncio.sleep(pause_s)
+            if stop.wish is not None:
+                return EXIT_OK
+
+
+async def _live_once(settings: Settings, data_dir: Path, stop: StopSignals) -> int:
+    check_port_free(settings.address, "the API")
+    known = remembered(settings, data_dir)
+    credentials = await admit(settings, data_dir, known)
+    dialer = Dialer.open() if credentials is None else Dialer.secured(credentials.pems)
+    async with contextlib.AsyncExitStack() as stack:
+        runtime = await stack.enter_async_context(
+            ProcessRuntime.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
+        )
+        try:
+            entrance = await enter(settings, data_dir, runtime, known, credentials, dialer)
+            store = _store(entrance, credentials, dialer)
+            stack.push_async_callback(store.close)
+            if isinstance(store, EtcdStore):
+                entrance.seat.attach(store)
+            if credentials is not None and founding.is_pending(credentials.directory):
+                await founding.commit(store, credentials)
+            log_of_calls = await asyncio.to_thread(open_log, data_dir / "audit", settings.name)
+        except UserError:
+            await _leave_no_idle_shim(runtime)
+            raise
+        except asyncio.CancelledError:  # told to stop
+            await _leave_no_idle_shim(runtime, with_etcd=stop.wish is Wish.EVERYTHING)
+            raise
+        stack.push_async_callback(asyncio.to_thread, log_of_calls.close)
+        daemon = Daemon(settings, entrance, runtime, store, credentials, dialer, log_of_calls, stop)
+        stop.started()
+        return await daemon.run()
 
 
 def _store(entrance: Entrance, credentials: NodeCredentials | None, dialer: Dialer) -> EtcdStore | GatewayStore:

@@ -23,6 +23,7 @@ from spinetta.node.hub import Hub, closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, views
 from spinetta.node.services.archives import Archives, OwnArchive
+from spinetta.node.services.backup import Backups
 from spinetta.node.services.callers import Callers, TokenVerifier
 from spinetta.node.services.cancel import Canceller
 from spinetta.node.services.desk import Asked, Desk, short_list
@@ -79,6 +80,7 @@ class Api(rpc.SpinettaServicer):
         self._watcher = Watcher(port, hub)
         self._logs = Logs(port, hub, peers)
         self._nodes = Nodes(port, peers, beats, health)
+        self._backups = Backups(port)
 
     async def Submit(self, request: api.SubmitRequest, context: Any) -> api.SubmitResponse:
         return await self._desk.answer(context, Call.SUBMIT, lambda asked: self._submitter.submit(request, asked))
@@ -166,6 +168,11 @@ class Api(rpc.SpinettaServicer):
         context: Any,
     ) -> api.DescribeClusterResponse:
         return await self._desk.answer(context, Call.NODES, lambda _: self._nodes.describe(), anyhow=True)
+
+    async def Backup(self, request: api.BackupRequest, context: Any) -> AsyncIterator[api.BackupChunk]:  # noqa: ARG002 - gRPC's signature
+        async with closing(self._desk.stream(context, Call.BACKUP, self._backups.backup)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 class PeerApi(rpc.PeerServicer):
