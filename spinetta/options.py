@@ -301,7 +301,7 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("log_keep_time", "log_keep_s", units.parse_duration, "How long to keep task logs (0: for ever).", "TIME"),
     Option("collect_after", "collect_after_s", _keep_time, "When finished tasks leave the store (0: never).", "TIME"),
     Option("collect_keep", "collect_keep", _whole(0, KEEP_MAX), "Finished tasks to keep in it (0: any).", "N"),
-    Option("archive_keep", "archive_keep_bytes", units.parse_bytes, "Bytes of archived tasks to keep (0: all).", "SIZE"),
+    Option("archive_keep", "archive_keep_bytes", units.parse_bytes, "Archived tasks to keep here (0: all).", "SIZE"),
     Option("pids_max", "pids_max", _whole(0, 4_194_304), "Processes and threads of one task (0: any).", "N"),
     Option("reconcile", "reconcile_s", _duration(1, 600), "Between full comparisons with the store.", "TIME"),
 )
