@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from spinetta import keys, txn
 from spinetta.attempt import REFUSED_AGAIN_MAX_S, SHORT_CHARS
+from spinetta.claims import RETRY_S as CLAIM_RETRY_S
 from spinetta.events import AttemptEnded, Commit, CommitDone, Notice, Read, Rejected, Started
 from spinetta.holdings import RETRY_S, Holdings
 from spinetta.model import Exit, Outcome, Reason, Revision
 from tests.builders import holding, key_of, task_id
 from tests.unit.test_claims import LISTED, Bench, row, task_entry
-from tests.unit.test_claims import RETRY_S as CLAIM_RETRY_S
 from tests.unit.test_holdings import LIFE, NOW, poll, ready, record, written
 
 TOO_LARGE = Rejected("the request is larger than the 1.5 MiB that etcd takes")
