@@ -46,6 +46,7 @@ RIGHT: dict[str, Call] = {
     "Spinetta.Undrain": Call.DRAIN,
     "Spinetta.Leave": Call.LEAVE,
     "Spinetta.ConfirmDead": Call.CONFIRM_DEAD,
+    "Spinetta.Backup": Call.BACKUP,
     "Peer.TakeSeat": Call.PEER,
     "Peer.GiveUpSeat": Call.PEER,
     "Enroll.GetAuthorities": Call.ENROLL,

@@ -57,6 +57,7 @@ CALLS: dict[str, tuple[Call, Do]] = {
     "Undrain": (Call.DRAIN, lambda s, _: s.api.Undrain(api.UndrainRequest())),
     "Leave": (Call.LEAVE, lambda s, _: all_of(s.api.Leave(api.LeaveRequest()))),
     "ConfirmDead": (Call.CONFIRM_DEAD, lambda s, _: s.api.ConfirmDead(api.ConfirmDeadRequest(node="nobody"))),
+    "Backup": (Call.BACKUP, lambda s, _: all_of(s.api.Backup(api.BackupRequest()))),
     "TakeSeat": (Call.PEER, lambda s, _: s.peer.TakeSeat(api.TakeSeatRequest(member_id=1))),
     "GiveUpSeat": (Call.PEER, lambda s, _: s.peer.GiveUpSeat(api.GiveUpSeatRequest(member_id=1))),
     "Check": (Call.HEALTH, lambda s, _: s.health.Check(health_pb2.HealthCheckRequest())),

@@ -97,6 +97,10 @@ class Stand(SpinettaServicer):
         async for item in self._many("Leave", request, context):
             yield item
 
+    async def Backup(self, request: Any, context: Any) -> Any:
+        async for item in self._many("Backup", request, context):
+            yield item
+
 
 @contextlib.asynccontextmanager
 async def serving(stand: Stand) -> AsyncIterator[str]:
