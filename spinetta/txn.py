@@ -407,6 +407,8 @@ def collect(office: OfficeHeld, tasks: Sequence[Leaving], nodes: Sequence[NodeId
 
     `nodes`: those that have written them down, which the store remembers.
     """
+    # Nested and once only: a store that is full refuses plain puts, and this is what makes room in it.
+    remembered = tuple(Txn(when=(Absent(keys.archive(n)),), then=(Put(keys.archive(n)),)) for n in nodes)
     nested = tuple(
         Txn(
             when=(RevisionIs(keys.task(t.task), t.record_seen), RevisionIs(keys.complete(t.task), t.status_seen)),
@@ -414,4 +416,4 @@ def collect(office: OfficeHeld, tasks: Sequence[Leaving], nodes: Sequence[NodeId
         )
         for t in tasks
     )
-    return Txn(when=office.guards(), then=tuple(Put(keys.archive(n)) for n in nodes), nested=nested)
+    return Txn(when=office.guards(), nested=nested + remembered)

@@ -303,8 +303,8 @@ def _disarming(view: EtcdView, past: Past, now_s: float, quota_bytes: int) -> Ca
     most = max(max(m.in_use_bytes, m.db_bytes) for m in view.members)
     if most >= RELIEVED_BELOW * quota_bytes:
         return Rest(
-            f"the store is full ({units.format_bytes(view.in_use_bytes)} in use of {units.format_bytes(quota_bytes)}) "
-            "and nothing more can be given up: cancel or collect tasks, or give etcd more (etcd_quota)"
+            "the store is full, and all history and holes are given up: finished tasks have to leave it, waiting ones "
+            "to be cancelled, or the voters to be given a larger etcd_quota"
         )
     if now_s < past.disarmed_s + DISARM_EVERY_S:
         return Rest("the alarm NOSPACE has just been taken back")
@@ -319,12 +319,12 @@ def blocked_for_s(in_use_bytes: int) -> float:
 # --- what to say ---------------------------------------------------------------------------------------------------
 
 
-def full_words(view: EtcdView, quota_bytes: int) -> str:
-    """Why nothing may be submitted now; empty: it may."""
-    percent = 100 * view.in_use_bytes // quota_bytes
+def full_words(view: EtcdView, quota_bytes: int, more_bytes: int = 0) -> str:
+    """Why nothing may be submitted now; empty: it may. `more_bytes`: put into it since that view."""
+    percent = 100 * (view.in_use_bytes + more_bytes) // quota_bytes
     if view.raised(NOSPACE):
         return f"the cluster's store is full (etcd alarm NOSPACE, {percent} % in use)"
-    if view.in_use_bytes >= SUBMITS_UP_TO * quota_bytes:
+    if view.in_use_bytes + more_bytes >= SUBMITS_UP_TO * quota_bytes:
         return f"the cluster's store is {percent} % full, and the rest is kept for the tasks that there are"
     return ""
 
@@ -341,7 +341,7 @@ def notices(view: EtcdView, quota_bytes: int) -> list[str]:
     names = {m.member_id: m.title for m in view.members}
     if not view.has_majority:
         found.append(no_majority_words(view))
-    for member, alarm in sorted(view.alarms or ()):
+    for member, alarm in sorted(view.alarms or (), key=lambda each: (names.get(each[0], ""), each)):
         what = {
             NOSPACE: "it takes no new records; the leader makes room and takes the alarm back when it can",
             CORRUPT: "its data differs from that of the others; nothing is answered until an administrator has acted",

@@ -43,6 +43,7 @@ class StoreHealth:
         self._cluster_id = cluster_id
         self._clock = clock
         self._nearest: EtcdView | None = None
+        self._taken_bytes = 0  # by submits since the glance that told `_nearest`
         self._view: EtcdView | None = None
         self._seen_s = float("-inf")
         self._lost_since_s: float | None = None
@@ -69,7 +70,7 @@ class StoreHealth:
         except StoreUnavailable:
             self._nearest = None  # how full it is, is not known
             return True
-        self._nearest = view_of([_member(status)], {status.member_id: status})
+        self._nearest, self._taken_bytes = view_of([_member(status)], {status.member_id: status}), 0
         return not status.healthy
 
     async def look(self, *, max_age_s: float = 0.0) -> EtcdView:
@@ -101,10 +102,15 @@ class StoreHealth:
         """The nearest member tells of the alarm NOSPACE."""
         return self._nearest is not None and bool(self._nearest.raised(upkeep.NOSPACE))
 
-    def refusal_of_submits(self) -> UserError | None:
-        """Why nothing may be submitted now; None: it may, as far as is known."""
-        words = upkeep.full_words(self._nearest, self.quota_bytes) if self._nearest is not None else ""
-        return store_full(words) if words else None
+    def refusal_of_submits(self, size_bytes: int) -> UserError | None:
+        """Why tasks of this size may not be submitted now; None: they may, as far as is known, and are counted."""
+        if self._nearest is None:
+            return None
+        words = upkeep.full_words(self._nearest, self.quota_bytes, self._taken_bytes)
+        if words:
+            return store_full(words)
+        self._taken_bytes += size_bytes  # until the next glance: a quick client must not run past the limit by then
+        return None
 
     async def explain(self, error: SpinettaError, *, named: bool = True) -> SpinettaError:
         """The error with what is behind it, if that is the store.
