@@ -235,3 +235,58 @@ async def test_a_writer_that_cannot_live_is_not_started_in_a_loop(state_dir: Pat
             )
         assert (await end_of(rt, "held.1")).exit_code == 5
         assert (await ran(rt, launch("more.1", "true"))).exit_code == 0
+
+
+@contextlib.contextmanager
+def pids_group(name: str) -> Iterator[Path]:
+    """A control group in which the number of processes can be limited, on either version."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = {controller: line.split(":", 2)[2] for line in lines for controller in line.split(":", 2)[1].split(",")}
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - cgroup" in line]
+    top = next((m[4] for m in mounts if "pids" in m[-1].split(",")), None)
+    folder = Path(f"{top}{own['pids']}" if top else f"{mounts[0][4]}{own['']}") / name
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="control groups need root")
+@asynchronous
+async def test_no_process_left(state_dir: Path, isolate: bool) -> None:
+    """Nothing can be started, all that runs goes on, and later everything works again."""
+    with pids_group(f"spinetta-test-{uuid.uuid4().hex[:12]}") as group:
+        try:
+            async with runtime(state_dir, isolate=isolate) as rt:
+                os.mkfifo(state_dir / "go")
+                waiter = shell("held.1", "read line < go; exit 4", working_directory=str(state_dir))
+                assert await rt.start(waiter) is None
+                shim, writer = rt.shim_pid(), writer_of(rt.shim_pid())
+                (group / "cgroup.procs").write_text(str(shim))
+                (group / "pids.max").write_text("1")
+                unfit = await rt.start(launch("none.1", "true"))
+                assert unfit is not None
+                assert (unfit.reason, unfit.message) == (
+                    Reason.NODE_UNFIT,
+                    "cannot fork: Resource temporarily unavailable",
+                )
+                await rt.forget("none.1")
+                # Not even the process that writes can be started again: what is to be written waits.
+                os.kill(writer, signal.SIGKILL)
+                await until(lambda: name_of(writer) == "")
+                waiting = asyncio.create_task(rt.start(launch("waits.1", "true")))
+                async with asyncio.timeout(30):
+                    while [held.key for held in await rt.held()] != ["held.1", "waits.1"]:  # noqa: ASYNC110 - it tells no events
+                        await asyncio.sleep(0.01)
+                assert not waiting.done()
+                (group / "pids.max").write_text("max")
+                await waiting
+                assert (await end_of(rt, "waits.1")).exit_code == 0
+                assert (await ran(rt, launch("again.1", "true"))).exit_code == 0
+                (state_dir / "go").write_text("\n")
+                assert (await end_of(rt, "held.1")).exit_code == 4
+                await rt.shutdown_shim()
+        finally:
+            kill_shim(state_dir)
+            await until(lambda: not (group / "cgroup.procs").read_text())
