@@ -6,7 +6,7 @@ to be looked at. The numbers are those of the list in the design.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from spinetta import codec, keys, trustcodec
@@ -97,6 +97,8 @@ class Checker:
     lost_labels: set[tuple[NodeId, str]] = field(default_factory=set)  # ever withdrawn
     beyond: bool = False  # clocks or shims are worse than is assumed of them: what rests on them is counted only
     broken: int = 0
+    collected: set[TaskId] = field(default_factory=set)  # have left the store
+    archived: Callable[[TaskId], bool] = lambda _: False
 
     def _by_clock(self, text: str) -> None:
         """Invariant 9 does not hold: it alone rests on clock rates, and on shims that are run in time."""
@@ -112,6 +114,7 @@ class Checker:
         self.author = author
         touched: set[TaskId] = set()
         old: dict[TaskId, Held] = {}
+        left: dict[TaskId, int] = {}
         for event in changes.events:
             key, kv = event.key, event.value
             self._may_write(key, kv)
@@ -127,13 +130,16 @@ class Checker:
                 task = keys.parse_task(key)
                 touched.add(task)
                 if kv is None and key.startswith(keys.COMPLETE):
-                    raise Violated(3, f"the end of {task} was deleted")
+                    self._leaves(task, "end")
+                    left[task] = left.get(task, 0) + 1
                 self._set_status(task, key, kv)
             elif key.startswith(keys.TASK):
                 task = keys.parse_task(key)
                 touched.add(task)
                 if kv is None:
-                    raise Violated(1, f"the record of {task} was deleted")
+                    self._leaves(task, "record")
+                    left[task] = left.get(task, 0) + 1
+                    continue
                 self._record_changed(task, kv)
             elif key.startswith((keys.NODE, keys.INCARNATION)):
                 self._life_changed(key, kv)
@@ -143,10 +149,22 @@ class Checker:
                 self.office = codec.decode_office(kv.value) if kv is not None else None
             elif key.startswith(keys.ACL_NODE) and kv is not None:
                 self._rights_changed(trustcodec.decode(NodeAcl, kv.value))
-        for task in touched:
+        for task, deleted in left.items():
+            if deleted != 2 or self.status.get(task):
+                raise Violated(1, f"{task} left the store in part, at {self.revision}")
+            self.collected.add(task)
+        for task in touched - self.collected:
             self._agrees(task)
             if task in old:
                 self._after_holding(task, old[task])
+
+    def _leaves(self, task: TaskId, what: str) -> None:
+        """A key of a finished task is deleted: by the leader, and only if it is on a disk elsewhere."""
+        known = self.tasks.get(task)
+        if known is None or known[0].state is not State.COMPLETE or not self.archived(task):
+            raise Violated(1, f"the {what} of {task} was deleted, which no archive has: {known and known[0].state}")
+        if self.author is None or self.office != self.author:
+            raise Violated(0, f"{self.author} deleted the {what} of {task}; {self.office} holds the office")
 
     def _may_write(self, key: str, kv: KeyValue | None) -> None:
         acl = self.rights.get(self.author) if self.author is not None else None
@@ -222,6 +240,8 @@ class Checker:
     def _record_changed(self, task: TaskId, kv: KeyValue) -> None:
         record = codec.decode_task(kv.value)
         known = self.tasks.get(task)
+        if task in self.collected:
+            raise Violated(3, f"{task} has come back after it was archived")
         if known is not None:
             if known[0].state is State.COMPLETE and known[1] != kv.value:
                 raise Violated(3, f"the end of {task} was written again: {known[0]} became {record}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spinetta.agent import Agent
 from spinetta.events import (
+    Archive,
     Effect,
     Forget,
     Happening,
@@ -235,7 +236,7 @@ class Machine(StoreLink, ShimLink):
         if self.world.trace:
             for event in events:
                 self.world.log(self.name, f"  < {event}")
-        effects = daemon.agent.handle(now, int(self.world.now * 1000), *events)
+        effects = daemon.agent.handle(now, int(self.world.now * 1000) + self.world.archives.epoch_ms, *events)
         daemon.turns += 1
         if not self._carry_out_all(daemon, effects):
             return
@@ -301,6 +302,8 @@ class Machine(StoreLink, ShimLink):
                     delay_s += self.chance.uniform(0.0, SLOW_DISK_S)
                     self.world.tally["disk slow"] += 1
                 self.world.after(delay_s, self._remember, daemon, incarnation)
+            case Archive():
+                self.world.archives.carry_out(self, daemon, effect)
             case Notice(text):
                 self.world.log(self.name, f"NOTICE {text}")
             case _:

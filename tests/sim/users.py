@@ -45,6 +45,10 @@ class Users:
         """Do something to the store."""
         raise NotImplementedError
 
+    def has_left(self, task: TaskId) -> bool:
+        """Whether it has been archived and is in the store no more."""
+        raise NotImplementedError
+
     def log(self, who: str, text: str) -> None:
         """A line of the trace."""
         raise NotImplementedError
@@ -54,7 +58,7 @@ class Users:
 
     def _submit(self, spec: TaskSpec) -> None:
         wish = self.submitted.setdefault(spec.id, Wish())
-        if wish.acknowledged:
+        if wish.acknowledged or self.has_left(spec.id):  # nobody tries again for so long
             return
         task = lifecycle.submitted(spec, now_ms=int(self.now * 1000), at_node="user")
         arrives, answers = self._fate()
@@ -71,6 +75,8 @@ class Users:
     def _cancel(self, task_id: TaskId) -> None:
         """Read, then write a little later: what was read may have changed."""
         kv = self.model.get(keys.task(task_id))
+        if self.has_left(task_id):
+            return
         arrives, _ = self._fate()
         if kv is None or not arrives or self.now < self.stalled_until_s:
             self.after(0.5, self._cancel, task_id)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
 
-from spinetta import agent, claims, codec, holdings, keys, queue, recover, steal, trustcodec
+from spinetta import agent, claims, codec, collect, holdings, keys, queue, recover, steal, trustcodec
 from spinetta.access import NodeAcl, NodeRole
 from spinetta.events import SetDraining
 from spinetta.model import IncarnationId, Life, NodeId, State, TaskId
@@ -20,6 +20,7 @@ from spinetta.session import Phase
 from spinetta.settings import AgentSettings
 from tests.builders import node_record
 from tests.sim.administrators import Administrators
+from tests.sim.archives import Archives
 from tests.sim.etcd_model import EtcdModel
 from tests.sim.faults import CANDIDATES, Fault, Plan, Rates
 from tests.sim.invariants import Ability, Checker
@@ -37,6 +38,8 @@ STEPS_MAX = 60_000
 # Limits that a dozen tasks reach, so that pages, batches and starvation are part of the story.
 TIGHT: tuple[tuple[Any, str, float], ...] = (
     (claims, "PAGE_KEYS", 3),
+    (collect, "PAGE_KEYS", 2),
+    (collect, "ELSEWHERE_AFTER_S", 4.0),
     (claims, "LINGER_S", 1.0),
     (claims, "HOLD_OFF_S", 2.0),
     (holdings, "FINISHES_MAX", 2),
@@ -91,6 +94,8 @@ class World(Administrators, Users):
         self._expiry_s = float("inf")
         self.submitted: dict[TaskId, Wish] = {}
         self.cancelled: dict[TaskId, Wish] = {}
+        self.archives = Archives(self)
+        self.checker.archived = self.archives.has
         self.machines: dict[NodeId, Machine] = {m.name: Machine(self, m, self._settings(m.name)) for m in plan.machines}
         if plan.secured:
             for m in plan.machines:
@@ -110,7 +115,7 @@ class World(Administrators, Users):
     def _settings(self, name: NodeId) -> AgentSettings:
         m = next(m for m in self.plan.machines if m.name == name)
         record = replace(node_record(name, m.capacity, m.tags), incarnation=IncarnationId(""))
-        return AgentSettings(
+        settings = AgentSettings(
             record,
             boot_id=f"boot of {name}",
             lease_ttl_s=self.plan.lease_ttl_s,
@@ -121,6 +126,7 @@ class World(Administrators, Users):
             candidate=self.plan.machines.index(m) < CANDIDATES,
             secured=self.plan.secured,
         )
+        return self.archives.settle(settings)
 
     # --- time --------------------------------------------------------------------------------------------------
 
@@ -150,6 +156,10 @@ class World(Administrators, Users):
             if self.steps > STEPS_MAX:
                 raise Stuck(f"{self.steps} steps at {self.now:.1f} s: something goes round in circles")
         self.now = until_s
+
+    def has_left(self, task: TaskId) -> bool:
+        """Whether it has been archived and is in the store no more."""
+        return task in self.checker.collected
 
     def log(self, who: str, text: str) -> None:
         """A line of the trace."""
