@@ -61,7 +61,7 @@ class Nemesis:
         self.counts: Counter[str] = Counter()
         self.skipped = 0
         self.ended_by_themselves: list[str] = []
-        self.ended_on_a_full_disk: list[str] = []  # which is no reason to run; they are started again
+        self.failed_starts: list[str] = []  # no peer in reach, a full disk: tried again, as a service manager would
         self.lost: list[tuple[str, float]] = []  # whole nodes that were killed, and when
 
     async def run(self, faults: Sequence[Fault]) -> None:
@@ -73,14 +73,19 @@ class Nemesis:
                 group.create_task(self._one(fault))
 
     async def watch_daemons(self) -> None:
-        """Daemons that end though nobody ended them: noted, and started again as a service manager would."""
+        """Daemons that end though nobody ended them: noted, and started again as a service manager would.
+
+        One that gives up while it starts says why and may be tried again; one that took part must not end.
+        """
         while True:
             await asyncio.sleep(0.5)
             for node in self._world.nodes:
                 code = node.process.poll() if node.process is not None else None
                 if code is not None and node.name not in self._busy:
-                    self.ended_by_themselves.append(f"{node.name} with {code}: {node.tail(3)}")
-                    self._settings.progress(f"the daemon of {self.ended_by_themselves[-1]}")
+                    clear = node.tail(1).startswith("error: ") and not self._world.took_part(node)
+                    noted = self.failed_starts if clear else self.ended_by_themselves
+                    noted.append(f"{node.name} with {code}: {node.tail(3)}")
+                    self._settings.progress(f"the daemon of {noted[-1]}")
                     self._world.restart(node)
 
     def _target(self, fault: Fault) -> Node | None:
@@ -109,9 +114,6 @@ class Nemesis:
                 await asyncio.sleep(fault.hold_s)
             finally:
                 mend()
-                if fault.kind == "full-disk" and node.process is not None and node.process.poll() is not None:
-                    self.ended_on_a_full_disk.append(f"{node.name} with {node.process.poll()}: {node.tail(3)}")
-                    self._world.restart(node)
         finally:
             self._busy.discard(node.name)
         self.counts[fault.kind] += 1
@@ -173,7 +175,7 @@ async def run_in(made: World, directory: Path, settings: Settings) -> Result:
         "times": {"lease_ttl_s": settings.times.lease_ttl_s, "grace_s": settings.times.grace_s,
                   "kill_margin_s": settings.times.kill_margin_s},
         "faults": dict(sorted(nemesis.counts.items())), "faults_skipped": nemesis.skipped,
-        "daemons_ended_on_a_full_disk": nemesis.ended_on_a_full_disk,
+        "failed_starts": nemesis.failed_starts,
         "settled_after_s": round(settled_s, 1), "watch_breaks": recorder.breaks,
         "calls_repeated": dict(load.again), "tasks_held_back": load.held_back,
         **figures(replay, ledger, told, nemesis.lost),

@@ -17,7 +17,7 @@ from tests.cluster.netns import NetCluster, can_make_namespaces, ip
 
 # etcd sets aside two 64 MiB segments of its log before it writes anything; the rest is room for the run.
 DISK_MIB = 400
-ROLES = {"v": "voter", "s": "voter", "w": "worker"}  # s: a spare voter, without a seat
+STARTED, UP = "--- started by the nemesis ---", ": API on "  # in a node's log: the latter once it takes part
 
 
 def can_run() -> bool:
@@ -56,14 +56,13 @@ class World(NetCluster):
                 wait_dead(shim)
 
     def found(self, size: int) -> None:
-        """Start the nodes, and wait until they are ready: three voters, spare ones, one worker if there are four."""
-        self.add(name="v1")
+        """Start the nodes, and wait until they are ready; from four on the last one is a worker."""
+        self.add(name="n1")
         self.wait_ready()
-        names = [f"v{i}" for i in (2, 3)] + [f"s{i}" for i in range(1, size - 3)] + ["w1"]
-        names = names[: size - 1]
         voters = self.token("voter", "--uses", "16")
-        for name in names:
-            self.add(name=name, token=voters if ROLES[name[0]] == "voter" else self.token("worker"))
+        for i in range(2, size + 1):
+            last = i == size and size >= 4
+            self.add(name="w1" if last else f"n{i}", token=self.token("worker") if last else voters)
         self.wait_ready(within_s=90)
         self.wait_voters(min(3, size) if size != 2 else 1, within_s=90)
         for node in self.nodes:
@@ -129,9 +128,16 @@ class World(NetCluster):
                 node.process.wait(10)
 
     def restart(self, node: Node) -> None:
-        """Start the daemon unless it runs."""
+        """Start the daemon unless it runs. It knows its cluster: no peers are named."""
         if node.process is None or node.process.poll() is not None:
-            node.start(self.peers_of(node))
+            with node.log.open("a") as log:
+                log.write(f"{STARTED}\n")
+            node.start()
+
+    @staticmethod
+    def took_part(node: Node) -> bool:
+        """Whether the daemon that was started last has come so far."""
+        return UP in node.log.read_text(errors="replace").rpartition(STARTED)[2]
 
     # --- network ---
 
