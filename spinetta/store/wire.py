@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from aetcd import rpc
 from grpc.aio import Channel
 
+from spinetta import keys
 from spinetta.errors import InvariantViolation
 from spinetta.model import LeaseId, Revision
 from spinetta.store.protocol import Change, KeyValue
@@ -70,6 +71,10 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
 def txn_request(txn: Txn) -> Message:
     """The request for a transaction."""
     operations = [_write(write) for write in txn.then]
+    if txn.then and not txn.nested and all(write.key.startswith(keys.BEAT) for write in txn.then):
+        # A renewal. Etcd's quota does not look into nested transactions, so a store that is full still takes it, and
+        # nothing that runs is killed for want of room: docs/adr/0025-etcd-upkeep.md.
+        operations = [rpc.RequestOp(request_txn=rpc.TxnRequest(success=operations))]
     for each in txn.nested:
         if each.nested:
             raise InvariantViolation("transactions nest one level deep")
