@@ -19,7 +19,7 @@ import tenacity
 
 from spinetta import names
 from spinetta.client import diagnose
-from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, UNIMPLEMENTED, Redirected, from_rpc
+from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, UNIMPLEMENTED, Redirected, Throttled, from_rpc
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer, stands
 from spinetta.v1 import api_pb2 as api
@@ -56,6 +56,16 @@ _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
 )
+
+
+_EXPONENTIAL = tenacity.wait_random_exponential(multiplier=0.1, max=RETRY_WAIT_MAX_S)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Longer each time, by chance; at least as long as a node that has too much to do has asked for."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    asked_s = error.retry_after_s if isinstance(error, Throttled) else 0.0
+    return asked_s + _EXPONENTIAL(state)
 
 
 class _NotReached(StoreUnavailable):
@@ -306,7 +316,7 @@ class Nodes:
 
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_before_delay(max(end_s - start_s, 0.0)),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=RETRY_WAIT_MAX_S),
+            wait=_wait,
             retry=tenacity.retry_if_exception(is_worth_another),
             reraise=True,
         )

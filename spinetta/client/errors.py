@@ -28,6 +28,9 @@ ASK_NODE = "ask-node"  # only the node that has it can show it
 _Code = grpc.StatusCode
 _LOGIN = "log in with: spinetta login; see also: spinetta whoami"
 _PLUGIN_FAILED = "metadata from plugin failed"  # gRPC's words
+_TOO_MANY = "oncurrent RPC limit exceeded"  # the same
+TOO_MANY_RETRY_S = 0.5  # most calls are over by then
+RETRY_AFTER_MAX_S = 10.0  # longer is never asked for
 _USERS = frozenset(
     {
         _Code.INVALID_ARGUMENT,
@@ -53,6 +56,18 @@ class Redirected(StoreUnavailable):
         self.reason = reason
         self.addresses = addresses
         self.object = object_
+
+
+class Throttled(StoreUnavailable):
+    """This node is asked for too much, by us or by all together; nothing was changed.
+
+    Attributes:
+        retry_after_s: how long to leave it alone.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, hint="try again later, or at another node", reason="busy")
+        self.retry_after_s = min(max(retry_after_s, 0.0), RETRY_AFTER_MAX_S)
 
 
 def detail_of(error: grpc.aio.AioRpcError) -> api.ErrorDetail | None:
@@ -86,7 +101,9 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, *, writes: bool) -> Spin
     if detail and detail.reason in (ASK_A_VOTER, ASK_NODE):
         return Redirected(detail.reason, f"{where}: {text}", tuple(detail.addresses), detail.object)
     if detail and detail.reason == "busy":
-        return StoreUnavailable(f"{where}: {text}")
+        return Throttled(f"{where}: {text}", detail.retry_after_s)
+    if code is _Code.RESOURCE_EXHAUSTED and _TOO_MANY in text:  # gRPC's server refuses before anybody has looked
+        return Throttled(f"{where} already answers as many calls as it may", TOO_MANY_RETRY_S)
     if code in (_Code.PERMISSION_DENIED, _Code.UNAUTHENTICATED):
         unknown = code is _Code.UNAUTHENTICATED
         reason = "unauthenticated" if unknown else "denied"

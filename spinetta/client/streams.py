@@ -9,9 +9,10 @@ from collections.abc import AsyncGenerator
 
 from spinetta.client import views
 from spinetta.client.channels import RETRY_WAIT_MAX_S, Nodes
-from spinetta.client.errors import NODE_UNREACHABLE
+from spinetta.client.errors import NODE_UNREACHABLE, Throttled
 from spinetta.errors import Compacted, StoreUnavailable, UserError
 from spinetta.model import TaskId
+from spinetta.trust.backoff import Backoff
 from spinetta.v1 import api_pb2 as api
 
 PATIENCE_S = 60.0  # how long to look for a node that answers
@@ -23,23 +24,26 @@ class _Patience:
 
     def __init__(self) -> None:
         self._since_s: float | None = None
-        self._wait_s = PAUSE_FIRST_S
+        self._wait = Backoff(PAUSE_FIRST_S, RETRY_WAIT_MAX_S)
+        self._asked_s = 0.0
 
     def reset(self) -> None:
         """Something came."""
-        self._since_s, self._wait_s = None, PAUSE_FIRST_S
+        self._since_s = None
+        self._wait.reset()
 
     def check(self, error: Exception) -> None:
         """Raise the error when there have been only errors for too long."""
         now_s = time.monotonic()
+        self._asked_s = error.retry_after_s if isinstance(error, Throttled) else 0.0
         self._since_s = now_s if self._since_s is None else self._since_s
         if now_s - self._since_s >= PATIENCE_S:
             raise error
 
     async def pause(self) -> None:
-        """Longer each time."""
-        await asyncio.sleep(self._wait_s)
-        self._wait_s = min(self._wait_s * 2, RETRY_WAIT_MAX_S)
+        """Longer each time, by chance, and as long as the node has asked for."""
+        asked_s, self._asked_s = self._asked_s, 0.0
+        await asyncio.sleep(asked_s + self._wait.next_s())
 
 
 async def watch(nodes: Nodes, request: api.WatchRequest) -> AsyncGenerator[views.TaskChanges, None]:

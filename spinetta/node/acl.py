@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -22,6 +21,7 @@ from spinetta.model import NodeId, Revision
 from spinetta.node.hub import closing
 from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.store.protocol import KeyValue, Store
+from spinetta.trust.backoff import Backoff
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -87,12 +87,13 @@ class AclView:
     async def run(self) -> None:
         """Keep the copy. Runs until it is cancelled."""
         teller = Teller(log)
-        delay_s = RETRY_MIN_S
+        wait = Backoff(RETRY_MIN_S, RETRY_MAX_S)
         while True:
+            refused_s, began_s = 0.0, self._clock()
             try:
                 await self._follow()
             except UserError as e:
-                delay_s = REFUSED_RETRY_S
+                refused_s = REFUSED_RETRY_S
                 teller.tell(f"the records of rights are read one by one: {e}")
             except TROUBLE as e:
                 teller.tell(f"the records of rights are not followed now: {e}")
@@ -100,8 +101,9 @@ class AclView:
                 self._follows = False
                 self._entries.clear()
                 self._decoded.clear()
-            await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))  # noqa: S311 - spreads the load, no secret
-            delay_s = min(delay_s * 2, RETRY_MAX_S)
+            if self._clock() - began_s > RETRY_MAX_S:  # it stood for a while
+                wait.reset()
+            await asyncio.sleep(refused_s + wait.next_s())
 
     async def _follow(self) -> None:
         asked_s = self._clock()

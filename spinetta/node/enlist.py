@@ -6,7 +6,6 @@ for an approval, or whose answer was lost, asks again with the same keys and get
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from spinetta.errors import InvariantViolation, OutcomeUnknown, SpinettaError, S
 from spinetta.node.answers import error_of
 from spinetta.tokens import JoinToken
 from spinetta.trust import certificates, sealing
+from spinetta.trust.backoff import Backoff
 from spinetta.trust.contact import Met, meet
 from spinetta.trust.credentials import EtcdPems, NodeCredentials, PendingKeys
 from spinetta.trust.dial import VOTER, Dialer
@@ -26,6 +26,7 @@ from spinetta.v1 import trust_pb2 as pb
 from spinetta.v1.trust_pb2_grpc import EnrollStub
 
 ASK_S = 10.0  # one Join: two reads and a transaction
+ASK_FIRST_S = 0.2  # after no voter has answered, then longer
 ASK_AGAIN_S = 2.0  # while an administrator decides; an hour of it is 1,800 small reads
 ASK_AGAIN_MAX_S = 15.0
 REACH_S = 60.0  # how long a cluster that let itself be seen may be silent before a node gives up joining
@@ -119,7 +120,7 @@ def _check_role(token: JoinToken, role: NodeRole | None) -> None:
 async def _ask_until_decided(request: pb.JoinRequest, met: Met, say: Callable[[str], None]) -> pb.JoinResponse:
     dialer = Dialer.guest(met.ca_bundle)
     addresses = list(dict.fromkeys([*met.voters, met.address]))
-    wait_s, said = ASK_AGAIN_S, False
+    wait, said = Backoff(ASK_AGAIN_S, ASK_AGAIN_MAX_S), False
     while True:
         answer = await _ask_any(dialer, addresses, request, say)
         if answer.decision == pb.JoinResponse.APPROVED:
@@ -139,8 +140,7 @@ async def _ask_until_decided(request: pb.JoinRequest, met: Met, say: Callable[[s
                 f"the key of this node, as `spinetta node requests` shows it: {_fingerprint(request.csr)}"
             )
             said = True
-        await asyncio.sleep(wait_s)
-        wait_s = min(wait_s * 1.5, ASK_AGAIN_MAX_S)
+        await wait.pause()
 
 
 def _fingerprint(csr_pem: bytes) -> str:
@@ -153,6 +153,7 @@ async def _ask_any(
 ) -> pb.JoinResponse:
     """Ask voters in turn until one answers, for a limited time: asking again is safe, whatever became of it before."""
     end_s = time.monotonic() + REACH_S
+    wait = Backoff(ASK_FIRST_S, ASK_AGAIN_S)
     said = False
     while True:
         failure: SpinettaError | None = None
@@ -170,7 +171,7 @@ async def _ask_any(
         if not said:
             say(f"no voter answers yet, trying again: {failure}")
             said = True
-        await asyncio.sleep(ASK_AGAIN_S)
+        await wait.pause()
 
 
 async def _ask(dialer: Dialer, address: str, request: pb.JoinRequest) -> pb.JoinResponse:

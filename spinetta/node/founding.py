@@ -32,6 +32,7 @@ from spinetta.model import NodeId
 from spinetta.node.keyring import ETCD_LIFETIMES, KINDS, host_of, known_of, wrap
 from spinetta.store.protocol import Store
 from spinetta.trust import certificates, sealing
+from spinetta.trust.backoff import Backoff
 from spinetta.trust.credentials import EtcdPems, NodeCredentials, UserCredentials
 from spinetta.trust.files import write_private
 from spinetta.txn import Committed
@@ -198,7 +199,7 @@ async def commit(store: Store, credentials: NodeCredentials) -> bool:
     if not path.exists():
         return False
     records = _from_json(path)
-    end_s, written = time.monotonic() + COMMIT_S, False
+    end_s, written, wait = time.monotonic() + COMMIT_S, False, Backoff(RETRY_S, 1.0)
     while True:
         try:
             # Guarded by there being none, so that it may be tried again whatever became of it before.
@@ -208,7 +209,7 @@ async def commit(store: Store, credentials: NodeCredentials) -> bool:
         except (StoreUnavailable, OutcomeUnknown):
             if time.monotonic() > end_s:
                 raise
-            await asyncio.sleep(RETRY_S)
+            await wait.pause()
     if certificates.cluster_of(known.cluster.active.certificate_pem) != credentials.cluster:
         raise UserError(
             "this node's etcd holds the records of another cluster",

@@ -20,6 +20,7 @@ from spinetta.errors import StoreUnavailable, UserError
 from spinetta.model import Revision, TaskId
 from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.store.protocol import Change, Changes, Store
+from spinetta.trust.backoff import Backoff
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -208,20 +209,19 @@ class Hub:
 
     async def _follow(self) -> None:
         teller = Teller(log)
-        delay_s = RETRY_MIN_S
+        wait = Backoff(RETRY_MIN_S, RETRY_MAX_S)
         while True:
             try:
                 async with closing(self._changes()) as changes:
                     async for change in changes:
-                        delay_s = RETRY_MIN_S
+                        wait.reset()
                         for event in change.events:  # no await in here: nobody sees half a revision
                             self._deliver(event)
             except TROUBLE as e:  # also refusals: of a node whose rights are about to be given, or were just taken
                 teller.tell(f"the watch of tasks was lost: {e}")
             finally:
                 self._standing.clear()
-            await asyncio.sleep(delay_s)
-            delay_s = min(delay_s * 2, RETRY_MAX_S)
+            await wait.pause()
 
     async def _changes(self) -> AsyncIterator[Changes]:
         base = (await self._store.read([keys.GENERATION])).revision

@@ -20,6 +20,7 @@ from spinetta.errors import Fenced, RuntimeUnavailable, StoreUnavailable, UserEr
 from spinetta.model import Exit
 from spinetta.store.members import MemberStatus, status
 from spinetta.store.process import EtcdSettings, Version, etcd_argv, etcd_env
+from spinetta.trust.backoff import Backoff
 
 log = logging.getLogger("spinetta.store")
 
@@ -137,7 +138,7 @@ class EtcdSupervisor:
         Raises:
             Fenced: this member has been removed from its cluster; it must not be started again.
         """
-        wait_s = RESTART_FIRST_S
+        wait = Backoff(RESTART_FIRST_S, RESTART_MOST_S)
         since_s = time.monotonic()
         while True:
             await asyncio.sleep(POLL_S)
@@ -145,12 +146,12 @@ class EtcdSupervisor:
                 self._bound_log()
                 if await self.running():
                     if time.monotonic() - since_s > STEADY_S:
-                        wait_s = RESTART_FIRST_S
+                        wait.reset()
                     continue
                 self._raise_if_removed()
-                log.warning("etcd has ended (see %s); starting it again in %g s", self._log_path, wait_s)
+                wait_s = wait.next_s()
+                log.warning("etcd has ended (see %s); starting it again in %.1f s", self._log_path, wait_s)
                 await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, RESTART_MOST_S)
                 since_s = time.monotonic()
                 async with self._changing:
                     if not await self.running():

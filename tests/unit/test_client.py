@@ -17,6 +17,7 @@ import pytest
 
 from spinetta import validate
 from spinetta.client import AsyncClient, Client, TaskFilter, make_spec
+from spinetta.client.errors import Throttled
 from spinetta.client.requests import parse_nodes
 from spinetta.client.specs import ENTRY_KEYS, TaskOptions
 from spinetta.codec import encode_task
@@ -211,7 +212,7 @@ def test_first_contact_gives_up_early(refusing: str) -> None:
         (failing(Code.UNIMPLEMENTED), UserError, "does not know this call"),
         (failing(Code.INTERNAL, "bug", message="oh"), InvariantViolation, "failed: oh"),
         (failing(Code.UNAVAILABLE, "unavailable", message="no etcd"), StoreUnavailable, "no etcd"),
-        (failing(Code.RESOURCE_EXHAUSTED, "busy", message="full"), StoreUnavailable, "full"),
+        (failing(Code.RESOURCE_EXHAUSTED, "busy", message="full"), Throttled, "full"),
         (failing(Code.ABORTED, "outcome-unknown", message="perhaps"), OutcomeUnknown, "perhaps"),
     ],
 )

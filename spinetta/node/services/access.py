@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from spinetta.model import Revision
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked
 from spinetta.store.protocol import KeyValue, Store
+from spinetta.trust.backoff import Backoff
 from spinetta.txn import Committed, Guard, RevisionIs, Txn
 
 T = TypeVar("T")
@@ -143,7 +143,8 @@ async def settle(attempt: Callable[[], Awaitable[A | None]]) -> A:
         OutcomeUnknown: the last attempt's answer was lost.
     """
     unknown: OutcomeUnknown | None = None
-    for i in range(limits.TRIES_MAX):
+    wait = Backoff(limits.TRY_WAIT_S, limits.TRY_WAIT_MAX_S)
+    for _ in range(limits.TRIES_MAX):
         try:
             found = await attempt()
         except OutcomeUnknown as e:
@@ -152,7 +153,7 @@ async def settle(attempt: Callable[[], Awaitable[A | None]]) -> A:
             unknown = None
         if found is not None:
             return found
-        await asyncio.sleep(limits.TRY_WAIT_S * 2**i)
+        await wait.pause()
     raise unknown or StoreUnavailable("the records of rights change too fast: nothing was changed by this call")
 
 

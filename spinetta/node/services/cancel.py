@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +13,7 @@ from spinetta.node.services import limits, lookup
 from spinetta.node.services.desk import Asked, short_list
 from spinetta.node.services.portions import portions
 from spinetta.store.protocol import READ_KEYS_MAX, KeyValue, Snapshot
+from spinetta.trust.backoff import Backoff
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 
@@ -77,9 +76,10 @@ class Canceller:
         answers: dict[TaskId, api.Cancelled] = {}
         sent: dict[TaskId, bytes] = {}  # records whose transaction got no answer
         unknown: OutcomeUnknown | None = None
+        wait = Backoff(2 * limits.TRY_WAIT_S, limits.TRY_WAIT_MAX_S)
         for n in range(limits.TRIES_MAX):
             if n:
-                await asyncio.sleep(limits.TRY_WAIT_S * 2**n * random.uniform(0.5, 1.0))  # noqa: S311 - not a secret
+                await wait.pause()
             portion: list[_Move] = []
             try:
                 moves = await self._look(group, fields, reason, answers, sent)

@@ -24,6 +24,7 @@ from spinetta.node.services.peers import FORWARDED, Peers
 from spinetta.node.trouble import TROUBLE
 from spinetta.rights import CallerKind
 from spinetta.store.protocol import KeyValue
+from spinetta.trust.backoff import Backoff
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 from spinetta.v1 import record_pb2 as pb
@@ -186,9 +187,10 @@ class Nodes:
         """Write an administrator's word that nothing of a lost node's life runs any more."""
         names.check_node_name(name, "node")
         unknown: OutcomeUnknown | None = None
+        wait = Backoff(2 * limits.TRY_WAIT_S, limits.TRY_WAIT_MAX_S)
         for n in range(limits.TRIES_MAX):
             if n:
-                await asyncio.sleep(limits.TRY_WAIT_S * 2**n)
+                await wait.pause()
             try:
                 done = await self._vouch(NodeId(name), asked)
             except OutcomeUnknown as e:

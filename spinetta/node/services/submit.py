@@ -17,6 +17,7 @@ from spinetta.node.services.desk import Asked, short_list
 from spinetta.node.services.portions import portions
 from spinetta.node.services.sealing import seal_or_refuse
 from spinetta.rights import Call, CallerKind
+from spinetta.trust.backoff import Backoff
 from spinetta.v1 import api_pb2 as api
 
 _CONVERTED_PER_TURN = 100  # specifications checked before other calls get a turn: about 5 ms
@@ -119,12 +120,13 @@ class Submitter:
         """Write the entries of one transaction; which of them existed before."""
         existed: dict[int, bool] = {}
         unknown: OutcomeUnknown | None = None
-        for n in range(limits.TRIES_MAX):
+        wait = Backoff(limits.TRY_WAIT_S, limits.TRY_WAIT_MAX_S)
+        for _ in range(limits.TRIES_MAX):
             try:
                 result = await self._port.store.commit(txn.batch([e.txn for e in chunk], asked.caller.guards))
             except OutcomeUnknown as e:
                 unknown, lost = e, list(chunk)
-                await asyncio.sleep(limits.TRY_WAIT_S * 2**n)
+                await wait.pause()
             except StoreUnavailable as e:
                 if unknown is None:
                     raise
