@@ -83,14 +83,16 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 
 def guards() -> list[Found]:
-    """All of them, in the order of the module; those of nested transactions as ``NAME each[INDEX]``."""
+    """All of them, in the order of the module; those nested as ``NAME each[INDEX]``, of a second sort ``NAME each 2[INDEX]``."""
     found: list[Found] = []
     for name, function in functions().items():
         cls, _, method = name.partition(".")
         made = _call(function, made_up(cls)) if method else _call(function)
         if isinstance(made, txn.Txn):
             found += [Found(name, i, g) for i, g in enumerate(made.when)]
-            found += [Found(f"{name} each", i, g) for n in made.nested for i, g in enumerate(n.when)]
+            for n, each in enumerate(made.nested, 1):
+                sort = f"{name} each" + (f" {n}" if n > 1 else "")
+                found += [Found(sort, i, g) for i, g in enumerate(each.when)]
         else:
             found += [Found(name, i, g) for i, g in enumerate(made)]
     return found

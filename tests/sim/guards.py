@@ -56,6 +56,7 @@ WHY: dict[str, str] = {
     "close[3]": "a life is closed while it holds tasks, which then nobody puts back",
     "collect each[0]": "a task is removed though its record has changed since it was archived",
     "collect each[1]": "a task is removed whose end was written again since it was archived",
+    "collect each 2[0]": "it is written at each collection, and a full store, which refuses that, stays full",
 }
 CASE_OF = {  # where the test of each guard alone goes by another name
     "claim": "claim",
@@ -134,7 +135,7 @@ def why(found: Found) -> str:
 
 
 def _uses(owner: str, common: str) -> bool:
-    parameters = inspect.signature(getattr(txn, owner.removesuffix(" each"))).parameters.values()
+    parameters = inspect.signature(getattr(txn, owner.partition(" each")[0])).parameters.values()
     return any(str(p.annotation) == common.partition(".")[0] for p in parameters)
 
 

@@ -306,6 +306,12 @@ CASES = (
         lambda g: txn.collect(g.office_held(), [archived(g)], [ME]).nested[0],
         (lambda g: _ignore(g.put(keys.task(T), b"mended")), lambda g: g.again(keys.complete(T))),
     ),
+    Case(
+        "collect each 2",
+        with_finished,
+        lambda g: txn.collect(g.office_held(), [archived(g)], [ME]).nested[1],
+        (lambda g: _ignore(g.put(keys.archive(ME))),),
+    ),
 )
 GUARDS = [(case, i) for case in CASES for i in range(len(case.breaks))]
 
