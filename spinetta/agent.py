@@ -117,8 +117,10 @@ class Agent:
 
     def free(self) -> Resources:
         """What is neither held nor reserved by claims under way."""
-        reserved = self.claims.reserved(self.holdings.counted())
-        return (self.settings.record.capacity - self.holdings.demand() - reserved).at_least_nothing()
+        room = self.settings.record.capacity - self.holdings.demand()
+        if self.claims.round is not None:  # asked at every event; most of the time no claims are under way
+            room = room - self.claims.reserved(self.holdings.counted())
+        return room.at_least_nothing()
 
     @property
     def next_s(self) -> float | None:

@@ -83,7 +83,7 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 
 def guards() -> list[Found]:
-    """All of them, in the order of the module; those nested as ``NAME each[INDEX]``, of a second sort ``NAME each 2[INDEX]``."""
+    """All of them, in the order of the module; those nested as ``NAME each[INDEX]``, then ``NAME each 2[INDEX]``."""
     found: list[Found] = []
     for name, function in functions().items():
         cls, _, method = name.partition(".")
