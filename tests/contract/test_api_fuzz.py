@@ -14,6 +14,7 @@ import pytest
 from spinetta.access import UserRole
 from spinetta.node.services import limits
 from spinetta.v1 import api_pb2 as api
+from spinetta.v1 import record_pb2 as pb
 from tests.contract.api_world import Etcd, etcd, etcd_member, run, spec
 from tests.contract.rights_world import secured
 
@@ -51,6 +52,9 @@ def true_requests(task: str) -> list[bytes]:
         api.LogRequest(id=task, follow=True, tail_bytes=3, attempt=1),
         api.WaitRequest(ids=[task], timeout_s=0.1, any=True),
         api.LeaveRequest(node="a", timeout_s=1.0),
+        api.ListArchivedRequest(filter=api.Filter(owner="ann"), page_size=3, since_ms=1, newest_first=True),
+        api.ReadArchiveRequest(limit=3, after=task, since_ms=1),
+        api.ArchiveRequest(records=[pb.Task(spec=spec(), state=pb.COMPLETE).SerializeToString()]),
         api.TakeSeatRequest(member_id=7, initial_cluster="x", cluster_id="y"),
     ]
     return [m.SerializeToString() for m in messages]

@@ -48,6 +48,7 @@ CALLS: dict[str, tuple[Call, Do]] = {
     "Cancel": (Call.CANCEL, lambda s, t: s.api.Cancel(api.CancelRequest(ids=[t]))),
     "Get": (Call.STATUS, lambda s, t: s.api.Get(api.GetRequest(ids=[t]))),
     "List": (Call.STATUS, lambda s, _: s.api.List(api.ListRequest())),
+    "ListArchived": (Call.STATUS, lambda s, _: s.api.ListArchived(api.ListArchivedRequest())),
     "Watch": (Call.STATUS, lambda s, _: first(s.api.Watch(api.WatchRequest()))),
     "Wait": (Call.STATUS, lambda s, t: s.api.Wait(api.WaitRequest(ids=[t], timeout_s=0.01))),
     "Log": (Call.LOG, lambda s, t: all_of(s.api.Log(log_request(t)))),
@@ -60,6 +61,8 @@ CALLS: dict[str, tuple[Call, Do]] = {
     "Backup": (Call.BACKUP, lambda s, _: all_of(s.api.Backup(api.BackupRequest()))),
     "TakeSeat": (Call.PEER, lambda s, _: s.peer.TakeSeat(api.TakeSeatRequest(member_id=1))),
     "GiveUpSeat": (Call.PEER, lambda s, _: s.peer.GiveUpSeat(api.GiveUpSeatRequest(member_id=1))),
+    "Archive": (Call.PEER, lambda s, _: s.peer.Archive(api.ArchiveRequest())),
+    "ReadArchive": (Call.PEER, lambda s, _: s.peer.ReadArchive(api.ReadArchiveRequest())),
     "Check": (Call.HEALTH, lambda s, _: s.health.Check(health_pb2.HealthCheckRequest())),
     "ServerReflectionInfo": (
         Call.REFLECTION,
