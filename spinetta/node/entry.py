@@ -204,7 +204,7 @@ async def _find_gateways(settings: Settings, memory: Memory, dialer: Dialer) -> 
             raise
         log.warning("no voter answers yet; this worker goes on trying: %s", e)
         return
-    memory.update(cluster_id=met.cluster_id, gateways=met.gateways)
+    memory.update(cluster_id=met.cluster_id, gateways=met.to_remember(identity.gateways))
 
 
 async def _follow(settings: Settings, memory: Memory, seat: OwnSeat, dialer: Dialer, tls: TlsSource | None) -> None:

@@ -18,6 +18,7 @@ from spinetta.v1.api_pb2_grpc import SpinettaStub
 from spinetta.v1.trust_pb2_grpc import EnrollStub
 
 ASK_S = 5.0  # a node that needs longer than this to describe its cluster is as good as absent
+GATEWAYS_MAX = 16  # voters that a worker remembers: a few times as many as there are
 UNREACHABLE = "unreachable"
 
 
@@ -29,6 +30,13 @@ class Introduction:
     cluster_id: str
     client_urls: tuple[str, ...]
     gateways: tuple[str, ...]  # API addresses of the voters
+
+    def to_remember(self, earlier: Sequence[str]) -> tuple[str, ...]:
+        """Where a worker looks for voters from now on: those told of, who told, then the `earlier` ones.
+
+        Nothing known is forgotten for what one node says: in bad times it may see no voter at all.
+        """
+        return tuple(dict.fromkeys((*self.gateways, self.peer, *earlier)))[:GATEWAYS_MAX]
 
 
 async def introduce(peers: Sequence[str], *, name: str, returning: bool, wall_ms: int, dialer: Dialer) -> Introduction:
