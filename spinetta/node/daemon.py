@@ -55,6 +55,7 @@ TOLD_S = 10.0  # for the others to know that this node is drained
 DRAIN, RELEASE, FORCE = "drain", "release", "force"  # as remembered
 ENDPOINTS_EVERY_S = 5.0  # how often the voters to talk to are looked up
 SWEEP_EVERY_S = 300.0
+GATEWAYS_MAX = 16  # voters that a worker remembers: a few times as many as there are
 EXIT_OK = 0
 BEGIN_ANEW = -1  # no exit code: the daemon is to be made anew in this process
 
@@ -306,6 +307,9 @@ class Daemon:
     async def _look_for_voters(self) -> None:
         memory = self._entrance.memory
         gateways = self.voter_addresses() if self.credentials is not None else ()
+        if gateways and not isinstance(self._store, EtcdStore):
+            # The others behind them, not forgotten: of all voters one that was away may be the only one to come back.
+            gateways = (*gateways, *(g for g in memory.identity.gateways if g not in gateways))[:GATEWAYS_MAX]
         if gateways and gateways != memory.identity.gateways:
             memory.update(gateways=gateways)
         if not isinstance(self._store, EtcdStore):
