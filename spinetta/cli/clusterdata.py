@@ -59,7 +59,6 @@ def backup(file: Path, as_json: bool, node: str | None, timeout: str | None, con
     source = {"node": "", "cluster": ""}
 
     async def work(client: AsyncClient) -> SnapshotFile:
-        import asyncio
         from contextlib import aclosing
 
         told_s = begun_s
@@ -68,14 +67,14 @@ def backup(file: Path, as_json: bool, node: str | None, timeout: str | None, con
                 async for piece in pieces:
                     if piece.node:
                         source.update(node=piece.node, cluster=piece.cluster_id)
-                    await asyncio.to_thread(writer.write, piece.data)
+                    writer.write(piece.data)  # here: a thread could write on when this has been given up
                     if not as_json and time.monotonic() - told_s >= TOLD_EVERY_S:
                         told_s = time.monotonic()
                         all_bytes = writer.written_bytes + piece.remaining_bytes
                         output.tell(
                             f"{units.format_bytes(writer.written_bytes)} of about {units.format_bytes(all_bytes)}"
                         )
-            return await asyncio.to_thread(writer.finish)
+            return writer.finish()
 
     found = with_client(work, node, timeout, config_file)
     took_s = time.monotonic() - begun_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
 import socket
@@ -34,6 +35,7 @@ from spinetta.trust.dial import Dialer
 log = logging.getLogger("spinetta.node")
 
 IDENTITY_FILE = "identity.json"
+PEERS_TELL_S = 5.0  # whether the cluster was made anew: a voter's return must not wait for machines that are off
 
 
 class Memory:

@@ -267,8 +267,8 @@ async def snapshot_of_own(place: Place, folder: Path, tell: Tell) -> Path:
         with SnapshotWriter(file) as writer:
             async with contextlib.aclosing(stream(store.connections)) as pieces:
                 async for piece in pieces:
-                    await asyncio.to_thread(writer.write, piece.data)
-            await asyncio.to_thread(writer.finish)
+                    writer.write(piece.data)
+            writer.finish()
     await asyncio.to_thread(shutil.rmtree, copy, ignore_errors=True)
     return file
 
