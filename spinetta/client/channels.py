@@ -20,13 +20,11 @@ import tenacity
 from spinetta import names
 from spinetta.client import diagnose
 from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, UNIMPLEMENTED, Redirected, Throttled, from_rpc
+from spinetta.client.links import LINKS_MAX, Link, Links
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer, stands
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import trust_pb2 as trust
-from spinetta.v1.api_pb2_grpc import SpinettaStub
-from spinetta.v1.trust_pb2_grpc import EnrollStub, TrustStub
-from spinetta.validate import MESSAGE_BYTES_MAX
 
 if TYPE_CHECKING:
     from spinetta.v1.api_pb2_grpc import SpinettaAsyncStub
@@ -41,22 +39,6 @@ RETRY_WAIT_MAX_S = 1.0
 HOPS_MAX = 8  # addresses followed within one call: there are five voters at most
 LEARNED_MAX = 16  # voters remembered beside the addresses that were given
 OPEN_CLUSTER = "open-cluster"
-RETIRED_MAX = 8  # connections with an older certificate, kept for the streams on them
-
-_OPTIONS: Sequence[tuple[str, int]] = (
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.enable_http_proxy", 0),  # nodes are never behind a web proxy, and loopback least of all
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # A frozen node keeps its connections: a stream notices by these.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
 
 _EXPONENTIAL = tenacity.wait_random_exponential(multiplier=0.1, max=RETRY_WAIT_MAX_S)
 
@@ -76,17 +58,6 @@ class _NotReached(StoreUnavailable):
         self.is_silent = is_silent  # nothing came at all, not even a refusal
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A connection to one node, and the services that are called through it."""
-
-    channel: grpc.aio.Channel
-    serial: int
-    api: SpinettaAsyncStub
-    trust: TrustAsyncStub
-    enroll: EnrollAsyncStub
-
-
 @dataclass(slots=True)
 class Nodes:
     """The nodes a client talks to.
@@ -103,35 +74,18 @@ class Nodes:
     timeout_s: float
     first_contact_s: float
     dialer: Dialer = field(default_factory=Dialer.open)
-    _links: dict[tuple[str, str], Link] = field(default_factory=dict)
-    _retired: deque[Link] = field(default_factory=deque)
+    _links: Links = field(init=False)
     _learned: list[str] = field(default_factory=list)  # voters that others have told of
     _workers: set[str] = field(default_factory=set)  # addresses where workers answered: asked last
     _preferred: str = ""
     _met: bool = False  # a connection stood once
 
+    def __post_init__(self) -> None:
+        self._links = Links(self.dialer)
+
     async def close(self) -> None:
         """Close all connections. May be called twice."""
-        links = [*self._links.values(), *self._retired]
-        self._links.clear()
-        self._retired.clear()
-        for link in links:
-            await link.channel.close()
-
-    async def _link(self, address: str, expect: str) -> Link:
-        key, serial = (address, expect), self.dialer.serial
-        link = self._links.get(key)
-        if link is not None and link.serial != serial:
-            # Made with a certificate that has been renewed meanwhile. Streams on it may go on.
-            self._retired.append(self._links.pop(key))
-            if len(self._retired) > RETIRED_MAX:
-                await self._retired.popleft().channel.close()
-            link = None
-        if link is None:
-            channel = self.dialer.channel(address, expect, _OPTIONS)
-            link = Link(channel, serial, SpinettaStub(channel), TrustStub(channel), EnrollStub(channel))
-            self._links[key] = link
-        return link
+        await self._links.close()
 
     async def _connected(self, address: str, timeout_s: float, expect: str = VOTER) -> Link:
         """The node's link once its connection stands.
@@ -139,7 +93,7 @@ class Nodes:
         Raises:
             StoreUnavailable: it does not, so certainly nothing has been sent.
         """
-        link = await self._link(address, expect)
+        link = await self._links.get(address, expect)
         try:
             async with asyncio.timeout(min(timeout_s, CONNECT_TIMEOUT_S)):
                 if not await stands(link.channel):
@@ -168,6 +122,8 @@ class Nodes:
             answer = await link.enroll.GetAuthorities(request, timeout=max(end_s - time.monotonic(), 0.05))
         except grpc.aio.AioRpcError as e:
             raise from_rpc(e, address, writes=False) from e
+        if len(self._workers) >= LINKS_MAX:  # only an order of asking hangs on it
+            self._workers.clear()
         self._workers.add(address)
         raise Redirected(ASK_A_VOTER, "this node is a worker", tuple(answer.voters))
 
