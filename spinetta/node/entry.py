@@ -215,8 +215,11 @@ async def _follow(settings: Settings, memory: Memory, seat: OwnSeat, dialer: Dia
 
     async def told_by_peers() -> tuple[str, ...]:
         try:
-            met = await introduce(settings.peers, name=settings.name, returning=True, wall_ms=wall_ms(), dialer=dialer)
-        except UserError:  # said later, if it matters
+            async with asyncio.timeout(PEERS_TELL_S):
+                met = await introduce(
+                    settings.peers, name=settings.name, returning=True, wall_ms=wall_ms(), dialer=dialer
+                )
+        except (UserError, TimeoutError):  # said later, if it matters
             return ()
         return met.client_urls
 
