@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ NODES = 3
 FOR_EVER_S = 3600
 CONDEMNED = frozenset({"condemned", "dead", "gone"})
 LIMIT_S = 180.0  # beyond any formula: something is wrong
+SETTING_UP = threading.Lock()  # clusters that start at the same time get in each other's way
 
 
 def now_s() -> float:
@@ -192,25 +195,12 @@ def formula_s(what: str, lease_s: int) -> float | None:
 
 
 def measure(lease_s: int, args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """One lease, all graces."""
-    node_grace_s = max(*args.grace, lease_s + KILL_MARGIN_S + 1)
-    options = (
-        "--lease-ttl", f"{lease_s}s", "--grace", f"{node_grace_s:g}s", "--kill-margin", f"{KILL_MARGIN_S:g}s",
-        "--clock-rate-error", str(RATE_ERROR), "--cpus", "2", "--memory", "1GiB",
-    )  # fmt: skip
+    """One lease, all graces. What was measured before something failed counts; what failed is told."""
     times: Times = {}
-    with running_cluster(directory, NODES, *options) as cluster:
-        cluster.wait_voters(NODES, within_s=120)
-        ledger = directory / "ledger"
-        ledger.touch()
-        with Client([n.address for n in cluster.nodes], timeout_s=10) as client:
-            field = Field(cluster, client, ledger, args.grace)
-            steps: list[Callable[[Field, Node, Times], None]] = [node_killed, own_word, vouched, daemon_killed]
-            for run in range(args.runs):
-                for i, step in enumerate(steps):
-                    victim = cluster.nodes[(run + i) % NODES]  # the leader and etcd's among them in a third of the runs
-                    step(field, victim, times)
-                print(f"lease {lease_s} s: run {run + 1} of {args.runs}", file=sys.stderr, flush=True)
+    try:
+        _measure(lease_s, args, directory, times)
+    except (SpinettaError, AssertionError) as e:
+        print(f"lease {lease_s} s: not all runs: {e}", file=sys.stderr, flush=True)
     rows = []
     for what, values in times.items():
         row: dict[str, Any] = {"lease s": lease_s, "what": what, "runs": len(values)}
@@ -218,6 +208,28 @@ def measure(lease_s: int, args: argparse.Namespace, directory: Path) -> list[dic
         row["formula"] = "" if formula is None else formula
         rows.append(row | {"median": common.median(values), "worst": max(values)})
     return rows
+
+
+def _measure(lease_s: int, args: argparse.Namespace, directory: Path, times: Times) -> None:
+    node_grace_s = max(*args.grace, lease_s + KILL_MARGIN_S + 1)
+    options = (
+        "--lease-ttl", f"{lease_s}s", "--grace", f"{node_grace_s:g}s", "--kill-margin", f"{KILL_MARGIN_S:g}s",
+        "--clock-rate-error", str(RATE_ERROR), "--cpus", "2", "--memory", "1GiB",
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        with SETTING_UP:
+            cluster = stack.enter_context(running_cluster(directory, NODES, *options))
+            cluster.wait_voters(NODES, within_s=120)
+        ledger = directory / "ledger"
+        ledger.touch()
+        client = stack.enter_context(Client([n.address for n in cluster.nodes], timeout_s=10))
+        field = Field(cluster, client, ledger, args.grace)
+        steps: list[Callable[[Field, Node, Times], None]] = [node_killed, own_word, vouched, daemon_killed]
+        for run in range(args.runs):
+            for i, step in enumerate(steps):
+                victim = cluster.nodes[(run + i) % NODES]  # the leader and etcd's among them in a third of the runs
+                step(field, victim, times)
+            print(f"lease {lease_s} s: run {run + 1} of {args.runs}", file=sys.stderr, flush=True)
 
 
 def numbers(text: str) -> list[float]:
@@ -243,10 +255,7 @@ def main() -> int:
         directories = [Path(parent) / f"lease-{lease_s}" for lease_s in leases]
         for directory in directories:
             directory.mkdir()
-        try:
-            found = list(pool.map(lambda pair: measure(pair[0], args, pair[1]), zip(leases, directories, strict=True)))
-        except (SpinettaError, AssertionError) as e:
-            raise SystemExit(f"recovery: {e}") from e
+        found = list(pool.map(lambda pair: measure(pair[0], args, pair[1]), zip(leases, directories, strict=True)))
     on["load_after"] = round(os.getloadavg()[0], 2)
     title = f"recovery: {NODES} voters, kill margin {KILL_MARGIN_S:g} s, clock rate error {RATE_ERROR:g}, seconds"
     common.report(title, [row for rows in found for row in rows], args.json, on)

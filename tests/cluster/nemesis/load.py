@@ -37,6 +37,7 @@ KINDS: dict[str, float] = {
     "overlap": 4, "cancelled-at-once": 4, "cancelled-waiting": 3, "cancelled-running": 2,
 }  # fmt: skip
 RETRIES_THEN, RETRIES_FAILS = 4, 2
+CPUS = 0.2  # of the two that a node offers: what all of them start at once must not bring the machine down
 PATIENCE = 2.0  # its grace, in those of the others
 # The nemesis takes nodes down far more often than machines fail; which task is to blame is not what is tested here.
 LOSSES_ALLOWED = 50
@@ -66,7 +67,7 @@ def make(kind: str, ledger: Path, times: Times, rng: random.Random) -> TaskSpec:
         case "cancelled-waiting":
             more = {"tags": NOWHERE}
     argv = [PYTHON, "-I", "-S", str(WITNESS), str(ledger), f"{seconds:.3f}", codes]
-    return make_spec(argv, cpus=0.1, labels={"kind": kind}, losses_allowed=LOSSES_ALLOWED, **more)
+    return make_spec(argv, cpus=CPUS, labels={"kind": kind}, losses_allowed=LOSSES_ALLOWED, **more)
 
 
 @dataclass

@@ -35,6 +35,7 @@ class Recorder:
 
     Attributes:
         leader: the node that holds the office; empty: none.
+        nodes: those that are registered.
         members: nodes with an etcd member.
         complete: tasks that have ended.
         revision: the latest that was seen.
@@ -44,6 +45,7 @@ class Recorder:
     def __init__(self, endpoints: Sequence[str], tls: EtcdTls, path: Path) -> None:
         self._endpoints, self._tls, self._path = endpoints, tls, path
         self.leader = ""
+        self.nodes: set[str] = set()
         self.members: set[str] = set()
         self.complete: set[str] = set()
         self.revision = Revision(0)
@@ -85,7 +87,10 @@ class Recorder:
             self.leader = codec.decode_office(event.value.value) if event.value else ""
         elif event.key.startswith(keys.COMPLETE) and event.value:
             self.complete.add(keys.parse_task(event.key))
+        elif event.key.startswith(keys.NODE) and not event.value:
+            self.nodes.discard(keys.parse_node(event.key))
         elif event.key.startswith(keys.NODE) and event.value:
+            self.nodes.add(keys.parse_node(event.key))
             record = codec.decode_node(event.value.value)
             (self.members.add if record.etcd_member_id else self.members.discard)(record.name)
 

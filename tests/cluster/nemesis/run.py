@@ -158,7 +158,7 @@ async def run_in(made: World, directory: Path, settings: Settings) -> Result:
                 stop.set()
                 mended_s = boot_s()
                 await loading
-            wrong = await settle(settings, load, recorder)
+            wrong = await settle(settings, {n.name for n in made.nodes}, load, recorder)
             settled_s = boot_s() - mended_s
             present = await recorder.present()
             wrong += await caught_up(recorder, max((r for r, _ in present.values()), default=0))
@@ -206,12 +206,14 @@ async def progress(settings: Settings, load: Load, recorder: Recorder, nemesis: 
         )
 
 
-async def settle(settings: Settings, load: Load, recorder: Recorder) -> list[str]:
-    """Wait until every acknowledged task has ended; what has not in time."""
+async def settle(settings: Settings, nodes: set[str], load: Load, recorder: Recorder) -> list[str]:
+    """Wait until every acknowledged task has ended and every node takes part; what has not come about in time."""
     end_s = boot_s() + settings.settle_s
-    while left := load.acknowledged - recorder.complete:
+    while (left := load.acknowledged - recorder.complete) or nodes - recorder.nodes:
         if boot_s() > end_s:
-            return [f"{len(left)} tasks have not ended {settings.settle_s:g} s later, such as {sorted(left)[:3]}"]
+            late = [f"{len(left)} tasks have not ended, such as {sorted(left)[:3]}"] if left else []
+            away = sorted(nodes - recorder.nodes)
+            return late + ([f"{', '.join(away)} have not come back"] if away else [])
         await asyncio.sleep(0.2)
     return []
 
