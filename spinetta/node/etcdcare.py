@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 from spinetta import keys, units, upkeep
-from spinetta.agent import Agent
 from spinetta.model import Revision
 from spinetta.node.health import StoreHealth
-from spinetta.node.seats import OwnSeat
 from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.store import maintenance
 from spinetta.store.etcd import EtcdStore
@@ -23,6 +23,24 @@ log = logging.getLogger("spinetta.node")
 
 COMPACT_S = 60.0  # etcd answers when all of it is forgotten; it goes on when nobody waits any more
 OFFICE_READ_S = 3.0
+
+
+class Leading(Protocol):
+    """What is used of the agent."""
+
+    @property
+    def leading(self) -> bool:
+        """This node holds the leader's office."""
+        ...
+
+
+class Seated(Protocol):
+    """What is used of the seat."""
+
+    @property
+    def member_id(self) -> int:
+        """Of this node's etcd member; 0: it has none."""
+        ...
 
 
 class EtcdCare:
@@ -36,12 +54,22 @@ class EtcdCare:
         pause_s: as for `upkeep.next_care`.
     """
 
-    def __init__(self, agent: Agent, seat: OwnSeat, store: EtcdStore, health: StoreHealth, *, pause_s: float) -> None:
+    def __init__(
+        self,
+        agent: Leading,
+        seat: Seated,
+        store: EtcdStore,
+        health: StoreHealth,
+        *,
+        pause_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._agent = agent
         self._seat = seat
         self._store = store
         self._health = health
         self._pause_s = pause_s
+        self._clock = clock
         self._past = Past()
         self._said = ""
 
@@ -51,21 +79,23 @@ class EtcdCare:
         while True:
             await asyncio.sleep(upkeep.LOOK_EVERY_S)
             try:
-                await self._step()
+                await self.step()
             except TROUBLE as e:
                 teller.tell(f"etcd's upkeep has to wait: {e}")
 
-    async def _step(self) -> None:
+    async def step(self) -> Care | None:
+        """Look, and do the one thing that is next; None: this node is not in charge."""
         if not self._seat.member_id or not await self._in_charge():
             self._past = Past()
-            return
+            return None
         view = await self._health.look()
-        now_s = time.monotonic()
+        now_s = self._clock()
         self._past.look(now_s, view.revision)
         self._past.keep(m.member_id for m in view.members)
         care = upkeep.next_care(view, self._past, now_s, quota_bytes=self._health.quota_bytes, pause_s=self._pause_s)
         self._past.done(care, now_s)  # also when it fails: not again at once
         await self._carry_out(care, view)
+        return care
 
     async def _in_charge(self) -> bool:
         """The leader is; when the store is so full that no leader can be elected, the node of etcd's leader."""

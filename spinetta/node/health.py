@@ -57,14 +57,15 @@ class StoreHealth:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            ill = await self._glance()
+            ill = await self.glance()
             if ill:
                 await self.look()
             else:
                 self._lost_since_s = None
             await asyncio.sleep(GLANCE_EVERY_ILL_S if ill else GLANCE_EVERY_S)
 
-    async def _glance(self) -> bool:
+    async def glance(self) -> bool:
+        """Look at the nearest member; True: something is wrong."""
         try:
             status = await own_status(self._connections)
         except StoreUnavailable:
