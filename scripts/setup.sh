@@ -83,6 +83,7 @@ missing_packages() {
         { has ip && has ss; } || echo iproute2
         has iptables-restore || echo iptables
         has nsenter || echo util-linux
+        compgen -G "/usr/lib/*/faketime/libfaketimeMT.so.1" >/dev/null || echo libfaketime
     fi
 }
 
