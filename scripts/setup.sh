@@ -167,4 +167,58 @@ if [ "$(cat "${mark}${extras}" 2>/dev/null)" != "$wanted" ] || ! "$venv/bin/pyth
     rm -f "$mark" "${mark}[dev]"
     printf '%s\n' "$wanted" >"${mark}${extras}"
 fi
+# --- a newer etcd, for the tests ---------------------------------------------------------------------------------
+
+# Debian 12's etcd is 3.4. What concerns etcd's members is tested with 3.5 as well: the program of Debian 13, unpacked
+# into the virtual environment and not installed. It comes from the mirror that apt uses; apt checks its signature.
+newer_suite=trixie
+newer_known="3.5.16-4 amd64 0875921bb0d023f2af9b8e15cdfbe417a03e65731345fb832c40f9c2dd72967b"
+newer=$venv/share/spinetta/etcd-newer
+
+# In $work: apt's lists of one suite only, and the package. What it prints last is why it failed.
+fetch_newer_etcd() {
+    local work=$1 codename mirror keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    if ! has apt-get || ! has dpkg-deb; then echo "this is not Debian" && return 1; fi
+    codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
+    mirror=$(apt-get indextargets --format "\$(RELEASE) \$(COMPONENT) \$(REPO_URI)" "Created-By: Packages" |
+        awk -v release="$codename" '$1 == release && $2 == "main" { print $3; exit }')
+    [ -n "$mirror" ] || { echo "apt has no mirror of $codename" && return 1; }
+    mkdir -p "$work/state/lists/partial" "$work/cache/archives/partial" "$work/unpacked"
+    local trusted=""
+    if [ -e "$keyring" ]; then trusted="[signed-by=$keyring] "; fi
+    echo "deb $trusted$mirror $newer_suite main" >"$work/sources.list"
+    local apt=(apt-get -q -o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null
+        -o "Dir::State=$work/state" -o "Dir::Cache=$work/cache" -o Dir::State::status=/var/lib/dpkg/status
+        -o Acquire::Languages=none -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o APT::Sandbox::User=root)
+    "${apt[@]}" update || { echo "apt could not read the lists of $newer_suite" && return 1; }
+    (cd "$work" && "${apt[@]}" download etcd-server) || { echo "apt could not fetch etcd-server" && return 1; }
+    local packages=("$work"/etcd-server_*.deb) known
+    read -ra known <<<"$newer_known"
+    if [ "$(dpkg-deb --show --showformat="\${Version} \${Architecture}" "${packages[0]}")" = "${known[*]:0:2}" ]; then
+        echo "${known[2]}  ${packages[0]}" | sha256sum --check --quiet || return 2
+    fi # else it is a later one, by Debian's signature
+    dpkg-deb --extract "${packages[0]}" "$work/unpacked" || { echo "it cannot be unpacked" && return 1; }
+    "$work/unpacked/usr/bin/etcd" --version || { echo "its etcd does not run here" && return 1; }
+    install -D -m 755 "$work/unpacked/usr/bin/etcd" "$newer/etcd.new" && mv "$newer/etcd.new" "$newer/etcd"
+}
+
+if [ -n "$extras" ] && [ ! -x "$newer/etcd" ]; then
+    say "fetching etcd of Debian $newer_suite for the tests"
+    work=$(mktemp -d "${TMPDIR:-/tmp}/spinetta-etcd.XXXXXX")
+    undo+=("rm -rf '$work'")
+    mkdir -p "$newer"
+    status=0
+    fetch_newer_etcd "$work" >"$log" 2>&1 </dev/null || status=$?
+    if [ "$status" -eq 0 ]; then
+        rm -f "$newer/missing"
+    elif [ "$status" -eq 2 ]; then
+        die "etcd-server of Debian $newer_suite is not what it was: its checksum is wrong"
+    else
+        # The tests with it are then skipped, and say so, with this reason.
+        tail -n 1 "$log" >"$newer/missing"
+        say "WARNING: there is no newer etcd to test with: $(tail -n 5 "$log")"
+    fi
+fi
+
 say "ready: $venv/bin/spinetta"

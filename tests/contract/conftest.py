@@ -14,7 +14,7 @@ import pytest
 from spinetta.model import Revision
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
-from tests.contract.etcds import Etcd, etcd_authority, shared_etcd
+from tests.contract.etcds import PROGRAMS, Etcd, Program, etcd_authority, find_program, shared_etcd
 from tests.contract.gateways import gateway_store
 from tests.sim.model_store import ModelStore
 
@@ -28,6 +28,12 @@ class CompactingStore(Store, Protocol):
 
 Scenario = Callable[[CompactingStore, str], Awaitable[None]]
 """Given a store and a prefix of its own."""
+
+
+@pytest.fixture(params=PROGRAMS, scope="session")
+def program(request: pytest.FixtureRequest) -> Program:
+    """Each etcd that there is to test with."""
+    return find_program(request.param)
 
 
 @pytest.fixture(scope="session")

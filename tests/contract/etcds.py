@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -17,16 +18,61 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 
 from spinetta.errors import StoreUnavailable
 from spinetta.model import Exit, Reason
 from spinetta.store.members import status
-from spinetta.store.process import EtcdSettings, EtcdTls, etcd_argv, etcd_env, initial_cluster
+from spinetta.store.process import (
+    EtcdSettings,
+    EtcdTls,
+    Version,
+    check_version,
+    etcd_argv,
+    etcd_env,
+    find_etcd,
+    initial_cluster,
+    parse_version,
+)
 from spinetta.trust.certificates import Authority, create_authority, csr, issue_etcd, key_pem, new_key
 
 START_S = 30.0
+NEWER = Path(sys.prefix) / "share" / "spinetta" / "etcd-newer"  # where scripts/setup.sh --dev puts it
+MORE = "SPINETTA_TEST_ETCDS"  # paths of further etcd programs to test with, with colons between
 CLUSTER = "0123456789abcdef"
 HOUR_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """An etcd to test with."""
+
+    path: str
+    version: Version
+
+    @classmethod
+    def of(cls, path: str) -> Program:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, env={})
+        check_version(said.stdout)
+        return cls(path, parse_version(said.stdout))
+
+
+def find_program(which: str) -> Program:
+    """The installed etcd, the newer one, or the one at a path; skips or fails the test that asks for one not there."""
+    if which == "installed":
+        return Program.of(find_etcd())
+    if which != "newer":
+        return Program.of(which)
+    if (NEWER / "etcd").exists():
+        return Program.of(str(NEWER / "etcd"))
+    try:
+        reason = (NEWER / "missing").read_text().strip()
+    except FileNotFoundError:
+        pytest.fail("there is no newer etcd to test with; scripts/setup.sh --dev fetches it")
+    pytest.skip(f"NOT TESTED with a newer etcd, which scripts/setup.sh could not get: {reason}")
+
+
+PROGRAMS = ("installed", "newer", *filter(None, os.environ.get(MORE, "").split(":")))
 
 
 def loopback_host() -> str:

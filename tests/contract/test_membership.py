@@ -22,11 +22,12 @@ from spinetta.store.wal import wal_owner
 from spinetta.trust.certificates import Authority
 from spinetta.txn import Absent, Committed, Put, Txn
 from spinetta.voters import AddLearner, Nothing, Promote, Remove, Seat, Sitter, next_step
-from tests.contract.etcds import HOUR_S, LocalServices, VoterFiles, free_port, loopback_host
+from tests.contract.etcds import HOUR_S, LocalServices, Program, VoterFiles, free_port, loopback_host
 
 pytestmark = pytest.mark.contract
 
 LIMIT_S = 100
+INSTALLED = Program("etcd", (3, 4, 23))
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -56,6 +57,7 @@ class Node:
     supervisor: EtcdSupervisor | None = None
     authority: Authority | None = None
     lifetime_s: float = HOUR_S
+    program: Program = INSTALLED
 
     def __post_init__(self) -> None:
         self.files: VoterFiles | None = None
@@ -73,7 +75,7 @@ class Node:
 
     def settings(self, cluster: str = "", existing: bool = False) -> EtcdSettings:
         return EtcdSettings(
-            program="etcd",
+            program=self.program.path,
             name=self.name,
             data_dir=self.directory / f"{self.name}.etcd",
             client_url=self.client_url,
@@ -85,7 +87,10 @@ class Node:
 
     async def start(self, cluster: str = "", existing: bool = False) -> None:
         self.supervisor = EtcdSupervisor(
-            self.services, self.settings(cluster, existing), log_path=self.directory / f"{self.name}.log"
+            self.services,
+            self.settings(cluster, existing),
+            log_path=self.directory / f"{self.name}.log",
+            version=self.program.version,
         )
         await self.supervisor.start(timeout_s=30)
 
@@ -99,9 +104,16 @@ class Cluster:
     """Nodes, and one who carries out the planner's steps."""
 
     def __init__(
-        self, directory: Path, names: str, authority: Authority | None = None, lifetime_s: float = HOUR_S
+        self,
+        directory: Path,
+        names: str,
+        authority: Authority | None = None,
+        lifetime_s: float = HOUR_S,
+        program: Program = INSTALLED,
     ) -> None:
-        self.nodes = {name: Node(name, directory, authority=authority, lifetime_s=lifetime_s) for name in names}
+        self.nodes = {
+            name: Node(name, directory, authority=authority, lifetime_s=lifetime_s, program=program) for name in names
+        }
         self.first = self.nodes[names[0]]
         self.store = EtcdStore([self.first.client_url], self.first.tls)
         self.members = Members(self.store.connections)
@@ -162,9 +174,13 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def cluster(
-    directory: Path, names: str, authority: Authority | None = None, lifetime_s: float = HOUR_S
+    directory: Path,
+    names: str,
+    authority: Authority | None = None,
+    lifetime_s: float = HOUR_S,
+    program: Program = INSTALLED,
 ) -> AsyncIterator[Cluster]:
-    made = Cluster(directory, names, authority, lifetime_s)
+    made = Cluster(directory, names, authority, lifetime_s, program)
     try:
         await made.nodes[names[0]].start()
         yield made
@@ -174,9 +190,11 @@ async def cluster(
             node.services.end()
 
 
-def test_one_to_three_and_back_with_data_kept(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_one_to_three_and_back_with_data_kept(
+    program: Program, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     async def scenario() -> None:
-        async with cluster(tmp_path, "abc") as world:
+        async with cluster(tmp_path, "abc", program=program) as world:
             stop = asyncio.Event()
             written: list[str] = []
 
@@ -220,12 +238,12 @@ def test_one_to_three_and_back_with_data_kept(tmp_path: Path, record_property: C
     run(scenario())
 
 
-def test_two_candidates_or_none(tmp_path: Path) -> None:
+def test_two_candidates_or_none(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with cluster(tmp_path, "ab") as world:
+        async with cluster(tmp_path, "ab", program=program) as world:
             await world.settle()
             assert world.steps == []
-            world.nodes["c"] = Node("c", tmp_path)
+            world.nodes["c"] = Node("c", tmp_path, program=program)
             while world.steps != ["add b", "promote b"]:
                 with contextlib.suppress(StoreUnavailable):
                     await world.turn()
@@ -237,9 +255,9 @@ def test_two_candidates_or_none(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_changes_that_are_refused(tmp_path: Path) -> None:
+def test_changes_that_are_refused(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with cluster(tmp_path, "abc") as world:
+        async with cluster(tmp_path, "abc", program=program) as world:
             a, b, c = world.nodes.values()
             with pytest.raises(AlreadyExists):
                 await world.members.add_learner(a.peer_url)
@@ -265,9 +283,9 @@ def test_changes_that_are_refused(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_a_supervisor_takes_over_what_runs_and_starts_again_what_was_killed(tmp_path: Path) -> None:
+def test_a_supervisor_takes_over_what_runs_and_starts_again_what_was_killed(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with cluster(tmp_path, "a") as world:
+        async with cluster(tmp_path, "a", program=program) as world:
             node = world.nodes["a"]
             pid = node.services.running["etcd"].pid
             await node.start()  # as the next daemon would
@@ -290,9 +308,9 @@ def test_a_supervisor_takes_over_what_runs_and_starts_again_what_was_killed(tmp_
     run(scenario())
 
 
-def test_a_removed_member_is_not_started_again(tmp_path: Path) -> None:
+def test_a_removed_member_is_not_started_again(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with cluster(tmp_path, "abc") as world:
+        async with cluster(tmp_path, "abc", program=program) as world:
             await world.settle()
             c = world.nodes["c"]
             assert c.supervisor is not None
@@ -307,10 +325,10 @@ def test_a_removed_member_is_not_started_again(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_a_port_in_use_is_said_before_etcd_is_started(tmp_path: Path) -> None:
+def test_a_port_in_use_is_said_before_etcd_is_started(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with cluster(tmp_path, "a") as world:
-            other = Node("b", tmp_path)
+        async with cluster(tmp_path, "a", program=program) as world:
+            other = Node("b", tmp_path, program=program)
             other.client_url = world.nodes["a"].client_url
             with pytest.raises(UserError, match="cannot listen on 127") as caught:
                 await other.start()
@@ -320,9 +338,9 @@ def test_a_port_in_use_is_said_before_etcd_is_started(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_an_etcd_that_ends_says_why(tmp_path: Path) -> None:
+def test_an_etcd_that_ends_says_why(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        node = Node("b", tmp_path)
+        node = Node("b", tmp_path, program=program)
         try:
             with pytest.raises(UserError, match="etcd ended"):
                 # It is not among the members it is told there are.
@@ -333,13 +351,15 @@ def test_an_etcd_that_ends_says_why(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_without_a_majority_it_goes_on_trying(tmp_path: Path) -> None:
+def test_without_a_majority_it_goes_on_trying(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        node = Node("b", tmp_path)
+        node = Node("b", tmp_path, program=program)
         cluster = initial_cluster(
             [("b", node.peer_url), ("x", f"http://{node.host}:1"), ("y", f"http://{node.host}:2")]
         )
-        node.supervisor = EtcdSupervisor(node.services, node.settings(cluster), log_path=tmp_path / "b.log")
+        node.supervisor = EtcdSupervisor(
+            node.services, node.settings(cluster), log_path=tmp_path / "b.log", version=program.version
+        )
         try:
             with pytest.raises(StoreUnavailable):
                 await node.supervisor.start(timeout_s=2)
@@ -350,11 +370,11 @@ def test_without_a_majority_it_goes_on_trying(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_the_log_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_stays_bounded(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spinetta.store.supervisor.LOG_BYTES_MAX", 100_000)
 
     async def scenario() -> None:
-        async with cluster(tmp_path, "a") as world:
+        async with cluster(tmp_path, "a", program=program) as world:
             node = world.nodes["a"]
             assert node.supervisor is not None
             log = tmp_path / "a.log"
@@ -372,9 +392,9 @@ def test_the_log_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     run(scenario())
 
 
-def test_the_log_of_etcd_tells_whose_data_it_is(tmp_path: Path) -> None:
+def test_the_log_of_etcd_tells_whose_data_it_is(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with cluster(tmp_path, "abc") as world:
+        async with cluster(tmp_path, "abc", program=program) as world:
             await world.settle()
             cluster_id = (await world.members.members()).cluster_id
             for node in world.nodes.values():

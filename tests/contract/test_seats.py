@@ -18,10 +18,10 @@ from spinetta.store import identity as identities
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.identity import Identity
 from spinetta.store.members import Members
-from spinetta.store.process import find_etcd, initial_cluster
+from spinetta.store.process import initial_cluster
 from spinetta.store.wal import wal_owner
 from tests.contract.api_world import eventually
-from tests.contract.etcds import LocalServices, free_port, loopback_host
+from tests.contract.etcds import LocalServices, Program, free_port, loopback_host
 
 pytestmark = pytest.mark.contract
 LIMIT_S = 60.0
@@ -34,8 +34,8 @@ class Crash(Exception):
 class Sitter:
     """One node, as far as its seat goes."""
 
-    def __init__(self, name: str, folder: Path, services: LocalServices) -> None:
-        self.name, self.folder, self.services = name, folder, services
+    def __init__(self, name: str, folder: Path, services: LocalServices, program: Program) -> None:
+        self.name, self.folder, self.services, self.program = name, folder, services, program
         host = loopback_host()
         self.client_url = f"http://{host}:{free_port(host)}"
         self.peer_url = f"http://{host}:{free_port(host)}"
@@ -50,8 +50,8 @@ class Sitter:
             self.services,
             name=self.name,
             data_dir=self.folder,
-            program=find_etcd(),
-            version=(3, 4, 23),
+            program=self.program.path,
+            version=self.program.version,
             client_url=self.client_url,
             peer_url=self.peer_url,
             identity=lambda: self.memory.identity,
@@ -61,9 +61,9 @@ class Sitter:
 
 
 @contextlib.asynccontextmanager
-async def sitters(tmp_path: Path) -> AsyncIterator[tuple[Sitter, Sitter, Members]]:
+async def sitters(tmp_path: Path, program: Program) -> AsyncIterator[tuple[Sitter, Sitter, Members]]:
     services = [LocalServices(), LocalServices()]
-    a, b = (Sitter(f"n{i}", tmp_path / f"n{i}", s) for i, s in enumerate(services))
+    a, b = (Sitter(f"n{i}", tmp_path / f"n{i}", s, program) for i, s in enumerate(services))
     store = EtcdStore([a.client_url])
     try:
         async with asyncio.timeout(LIMIT_S):
@@ -89,9 +89,11 @@ async def seated(b: Sitter, members: Members) -> int:
     return member.member_id
 
 
-def test_given_up_and_taken_again_after_a_crash_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_up_and_taken_again_after_a_crash_in_between(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
-        async with sitters(tmp_path) as (_, b, members):
+        async with sitters(tmp_path, program) as (_, b, members):
             first = await seated(b, members)
             await members.remove(first)
 
@@ -113,9 +115,9 @@ def test_given_up_and_taken_again_after_a_crash_in_between(tmp_path: Path, monke
     asyncio.run(scenario())
 
 
-def test_a_member_that_others_removed_is_put_away(tmp_path: Path) -> None:
+def test_a_member_that_others_removed_is_put_away(program: Program, tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with sitters(tmp_path) as (_, b, members), asyncio.TaskGroup() as group:
+        async with sitters(tmp_path, program) as (_, b, members), asyncio.TaskGroup() as group:
             running = group.create_task(b.seat.run())
             member_id = await seated(b, members)
             await members.remove(member_id)
@@ -127,9 +129,11 @@ def test_a_member_that_others_removed_is_put_away(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_seat_whose_etcd_cannot_be_stopped_now_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seat_whose_etcd_cannot_be_stopped_now_is_kept(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
-        async with sitters(tmp_path) as (_, b, members):
+        async with sitters(tmp_path, program) as (_, b, members):
             member_id = await seated(b, members)
 
             async def unavailable(*_: Any) -> None:

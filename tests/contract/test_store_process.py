@@ -19,6 +19,7 @@ from spinetta.store.process import (
     initial_cluster,
     parse_version,
 )
+from tests.contract.etcds import Program, find_program
 
 pytestmark = pytest.mark.contract
 
@@ -149,10 +150,14 @@ def test_what_is_no_etcd(text: str) -> None:
         parse_version(text)
 
 
-def test_the_etcd_of_this_machine() -> None:
-    text = asyncio.run(etcd_version(find_etcd()))
-    assert parse_version(text) >= (3, 4, 21)
+def test_the_etcds_of_this_machine(program: Program) -> None:
+    text = asyncio.run(etcd_version(program.path))
+    assert parse_version(text) == program.version >= (3, 4, 21)
     check_version(text)
+
+
+def test_the_newer_etcd_is_newer() -> None:
+    assert find_program("newer").version >= (3, 5, 3)
 
 
 def test_no_etcd() -> None:
