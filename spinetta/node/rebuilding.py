@@ -80,6 +80,8 @@ async def recover(
     lost_s = time.monotonic()
     confirm(known.cluster_id)
     await _stop_own_etcd(place, data_dir, tls)
+    for url in (place.client_url, place.peer_url):
+        check_free(url)  # an etcd that its shim has lost would write on while its data is read
     size = await asyncio.to_thread(_size, data_dir / "etcd")
     await asyncio.to_thread(recovery.check_room, data_dir, recovery.COPIES * size)
     async with recovery.workshop(data_dir) as folder:
