@@ -212,8 +212,9 @@ def measure(lease_s: int, args: argparse.Namespace, directory: Path) -> list[dic
 
 def _measure(lease_s: int, args: argparse.Namespace, directory: Path, times: Times) -> None:
     # Shorter ones are refused: a task would end between two renewals.
-    graces_s = [grace_s for grace_s in args.grace if grace_s > lease_s + KILL_MARGIN_S]
-    node_grace_s = max(*graces_s, lease_s + KILL_MARGIN_S + 1)
+    least_s = lease_s + KILL_MARGIN_S + 1
+    graces_s = [grace_s for grace_s in args.grace if grace_s >= least_s] or [least_s]
+    node_grace_s = max(graces_s)
     options = (
         "--lease-ttl", f"{lease_s}s", "--grace", f"{node_grace_s:g}s", "--kill-margin", f"{KILL_MARGIN_S:g}s",
         "--clock-rate-error", str(RATE_ERROR), "--cpus", "2", "--memory", "1GiB",
@@ -248,7 +249,7 @@ def main() -> int:
         "--grace",
         type=numbers,
         default=[8, 20, 60],
-        help="seconds; those not longer than lease + 2 are left out (8,20,60)",
+        help="seconds; those below lease + 3 are left out (8,20,60)",
     )
     parser.add_argument("--one-by-one", action="store_true", help="the clusters of the leases, instead of all at once")
     parser.add_argument("--json", action="store_true", help="the numbers as JSON")
