@@ -28,7 +28,7 @@ from spinetta.node.fitness import LOOK_EVERY_S, Fitness
 from spinetta.node.health import StoreHealth
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
-from spinetta.node.logsweep import SteppedClock, sweep_logs
+from spinetta.node.logsweep import SteppedClock, sweep_logs, sweep_removed
 from spinetta.node.port import LeaveStep
 from spinetta.node.renewal import Report
 from spinetta.node.seats import OwnSeat
@@ -376,6 +376,12 @@ class Daemon:
                         now_s=clock.now_s(),
                         keep_bytes=self.settings.log_keep_bytes,
                         keep_s=self.settings.log_keep_s,
+                        since_s=clock.set_at_s,
+                    )
+                    await asyncio.to_thread(
+                        sweep_removed,
+                        Path(self.settings.data_dir),
+                        now_s=clock.now_s(),
                         since_s=clock.set_at_s,
                     )
                 except OSError as e:

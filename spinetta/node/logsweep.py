@@ -12,6 +12,8 @@ from pathlib import Path
 
 log = logging.getLogger("spinetta.node")
 
+REMOVED = "etcd.removed"
+REMOVED_KEEP_S = 30 * 86400.0  # for a person to look at; it may have gigabytes
 STEP_S = 60.0  # more than a clock drifts between two sweeps, or is slewed by NTP
 
 
@@ -108,3 +110,18 @@ def sweep_logs(
     if doomed:
         log.info("removed the logs of %d ended attempts", len(doomed))
     return len(doomed)
+
+
+def sweep_removed(data_dir: Path, *, now_s: float, since_s: float = -math.inf, keep_s: float = REMOVED_KEEP_S) -> bool:
+    """Remove the data of a voter's seat that was given up long ago; whether there was any. Not what was put aside when
+    the cluster was made anew without it (``etcd.of-…``): that may hold what the cluster lacks."""
+    path = data_dir / REMOVED
+    try:
+        given_up_s = path.lstat().st_ctime  # renaming sets it
+    except FileNotFoundError:
+        return False
+    if now_s - max(given_up_s, since_s) <= keep_s:
+        return False
+    shutil.rmtree(path, ignore_errors=True)
+    log.info("removed %s, the data of a seat that was given up more than %d days ago", path, keep_s // 86400)
+    return True

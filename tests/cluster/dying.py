@@ -21,12 +21,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from spinetta.client import Client
+from spinetta.model import Outcome, State, Task
 from tests.cluster.harness import Cluster, Node, eventually, free_base
 
-TASKS = 40
-OPTIONS = ("--lease-ttl", "5s", "--grace", "60s", "--kill-margin", "2s", "--cpus", "4")
+TASKS = 24
+OPTIONS = ("--lease-ttl", "30s", "--grace", "60s", "--kill-margin", "2s", "--cpus", "4")
 DEATH_WITHIN_S = 90.0
 AFTER_S = 0.003
 
@@ -71,8 +72,15 @@ def live(folder: Path, deaths: Sequence[int]) -> list[str]:
         node.at = 0
         node.start()
         cluster.wait_ready()
-        eventually(lambda: _all_over(cluster, ids), within_s=120, every_s=0.5, what=f"all over\n{cluster.tails()}")
-        wrong = _wrong(cluster, ids, ledger)
+        with Client(node.address) as client:
+            over = {}
+
+            def all_over() -> bool:
+                over.update({i.task.id: i.task for i in client.get_many(sorted(ids))})
+                return all(task.state is State.COMPLETE for task in over.values())
+
+            eventually(all_over, within_s=180, every_s=0.3, what=f"all over\n{cluster.tails()}")
+        wrong = _wrong(list(over.values()), ledger)
         held = folder / "n1" / "shim"
         eventually(lambda: not _leftovers(held), within_s=20, what=f"nothing left: {_leftovers(held)}")
         return wrong
@@ -80,30 +88,21 @@ def live(folder: Path, deaths: Sequence[int]) -> list[str]:
         cluster.stop()
 
 
-def _tasks(cluster: Cluster) -> dict[str, Any]:
-    return {each["id"]: each for each in cluster.json("list", "--limit", "0")["tasks"]}
-
-
-def _all_over(cluster: Cluster, ids: set[str]) -> bool:
-    found = _tasks(cluster)
-    return all(found[each]["state"] == "complete" for each in ids)
-
-
-def _wrong(cluster: Cluster, ids: set[str], ledger: Path) -> list[str]:
+def _wrong(tasks: Sequence[Task], ledger: Path) -> list[str]:
     ran = Counter(tuple(line.split()) for line in ledger.read_text().splitlines())
     wrong = [f"ran more than once: {each}" for each, times in ran.items() if times > 1]
-    for task_id in sorted(ids):
-        task = cluster.json("status", task_id)["tasks"][0]
-        if task["outcome"] != "succeeded":
-            wrong.append(f"{task_id}: {task['outcome']} {task['message']}")
-        said = [str(attempt["number"]) for attempt in task["attempts"] if attempt["reason"] == "exit"]
+    for task in tasks:
+        task_id = task.spec.id
+        if task.outcome is not Outcome.SUCCEEDED:
+            wrong.append(f"{task_id}: {task.outcome.name} {task.message}")
+        said = [str(attempt.number) for attempt in task.attempts if attempt.reason == "exit"]
         wrong += [f"{task_id}: attempt {n} is said to have run, and has not" for n in said if (task_id, n) not in ran]
     return wrong
 
 
 def _leftovers(shim: Path) -> list[str]:
     left = [str(path) for folder in ("attempts", "scratch") for path in (shim / folder).iterdir()]
-    return left + [str(path) for path in shim.parent.rglob("*.tmp")]
+    return left + [str(path) for path in (*shim.rglob("*.tmp"), *shim.parent.glob("*.tmp"))]
 
 
 def _die_at(number: int, arguments: Sequence[str]) -> None:

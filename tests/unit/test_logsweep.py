@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from spinetta.node.logsweep import LogDirectory, SteppedClock, sweep_logs, too_many
+from spinetta.node.logsweep import LogDirectory, SteppedClock, sweep_logs, sweep_removed, too_many
 
 
 def logs(*ages_and_sizes: tuple[float, int]) -> list[LogDirectory]:
@@ -70,3 +70,15 @@ def test_a_folder_that_cannot_be_looked_at_keeps_no_other(tmp_path: Path) -> Non
     os.utime(tmp_path / "old.1" / "stdout", (0, 0))
     assert sweep_logs(tmp_path, (), now_s=10**9, keep_bytes=0, keep_s=1) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["bad.1"]
+
+
+def test_the_data_of_a_seat_given_up_goes_after_a_month(tmp_path: Path) -> None:
+    for name in ("etcd", "etcd.removed", "etcd.of-cdf8"):
+        (tmp_path / name / "member").mkdir(parents=True)
+    now_s = (tmp_path / "etcd.removed").stat().st_ctime
+    month_s = 30 * 86400.0
+    assert not sweep_removed(tmp_path, now_s=now_s + month_s - 1)
+    assert not sweep_removed(tmp_path, now_s=now_s + 9 * month_s, since_s=now_s + 9 * month_s), "the clock was set"
+    assert sweep_removed(tmp_path, now_s=now_s + month_s + 1)
+    assert not sweep_removed(tmp_path, now_s=now_s + month_s + 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["etcd", "etcd.of-cdf8"]
