@@ -32,6 +32,7 @@ from spinetta.settings import AgentSettings
 from spinetta.validate import is_task_id
 
 PAGE_KEYS = 100  # looked at, read and deleted at once: below etcd's 128 operations a transaction
+NODES_MAX = 20  # that archive at once: each costs a call, and a write beside the deletions
 BATCH_BYTES_MAX = 4 << 20  # of records archived at once: they travel in one message
 PAUSE_S = 0.05  # between pages: at most 2,000 tasks a second, a fraction of what etcd can do
 RETRY_S = 1.0
@@ -230,17 +231,20 @@ class Collector:
             entry = done.reading.entries.get(keys.task(d.task))
             if entry is None:
                 continue  # not ours to judge: the sweep for orphans finds its key
-            total_bytes += len(entry.value)
-            if total_bytes > BATCH_BYTES_MAX and records:
-                self._step, self._after, self._window = "page", before(d.task), False  # the rest comes next
-                self._excess += len(due) - n
-                break
             ended = self._ended(d, entry.value)
             if ended is None:
                 effects += self._unread(d.task)
                 continue
             node = self._archiver(ended.node, now)
-            if node in self._silent or not self._still_due(d, ended, now_ms):
+            if node in self._silent:
+                continue
+            total_bytes += len(entry.value)
+            is_one_too_many = node not in records and len(records) == NODES_MAX
+            if is_one_too_many or (total_bytes > BATCH_BYTES_MAX and records):
+                self._step, self._after, self._window = "page", before(d.task), False  # the rest comes next
+                self._excess += len(due) - n
+                break
+            if not self._still_due(d, ended, now_ms):
                 continue
             records.setdefault(node, []).append(entry.value)
             self._batch.archiver[d.task] = node

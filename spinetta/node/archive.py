@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spinetta.errors import UserError
-from spinetta.node.archivelines import ID_IN_LINE, line_of
+from spinetta.node.archivelines import ID_IN_LINE, archived_ms, line_of
 from spinetta.node.trouble import Teller
 
 log = logging.getLogger("spinetta.node")
@@ -416,10 +416,10 @@ class _Walk:
 
     def run(self, until_s: float) -> Iterator[bytes]:
         """Line by line."""
-        pool: list[tuple[int, bytes]] = []
+        pool: list[tuple[int, int, bytes]] = []
         for low, _, path, member in self._members:
             while pool and pool[0][0] < low:
-                yield heapq.heappop(pool)[1]
+                yield heapq.heappop(pool)[-1]
             if low > self._high:
                 break
             if time.monotonic() > until_s:
@@ -427,12 +427,12 @@ class _Walk:
             for line in self._read(path, member):
                 key = self._order.key(_number(line[ID_IN_LINE]))
                 if self._order.low <= key <= self._high:
-                    heapq.heappush(pool, (key, line))
+                    heapq.heappush(pool, (key, -archived_ms(line), line))  # of two alike the later one comes first
             if len(pool) > 4 * SCAN_MAX:  # of more than SCAN_MAX none is looked at
                 pool = heapq.nsmallest(2 * SCAN_MAX, pool)
                 self._high, self.cut = pool[-1][0], True
         while pool:
-            yield heapq.heappop(pool)[1]
+            yield heapq.heappop(pool)[-1]
 
 
 def _number(task: bytes) -> int:

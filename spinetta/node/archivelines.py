@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
@@ -38,6 +39,15 @@ def line_of(record: bytes, now_ms: int) -> bytes | None:
     if known.ByteSize() != task.ByteSize():
         line["record"] = base64.b64encode(record).decode()
     return json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+_TIME = re.compile(rb'","archived_ms":(\d{1,18})[,}]')
+
+
+def archived_ms(line: bytes) -> int:
+    """When it was archived, as the line tells; 0 when it does not."""
+    found = _TIME.match(line, ID_IN_LINE.stop)
+    return int(found[1]) if found is not None else 0
 
 
 def record_of(line: bytes) -> bytes | None:

@@ -240,6 +240,17 @@ def test_files_of_another_node_may_be_put_there(tmp_path: Path) -> None:
     assert everything(kept) == [task_id(1), task_id(2), task_id(3)]
 
 
+def test_of_two_records_of_one_id_the_later_counts(tmp_path: Path) -> None:
+    """It was submitted again after it had been collected, or the cluster restored from a backup."""
+    for times in ((1, 2), (2, 1)):
+        kept = Archive(tmp_path / f"{times}", 0)
+        for name, at_ms in zip("ab", times, strict=True):
+            kept.append([record(1, name=name)], NOW_MS + at_ms)
+        for newest in (False, True):
+            (line,) = kept.page(lambda _: True, after="", limit=9, bytes_max=9999, newest_first=newest).lines
+            assert pb.Task.FromString(record_of(line) or b"").spec.name == "ab"[times.index(2)]
+
+
 def test_pages_keep_to_their_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Archive(tmp_path / "archive", 0)
     kept.append([record(n) for n in range(1, 51)], NOW_MS)

@@ -389,6 +389,20 @@ def test_the_largest_batch_keeps_within_etcds_limits() -> None:
     b.passes(5)
     assert b.left() == []
     assert [len(e.txn.nested) for e in b.log if isinstance(e, Commit)] == [collect.PAGE_KEYS + 1]  # and who has them
+    assert collect.PAGE_KEYS + collect.NODES_MAX <= txn.NESTED_MAX
+
+
+def test_tasks_of_many_nodes_go_in_turns() -> None:
+    b = bench()
+    nodes = [NodeId(f"m{i:03}") for i in range(collect.PAGE_KEYS)]
+    b.live |= set(nodes)
+    for i, name in enumerate(nodes):
+        b.finish(NOW_MS - 9 * DAY_MS + i, node=name, n=i)
+    b.passes(RECONCILE_S)
+    assert b.left() == []
+    assert sorted(b.archived) == nodes
+    assert all(len(e.txn.nested) <= 2 * collect.NODES_MAX for e in b.log if isinstance(e, Commit))
+    assert [keys.parse_node(e.key) for e in b.etcd.list(keys.ARCHIVE).entries] == nodes
 
 
 def test_ids_tell_their_time_and_their_neighbour() -> None:

@@ -191,7 +191,7 @@ class _Merged:
     def __init__(self, size: int, newest: bool) -> None:
         self._size = size
         self._newest = newest
-        self._tasks: dict[str, pb.Task] = {}
+        self._tasks: dict[str, tuple[pb.Task, bool]] = {}  # and whether only a worker says so
         self.reached = ""  # where this page ends, when there is more
         self.more = False
 
@@ -200,8 +200,9 @@ class _Merged:
         for task in part.tasks:
             if worker is not None and (not task.attempts or task.attempts[-1].node != worker):
                 continue
-            if worker is None or task.spec.id not in self._tasks:
-                self._tasks[task.spec.id] = task
+            known = self._tasks.get(task.spec.id)
+            if known is None or (worker is None and (known[1] or known[0].completed_ms <= task.completed_ms)):
+                self._tasks[task.spec.id] = task, worker is not None
         if part.horizon is not None:
             self._end(part.horizon)
         if len(self._tasks) > 2 * self._size:  # so that a thousand nodes' answers are not held at once
@@ -210,7 +211,7 @@ class _Merged:
     def shown(self) -> list[pb.Task]:
         """The tasks of the page, in order."""
         self._cut()
-        return [self._tasks[i] for i in self._in_order()]
+        return [self._tasks[i][0] for i in self._in_order()]
 
     def _in_order(self) -> list[str]:
         found = sorted(self._tasks, reverse=self._newest)
