@@ -90,7 +90,7 @@ def refusal(error: Refused) -> SpinettaError:
         )
     if CORRUPT in text:
         return StoreUnavailable(
-            "etcd's members do not hold the same (alarm CORRUPT): they answer nothing until an administrator has "
+            "etcd's members do not hold the same (alarm CORRUPT): nothing can be written until an administrator has "
             "said which of them is right",
             hint="see: spinetta cluster status; and the guide to operating, what to do when etcd is corrupt",
             reason="store-corrupt",

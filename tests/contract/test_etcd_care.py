@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from aetcd import rpc
 
 from spinetta.errors import OutcomeUnknown, StoreFull, StoreUnavailable, UserError
 from spinetta.node.etcdcare import EtcdCare
@@ -231,6 +232,31 @@ def test_without_a_majority_it_is_said_who_answers_and_all_goes_on_by_itself(tmp
                 assert time.monotonic() < end_s
                 await asyncio.sleep(0.05)
             running.cancel()
+            await store.close()
+
+    run(scenario())
+
+
+def test_what_is_corrupt_is_said_and_left_alone() -> None:
+    async def scenario() -> None:
+        async with etcd() as server:
+            store = EtcdStore([server.client])
+            member_id = (await status(server.client)).member_id
+            world = World(store, Here(member_id), 64 * MIB)
+            connection = await store.connections.pick(5.0)
+            alarm = rpc.AlarmRequest(action=rpc.AlarmRequest.ACTIVATE, memberID=member_id, alarm=rpc.CORRUPT)
+            with connection.use() as stubs:
+                await stubs.maintenance.Alarm(alarm, timeout=5.0)
+            for write in (Txn(then=(Put("/a"),)), Txn(nested=(Txn(then=(Put("/a"),)),)), Txn(then=(Delete("/a"),))):
+                with pytest.raises(StoreUnavailable, match="CORRUPT") as caught:
+                    await store.commit(write)
+                assert caught.value.reason == "store-corrupt"
+                assert await world.health.explain(caught.value) is caught.value
+            assert (await store.read(["/a"])).entries["/a"] is None  # certainly not done; reads are answered
+            assert "CORRUPT" in world.health.notices(await world.health.look())[0]
+            step = await world.care.step()
+            assert isinstance(step, Rest)
+            assert "CORRUPT" in step.reason
             await store.close()
 
     run(scenario())
