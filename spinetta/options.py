@@ -221,7 +221,7 @@ def _flag(value: Any, where: str) -> bool:
 
 
 def _replace_after(value: Any, where: str) -> float:
-    if value == NEVER or value == 0 or value == "0":
+    if value in (NEVER, "0", 0) and not isinstance(value, bool):
         return 0.0
     seconds: float = _duration(1.0, 7 * 86400.0)(value, where)
     return seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -229,6 +230,24 @@ def test_a_voter_whose_daemon_is_gone_votes_until_another_does(tmp_path: Path) -
             assert min(sizes) == 3
             await eventually(lambda: not psutil.pid_exists(found["c"].etcd.pid) or found["c"].etcd.poll() is not None,
                              within_s=WITHIN_S)  # fmt: skip
+
+    run(scenario)
+
+
+def test_a_machine_that_was_made_anew_gets_its_seat_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "abc", find_program("installed")) as found:
+            await write(found, "/k/before")
+            old = found["c"].seat.member_id
+            await found["c"].die()
+            shutil.rmtree(found["c"].folder)
+            found["c"].folder.mkdir()
+            await found["c"].start(found.endpoints)
+            assert found["c"].seat.member_id == 0
+            found.lead("a", replace_after_s=SOON_S)
+            await eventually(lambda: found["c"].seat.member_id not in (0, old), within_s=WITHIN_S)
+            await voters_are(found, "abc")
+            assert await held_by(found, "c") == {"/k/before"}
 
     run(scenario)
 

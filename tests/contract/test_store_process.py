@@ -19,6 +19,7 @@ from spinetta.store.process import (
     initial_cluster,
     parse_version,
 )
+from tests.contract import etcds
 from tests.contract.etcds import Program, find_program
 
 pytestmark = pytest.mark.contract
@@ -158,6 +159,15 @@ def test_the_etcds_of_this_machine(program: Program) -> None:
 
 def test_the_newer_etcd_is_newer() -> None:
     assert find_program("newer").version >= (3, 5, 3)
+
+
+def test_a_newer_etcd_that_is_not_there_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcds, "NEWER", tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="--dev fetches it"):
+        find_program("newer")
+    (tmp_path / "missing").write_text("apt could not fetch etcd-server\n")
+    with pytest.raises(pytest.skip.Exception, match="could not get: apt could not fetch"):
+        find_program("newer")
 
 
 def test_no_etcd() -> None:

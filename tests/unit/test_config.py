@@ -32,6 +32,14 @@ def test_defaults() -> None:
     assert set(config.ClientSettings.__dataclass_fields__) == {o.attribute for o in CLIENT_OPTIONS}
 
 
+def test_when_a_lost_voter_is_replaced() -> None:
+    assert node().settings.voter_replace_after_s == 300.0
+    assert node({"voter_replace_after": "90s"}).settings.voter_replace_after_s == 90.0
+    for never in ("never", "0"):
+        assert node({"voter_replace_after": never}).settings.voter_replace_after_s == 0.0
+    assert node({}, {}, {"voter_replace_after": 0}).settings.voter_replace_after_s == 0.0
+
+
 def test_flags_beat_environment_beats_file_beats_default() -> None:
     given_by = {
         "flag": node({"memory": "1GiB"}, {"SPINETTA_MEMORY": "2GiB"}, {"memory": "3GiB"}),
@@ -120,6 +128,9 @@ def test_each_kind_of_value_reads_the_same_from_text_and_from_toml() -> None:
         ({"countables": "memory=1"}, "node.countables", "'memory' is no countable"),
         ({"voters_wanted": "2"}, "node.voters_wanted", "an even number survives no more failures"),
         ({"voters_wanted": "7"}, "node.voters_wanted", "7 is out of range"),
+        ({"voter_replace_after": "0.5s"}, "node.voter_replace_after", "is out of range"),
+        ({"voter_replace_after": "8d"}, "node.voter_replace_after", "8d00h is out of range"),
+        ({"voter_replace_after": "soon"}, "node.voter_replace_after", "not a duration: 'soon'"),
         ({"candidate": "maybe"}, "node.candidate", "not yes or no: 'maybe'"),
         ({"lease_ttl": "1s"}, "node.lease_ttl", "1s is out of range"),
         ({"lease_ttl": "2.5s"}, "node.lease_ttl", "whole seconds"),
@@ -152,6 +163,7 @@ def test_refused(flags: dict[str, str], field: str, message: str) -> None:
         ({"memory": ["1G"]}, "node.memory", "[node] memory: a size must be text or a number, not list"),
         ({"name": 3}, "node.name", "[node] name: must be text, not a number"),
         ({"voters_wanted": True}, "node.voters_wanted", "must be a whole number, not a boolean"),
+        ({"voter_replace_after": False}, "node.voter_replace_after", "a duration must be text or a number, not bool"),
         ({"voters_wanted": 3.0}, "node.voters_wanted", "must be a whole number, not a number"),
         ({"tags": {"a": 1}}, "node.tags", "must be a list, not a table"),
         ({"tags": [1]}, "node.tags", "must be text, not a number"),

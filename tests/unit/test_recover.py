@@ -351,6 +351,30 @@ def test_a_node_that_says_itself_that_nothing_runs_is_not_waited_for() -> None:
     assert [type(e) for e in b.duties()] == [Read]
 
 
+def test_who_is_dead_by_an_administrators_word_is_remembered_until_it_is_back() -> None:
+    b = elected()
+    b.show(life(LOST, Life.DEAD))  # it has said so itself
+    b.poll()
+    assert b.leader.vouched_dead == frozenset()
+    record = Incarnation(IncarnationId("i"), Life.DEAD, "boot", 3.0, MARGIN_S, vouched=True)
+    b.show(entry(keys.incarnation(LOST), codec.encode_incarnation(record), 10, 61))
+    b.poll()
+    assert b.leader.vouched_dead == {LOST}
+    assert b.lives is not None
+    del b.lives[keys.incarnation(LOST)]  # closed
+    b.poll()
+    assert b.leader.vouched_dead == {LOST}
+    b.show(registered(LOST))
+    b.poll()
+    assert b.leader.vouched_dead == frozenset()
+    del b.nodes[keys.node(LOST)]
+    b.show(entry(keys.incarnation(LOST), codec.encode_incarnation(record), 10, 62))
+    b.poll()
+    assert b.leader.vouched_dead == {LOST}
+    b.leader.resign()
+    assert b.leader.vouched_dead == frozenset()
+
+
 def test_a_node_that_says_so_during_the_wait() -> None:
     b = with_case()
     b.list_done(stray())
