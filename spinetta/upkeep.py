@@ -344,7 +344,7 @@ def notices(view: EtcdView, quota_bytes: int) -> list[str]:
     for member, alarm in sorted(view.alarms or (), key=lambda each: (names.get(each[0], ""), each)):
         what = {
             NOSPACE: "it takes no new records; the leader makes room and takes the alarm back when it can",
-            CORRUPT: "its data differs from that of the others; nothing can be written until an administrator has acted",
+            CORRUPT: "its data differs from that of the others; nothing is written until an administrator has acted",
         }.get(alarm, "see etcd's log")
         found.append(f"etcd alarm {alarm} on {names.get(member, f'member {member:x}')}: {what}")
     if view.has_majority:
