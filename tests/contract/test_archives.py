@@ -268,6 +268,26 @@ def test_only_voters_write_and_read_archives(etcd: Etcd, tmp_path: Path) -> None
     run(scenario())
 
 
+def test_a_leader_reaches_a_worker_and_no_worker_anybody(etcd: Etcd, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            secured(etcd, tmp_path) as cluster,
+            cluster.serving("a") as a,
+            cluster.serving("w", NodeRole.WORKER) as w,
+        ):
+            records = [replace(builders.node_record(n.port.name), address=n.address) for n in (a, w)]
+            own = finished("w")
+            leader = NodeArchivist(a.port.name, a.port.archive, a.port.dialer, lambda: records)
+            assert await leader.archive(w.port.name, [own]) == (frozenset({id_of(own)}), "")
+            worker = NodeArchivist(w.port.name, w.port.archive, w.port.dialer, lambda: records)
+            done, why = await worker.archive(a.port.name, [own])
+            assert not done
+            assert "may not" in why
+            assert [c for c in w.port.audited if c[0] == "peer"] == []  # one line for each batch would be a flood
+
+    run(scenario())
+
+
 def test_a_worker_is_believed_of_its_own_tasks_only(etcd: Etcd, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with (
