@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,24 @@ def writer_of(shim_pid: int) -> int:
     return pid
 
 
+def openers(path: Path) -> set[int]:
+    """Processes that have a file open."""
+    found = set()
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if fd.readlink() == path:
+                found.add(int(fd.parts[2]))
+    return found
+
+
+def lock_owner(path: Path) -> int:
+    """Who has taken the lock on a file, dead perhaps; 0: nobody that we can see."""
+    for words in map(str.split, Path("/proc/locks").read_text().splitlines()):
+        if words[1] == "FLOCK" and words[5].endswith(f":{path.stat().st_ino}"):
+            return int(words[4])
+    return 0
+
+
 @contextlib.contextmanager
 def another(state_dir: Path) -> Iterator[Path]:
     """A second node's state directory beside the first."""
@@ -68,10 +87,15 @@ async def test_the_next_shim_waits_for_what_the_killed_one_still_writes(state_di
         await process.wait()
         # A zombie until its exit is durable; so the exit has been handed to the writer, who does not read.
         await until(lambda: any(child.state == "Z" for child in children(shim)))
+        owner = lock_owner(state_dir / "shim.lock")
         os.kill(shim, signal.SIGKILL)
         connecting = asyncio.create_task(_reasons(state_dir, "last.1"))
-        done, _ = await asyncio.wait([connecting], timeout=1.0)
-        assert not done, "it has read records while an earlier writer could still change them"
+        await until(lambda: openers(state_dir / "shim.lock") - {writer})
+        waits_s = time.monotonic() + 1.0
+        while time.monotonic() < waits_s:
+            assert lock_owner(state_dir / "shim.lock") == owner, "the killed shim's lock went to another"
+            await asyncio.sleep(0.02)
+        assert not connecting.done(), "it has read records while an earlier writer could still change them"
     finally:
         os.kill(writer, signal.SIGCONT)
     async with asyncio.timeout(30):
