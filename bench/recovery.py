@@ -228,7 +228,10 @@ def _measure(lease_s: int, args: argparse.Namespace, directory: Path, times: Tim
         client = stack.enter_context(Client([n.address for n in cluster.nodes], timeout_s=10))
         field = Field(cluster, client, ledger, graces_s)
         steps: list[Callable[[Field, Node, Times], None]] = [node_killed, own_word, vouched, daemon_killed]
+        end_s = now_s() + (args.minutes * 60 or float("inf"))
         for run in range(args.runs):
+            if now_s() > end_s:
+                break
             for i, step in enumerate(steps):
                 victim = cluster.nodes[(run + i) % NODES]  # the leader and etcd's among them in a third of the runs
                 step(field, victim, times)
@@ -251,6 +254,7 @@ def main() -> int:
         default=[8, 20, 60],
         help="seconds; those below lease + 3 are left out (8,20,60)",
     )
+    parser.add_argument("--minutes", type=float, default=0, help="begin no run after so many (0: no limit)")
     parser.add_argument("--one-by-one", action="store_true", help="the clusters of the leases, instead of all at once")
     parser.add_argument("--json", action="store_true", help="the numbers as JSON")
     args = parser.parse_args()
