@@ -22,10 +22,10 @@ from tests.cluster.history import check_history
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 # Long, so that no daemon that is started again on a busy machine is given up meanwhile.
-CALM = ("--lease-ttl", "15s", "--grace", "40s", "--kill-margin", "2s", "--cpus", "4", "--memory", "2GiB")
+CALM = ("--lease-ttl", "60s", "--grace", "120s", "--kill-margin", "2s", "--cpus", "4", "--memory", "2GiB")
 POLITE = ("--on-terminate", "drain", "--drain-timeout", "20s")
-AT_ONCE_S = 4.0  # for a process to go that ends at once, on a machine with much else to do
-ROUNDS = 5  # each takes the start of a daemon
+AT_ONCE_S = 5.0  # for a process to go that ends at once, on a machine with much else to do
+ROUNDS = 4  # each takes the start of a daemon
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def client(pair: Cluster) -> Iterator[Client]:
     with Client(pair.nodes[0].address) as opened:
         yield opened
+
+
+@pytest.fixture(autouse=True)
+def at_rest(pair: Cluster, client: Client) -> None:
+    """Both nodes run and take tasks, and there is nothing to do, whatever the test before has left."""
+    n2 = pair.nodes[1]
+    if n2.process is None or n2.process.poll() is not None:
+        start(pair, n2, client)
+    for node in pair.nodes:
+        client.undrain(node.name)
+    left = [info.id for info in client.list(TaskFilter(states=(State.QUEUED, State.RUNNING)))]
+    if left:
+        client.cancel(left)
+        client.wait(left, timeout_s=60)
 
 
 def gated(gate: Path) -> list[str]:
@@ -82,7 +96,7 @@ def test_a_drain_gives_back_what_it_may_and_is_not_forgotten(pair: Cluster, clie
     gate = tmp_path / "gate"
     may = client.submit(gated(gate), name="may").id
     once = client.submit(gated(gate), name="once", restart=False).id
-    eventually(lambda: runs_on(client, may) == runs_on(client, once) == "n2", within_s=20, what="both run on n2")
+    eventually(lambda: runs_on(client, may) == runs_on(client, once) == "n2", within_s=60, what="both run on n2")
     client.undrain("n1")
 
     said = pair.json("node", "drain", "n2")
@@ -99,13 +113,13 @@ def test_a_drain_gives_back_what_it_may_and_is_not_forgotten(pair: Cluster, clie
     assert waited.returncode == 5
     lines = [json.loads(line) for line in waited.stdout.splitlines()]
     assert all(line["status"] == "draining" and not line["done"] for line in lines)
-    eventually(lambda: runs_on(client, may) == "n1", within_s=30, what="what may be started again goes to n1")
+    eventually(lambda: runs_on(client, may) == "n1", within_s=60, what="what may be started again goes to n1")
     assert runs_on(client, once) == "n2"
 
     gate.touch()
     done = pair.cli("node", "drain", "n2", "--wait")
     assert done.stdout.endswith("n2 is drained\n")
-    ended = client.wait([may, once], timeout_s=30).tasks
+    ended = client.wait([may, once], timeout_s=60).tasks
     assert [t.task.outcome for t in ended] == [Outcome.SUCCEEDED] * 2
     assert [t.task.attempts_started for t in ended] == [2, 1]
     assert "drained" in pair.cli("node", "list").stdout
@@ -118,7 +132,7 @@ def test_a_second_signal_ends_the_daemon_at_once_at_any_stage(pair: Cluster, cli
     gate = tmp_path / "gate"
     client.drain("n1")
     task = client.submit(gated(gate)).id
-    eventually(lambda: runs_on(client, task) == "n2", within_s=20, what="it runs on n2")
+    eventually(lambda: runs_on(client, task) == "n2", within_s=60, what="it runs on n2")
     client.undrain("n1")
 
     def ends_at_once(second: signal.Signals) -> None:
@@ -132,7 +146,7 @@ def test_a_second_signal_ends_the_daemon_at_once_at_any_stage(pair: Cluster, cli
 
     # While it drains: it waits, and says so, and a second signal cuts that.
     told(n2, signal.SIGTERM)
-    eventually(lambda: status(client, "n2") == "draining", within_s=10, what="n2 drains")
+    eventually(lambda: status(client, "n2") == "draining", within_s=60, what="n2 drains")
     ends_at_once(signal.SIGTERM)
     start(pair, n2, client)
     assert status(client, "n2") == "ready"  # that drain was the daemon's own, and ended with it
@@ -141,11 +155,11 @@ def test_a_second_signal_ends_the_daemon_at_once_at_any_stage(pair: Cluster, cli
     steps = client.leave("n2", timeout_s=60)
     next(steps)
     steps.close()  # type: ignore[attr-defined]
-    eventually(lambda: status(client, "n2") == "leaving", within_s=10, what="n2 leaves")
+    eventually(lambda: status(client, "n2") == "leaving", within_s=60, what="n2 leaves")
     said = n2.log.read_text().count("tasks still run")
     told(n2, signal.SIGTERM)
     # Two that come together are one to the kernel.
-    eventually(lambda: n2.log.read_text().count("tasks still run") > said, within_s=10, what="the first one is taken")
+    eventually(lambda: n2.log.read_text().count("tasks still run") > said, within_s=60, what="the first one is taken")
     ends_at_once(signal.SIGTERM)
     start(pair, n2, client)
     assert status(client, "n2") == "ready"
@@ -166,7 +180,7 @@ def test_a_second_signal_ends_the_daemon_at_once_at_any_stage(pair: Cluster, cli
     start(pair, n2, client)
     assert runs_on(client, task) == "n2"
     gate.touch()
-    assert client.task(task).wait(30).task.attempts_started == 1
+    assert client.task(task).wait(60).task.attempts_started == 1
 
 
 def test_terminated_at_random_moments_no_task_is_lost_or_run_twice_for_nothing(
@@ -206,7 +220,7 @@ def test_terminated_at_random_moments_no_task_is_lost_or_run_twice_for_nothing(
         for round_ in range(ROUNDS):
             stop.wait(chance.uniform(0.2, 1.5))
             assert n2.process is not None
-            how = ("once", "twice", "kill", "once", "kill")[round_]
+            how = ("once", "twice", "kill", "once")[round_]
             killed[how] += 1
             if how == "kill":
                 n2.process.kill()
@@ -215,7 +229,7 @@ def test_terminated_at_random_moments_no_task_is_lost_or_run_twice_for_nothing(
                 if how == "twice":
                     stop.wait(chance.uniform(0.0, 0.5))
                     told(n2, signal.SIGTERM)
-            n2.process.wait(30)
+            n2.process.wait(60)
             start(pair, n2, client)
     finally:
         stop.set()
@@ -236,29 +250,29 @@ def test_what_may_not_be_started_again_stays_with_the_shim(pair: Cluster, client
     n2 = pair.nodes[1]
     assert n2.process is not None
     told(n2, signal.SIGUSR1)
-    assert n2.process.wait(30) == 0
+    assert n2.process.wait(60) == 0
     n2.options = (*n2.options, "--drain-timeout", "1s")
     start(pair, n2, client)
     client.drain("n1")
     gate = tmp_path / "gate"
     may, once = client.submit(gated(gate)).id, client.submit(gated(gate), restart=False).id
-    eventually(lambda: runs_on(client, may) == runs_on(client, once) == "n2", within_s=20, what="both run on n2")
+    eventually(lambda: runs_on(client, may) == runs_on(client, once) == "n2", within_s=60, what="both run on n2")
     client.undrain("n1")
     told(n2, signal.SIGTERM)
-    assert n2.process.wait(40) == 0
-    eventually(lambda: runs_on(client, may) == "n1", within_s=20, what="n1 takes what was given back")
+    assert n2.process.wait(60) == 0
+    eventually(lambda: runs_on(client, may) == "n1", within_s=60, what="n1 takes what was given back")
     shim = n2.shim_pid()
     assert shim is not None
     start(pair, n2, client)
     assert runs_on(client, once) == "n2"
     gate.touch()
-    ended = client.wait([may, once], timeout_s=30).tasks
+    ended = client.wait([may, once], timeout_s=60).tasks
     assert [t.task.attempts_started for t in ended] == [2, 1]
 
     # With nothing left it takes down everything, and the node is gone from the list.
     told(n2, signal.SIGTERM)
     assert n2.process is not None
-    assert n2.process.wait(40) == 0
+    assert n2.process.wait(60) == 0
     assert n2.shim_pid() is None
     assert status(client, "n2") == "gone"
     n2.start(pair.peers_of(n2))
