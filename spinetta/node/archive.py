@@ -79,6 +79,8 @@ class Archive:
         self.directory = directory
         self._keep_bytes = keep_bytes
         self._lock = threading.Lock()  # of what is written, and of the index
+        self.trouble = ""
+        """Why nothing can be written now; empty when all is well, or nothing has been tried."""
         self._sound = ""  # the file whose end is known to be whole
         self._index: dict[str, tuple[int, Scan]] = {}  # by name: inode, and what is in it
         self._teller = Teller(log)
@@ -102,11 +104,13 @@ class Archive:
                 self._write(member, now_ms)
             except OSError as e:
                 self._sound = ""
+                self.trouble = f"finished tasks cannot be archived here: {e.strerror or e}"
                 raise UserError(
                     f"the archive {self.directory} cannot be written: {e.strerror or e}",
                     hint="make room on its disk; the tasks stay in the cluster's store until then",
                     reason="archive-unwritable",
                 ) from e
+            self.trouble = ""
             try:
                 self._trim()
             except OSError as e:

@@ -91,8 +91,8 @@ class Daemon:
         self._report: Report | None = None
         name = NodeId(settings.name)
         vault = Vault(store, name, lambda: credentials.sealing_private) if credentials is not None else None
-        self.agent = Agent(self._agent_settings(), entrance.incarnation)
         self.archive = Archive(Path(settings.data_dir) / "archive", settings.archive_keep_bytes)
+        self.agent = Agent(self._agent_settings(), entrance.incarnation)
         self.driver = Driver(
             self.agent,
             store,
@@ -446,7 +446,7 @@ class Daemon:
         self._entrance.memory.update(incarnation_id=incarnation)
 
     def _warnings(self) -> tuple[str, ...]:
-        trouble = (self._audit.trouble,) if self._audit.trouble else ()
+        trouble = tuple(t for t in (self._audit.trouble, self.archive.trouble) if t)
         return (*self._runtime.warnings(), *self._entrance.warnings, *trouble)
 
 

@@ -363,7 +363,8 @@ class NoRuntime:
 @asynccontextmanager
 async def leading(n: Node, **fields: Any) -> AsyncIterator[Driver]:
     """A real agent and driver beside a node that serves; they lead."""
-    agent = Agent(settings("leader", reconcile_s=1.0, **fields))
+    made = settings("leader", reconcile_s=1.0, **fields)
+    agent = Agent(replace(made, record=replace(made.record, address=n.address)))
     launch = LaunchSettings("leader", 0, n.address)
     archivist = NodeArchivist(NodeId("leader"), n.port.archive, n.port.dialer, lambda: agent.peers)
     runtime: Runtime = NoRuntime()  # type: ignore[assignment]

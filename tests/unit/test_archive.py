@@ -193,8 +193,10 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(
         with pytest.raises(UserError, match="No space left") as raised:
             kept.append([record(2)], NOW_MS)
     assert raised.value.reason == "archive-unwritable"
+    assert "No space left" in kept.trouble
     assert the_file(kept).read_bytes() == data
     assert kept.append([record(3)], NOW_MS) == (task_id(3),)
+    assert kept.trouble == ""
     assert everything(kept) == [task_id(1), task_id(3)]
 
 

@@ -109,8 +109,8 @@ class Archives:
         views.Wanted(request.filter)  # checked once, here
         newest = request.newest_first
         after = _parse_token(request.page_token, newest=newest)
-        holders = await self._holders()
-        share = size if len(holders) < 3 else max(2 * size // len(holders), limits.ARCHIVE_SHARE_MIN)
+        known, holders = await self._holders()
+        share = size if known < 3 else max(2 * size // known, limits.ARCHIVE_SHARE_MIN)
         ask = api.ReadArchiveRequest(
             filter=request.filter,
             limit=min(share, size),
@@ -159,17 +159,22 @@ class Archives:
             silent=[api.SilentArchive(node=n, why=why) for n, why in sorted(silent.items())],
         )
 
-    async def _holders(self) -> Mapping[NodeId, bool]:
-        """The nodes that have archived something, and whether each is a worker."""
-        page = await self._port.store.list(keys.ARCHIVE, keys_only=True, limit=limits.ARCHIVES_MAX)
-        names = [keys.parse_node(e.key) for e in page.entries]
+    async def _holders(self) -> tuple[int, Mapping[NodeId, bool]]:
+        """How many nodes have archived something, and all to be asked: whether each is a worker.
+
+        Those that are alive too: a cluster that was restored from a backup has forgotten what was archived since.
+        """
+        store = self._port.store
+        page = await store.list(keys.ARCHIVE, keys_only=True, limit=limits.ARCHIVES_MAX)
+        here = await store.list(keys.NODE, keys_only=True, limit=limits.ARCHIVES_MAX)
+        names = sorted({keys.parse_node(e.key) for e in (*page.entries, *here.entries)})
         found = await lookup.read_all(self._port.store, [keys.acl_node(n) for n in names])
         out = {}
         for name in names:
             entry = found.get(keys.acl_node(name))
             acl = codec.readable(_node_acl, entry.value) if entry is not None else None
             out[name] = acl is not None and acl.role is NodeRole.WORKER
-        return out
+        return len(page.entries), out
 
     async def _part(self, node: NodeId, ask: api.ReadArchiveRequest) -> _Part:
         if node == self._port.name:
