@@ -50,9 +50,10 @@ def why_unfit(data_dir: Path, left: Room, *, was_unfit: bool) -> str:
     factor = 2 if was_unfit else 1
     if left.read_only:
         return f"its data directory {data_dir} is on a disk that is read-only"
-    least = max(FULL_BYTES_MIN, min(FULL_BYTES_MAX, left.total_bytes // FULL_PART)) * factor
-    if left.free_bytes < least:
-        return f"the disk of its data directory {data_dir} is full: {units.format_bytes(left.free_bytes)} left"
+    least = max(FULL_BYTES_MIN, min(FULL_BYTES_MAX, left.total_bytes // FULL_PART))
+    if left.free_bytes < least * factor:
+        # Not how much is left: the text would change with every look, and each change is told to all.
+        return f"the disk of its data directory {data_dir} is full: {units.format_bytes(least)} must be free"
     if left.free_files is not None and left.free_files < FULL_FILES * factor:
         return f"the disk of its data directory {data_dir} has no room for more files"
     return ""
@@ -79,8 +80,8 @@ def no_memory(meminfo: Path = _MEMINFO) -> str:
         name, _, value = line.partition(":")
         words = value.split()
         if name == "MemAvailable" and words and words[0].isdigit():
-            left = int(words[0]) * 1024
-            return f"memory is used up: {units.format_bytes(left)} left" if left < MEMORY_BYTES_MIN else ""
+            least = units.format_bytes(MEMORY_BYTES_MIN)
+            return f"memory is used up: less than {least} left" if int(words[0]) * 1024 < MEMORY_BYTES_MIN else ""
     return ""
 
 

@@ -47,7 +47,7 @@ def test_memory(tmp_path: Path) -> None:
     info = tmp_path / "meminfo"
     assert no_memory(info) == "", "unknown is not used up"
     info.write_text("MemTotal: 1000000 kB\nMemAvailable: 1000 kB\n")
-    assert no_memory(info) == "memory is used up: 1000KiB left"
+    assert no_memory(info) == "memory is used up: less than 32MiB left"
     info.write_text("MemTotal: 1000000 kB\nMemAvailable: 900000 kB\n")
     assert no_memory(info) == ""
     assert no_process() == ""
