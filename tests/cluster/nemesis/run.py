@@ -62,7 +62,6 @@ class Nemesis:
         self.skipped = 0
         self.ended_by_themselves: list[str] = []
         self.failed_starts: list[str] = []  # no peer in reach, a full disk: tried again, as a service manager would
-        self.lost: list[tuple[str, float]] = []  # whole nodes that were killed, and when
 
     async def run(self, faults: Sequence[Fault]) -> None:
         """All faults, each at its time; returns when all are mended."""
@@ -106,8 +105,6 @@ class Nemesis:
         leads = " (leader)" if node.name == self._recorder.leader else ""
         self._settings.progress(f"{fault.kind} {node.name}{leads} for {fault.hold_s:.1f} s")
         from_s = boot_s()
-        if fault.kind == "kill-node":
-            self.lost.append((node.name, from_s))
         try:
             mend = await asyncio.to_thread(hit, self._world, fault.kind, node, fault.hold_s)
             try:
@@ -178,7 +175,7 @@ async def run_in(made: World, directory: Path, settings: Settings) -> Result:
         "failed_starts": nemesis.failed_starts,
         "settled_after_s": round(settled_s, 1), "watch_breaks": recorder.breaks,
         "calls_repeated": dict(load.again), "tasks_held_back": load.held_back,
-        **figures(replay, ledger, told, nemesis.lost),
+        **figures(replay, ledger, told, hits),
         "excused": dict(verdict.excused),
         "wrong": {promise: stories[: checker.STORIES_MAX] for promise, stories in verdict.wrong.items()},
     }  # fmt: skip
@@ -230,7 +227,7 @@ async def caught_up(recorder: Recorder, revision: int) -> list[str]:
 
 def figures(
     replay: checker.Replay, ledger: dict[tuple[str, int], checker.Lived], told: checker.Told,
-    lost: Sequence[tuple[str, float]],
+    hits: Sequence[checker.Hit],
 ) -> dict[str, Any]:  # fmt: skip
     """Counts and times."""
     outcomes = Counter(t.outcome.name.lower() for t in replay.tasks.values() if t.outcome)
@@ -238,11 +235,12 @@ def figures(
     detected: list[float] = []
     again: list[float] = []
     elsewhere: list[float] = []
-    for node, at_s in lost:
-        seen = [t - at_s for t, name in replay.condemned if name == node and t > at_s]
-        if seen:
-            detected.append(min(seen))
-        until_s = min((other_s for name, other_s in lost if name == node and other_s > at_s), default=math.inf)
+    lost = [hit for hit in hits if hit.kind == "kill-node"]
+    for fault in lost:
+        node, at_s = fault.nodes[0], fault.from_s
+        # Only while it was away: a node that came back first was given up for another reason later, if at all.
+        detected += [t - at_s for t, name in replay.condemned if name == node and at_s < t < fault.until_s][:1]
+        until_s = min((other.from_s for other in lost if node in other.nodes and other.from_s > at_s), default=math.inf)
         for t, task, name, number in replay.requeued:
             if name == node and replay.claimed_at[task, number] < at_s < t < until_s:
                 again.append(t - at_s)
