@@ -23,7 +23,7 @@ def test_a_node_that_begins_to_listen_between_two_looks_is_believed(
         return left.pop(0)
 
     monkeypatch.setattr(diagnose, "_gets_in", gets_in)
-    monkeypatch.setattr(diagnose.Dialer, "guest", lambda _authorities: Dialer.open())
+    monkeypatch.setattr(Dialer, "guest", lambda _authorities: Dialer.open())
     pems: Pems = (b"ca", b"mine", b"key")
 
     async def look() -> UserError | None:
