@@ -6,9 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
-import uuid
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -167,9 +167,21 @@ def _logs_that_are_no_more(cluster: Cluster, node: Node, task: TaskId) -> None:
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
-@pytest.mark.skipif(FAKETIME is None, reason="needs Debian's libfaketime")
-def test_a_clock_that_is_set_fences_nobody(tmp_path: Path) -> None:
-    clock = tmp_path / "clock"
+@dataclass(frozen=True)
+class Alone:
+    """One node whose wall clock, and that of commands with `env`, says what is in a file."""
+
+    cluster: Cluster
+    node: Node
+    client: Client
+    clock: Path
+    env: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    folder = tmp_path_factory.mktemp("alone")
+    clock = folder / "clock"
     clock.write_text("+0")
     faked = {
         "LD_PRELOAD": str(FAKETIME),
@@ -177,69 +189,64 @@ def test_a_clock_that_is_set_fences_nobody(tmp_path: Path) -> None:
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
-    ledger = tmp_path / "ledger"
-    cluster = Cluster(tmp_path, free_base(3), CALM)
+    env = faked if FAKETIME is not None else {}
+    cluster = Cluster(folder, free_base(2), (*CALM, "--cpus", "8", "--memory", "1GiB"))
     try:
-        n1 = cluster.add(name="n1", start=False)
-        n1.start(env=faked)
+        node = cluster.add(name="n1", start=False)
+        node.start(env=env)
         cluster.wait_ready()
-        with Client(n1.address) as client:
-            gate = tmp_path / "gate"
-            held = client.submit(["sh", "-c", f"until [ -e {gate} ]; do sleep 0.1; done"], cpus=0.1).id
-            state_is(cluster, client, held, State.RUNNING)
-            tasks = [held]
-            for offset in ("+7h", "-7h", "+400d", "+0"):
-                clock.write_text(offset)
-                # The command line has the same clock, and so makes ids of the past and the future.
-                note = ["sh", "-c", f"echo $SPINETTA_TASK_ID >> {ledger}"]
-                done = cluster.cli("submit", "--cpus", "0.1", "--", *note, env=faked)
-                task = TaskId(done.stdout.strip())
-                tasks.append(task)
-                assert state_is(cluster, client, task, State.COMPLETE).outcome is Outcome.SUCCEEDED
-                found = {i.task.id for i in client.list()}
-                assert found >= set(tasks), f"lists at {offset} miss {set(tasks) - found}"
-                assert client.get(held).task.state is State.RUNNING
-                assert record(client, "n1").name == "n1"
-            gate.touch()
-            ended = state_is(cluster, client, held, State.COMPLETE)
-            assert (ended.outcome, len(ended.attempts)) == (Outcome.SUCCEEDED, 1)
-            assert Counter(ledger.read_text().split()) == Counter(tasks[1:])
-        log = n1.log.read_text()
-        assert "Traceback" not in log
-        assert "condemned" not in log
+        with Client(node.address) as client:
+            yield Alone(cluster, node, client, clock, env)
     finally:
         cluster.stop()
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="needs Debian's libfaketime")
+def test_a_clock_that_is_set_fences_nobody(alone: Alone, tmp_path: Path) -> None:
+    cluster, client, ledger, gate = alone.cluster, alone.client, tmp_path / "ledger", tmp_path / "gate"
+    held = client.submit(["sh", "-c", f"until [ -e {gate} ]; do sleep 0.1; done"], cpus=0.1).id
+    state_is(cluster, client, held, State.RUNNING)
+    tasks = [held]
+    for offset in ("+7h", "-7h", "+400d", "+0"):
+        alone.clock.write_text(offset)
+        # The command line has the same clock, and so makes ids of the past and the future.
+        note = ["sh", "-c", f"echo $SPINETTA_TASK_ID >> {ledger}"]
+        done = cluster.cli("submit", "--cpus", "0.1", "--", *note, env=alone.env)
+        task = TaskId(done.stdout.strip())
+        tasks.append(task)
+        assert state_is(cluster, client, task, State.COMPLETE).outcome is Outcome.SUCCEEDED
+        found = {i.task.id for i in client.list()}
+        assert found >= set(tasks), f"lists at {offset} miss {set(tasks) - found}"
+        assert client.get(held).task.state is State.RUNNING
+        assert record(client, "n1").name == "n1"
+    gate.touch()
+    ended = state_is(cluster, client, held, State.COMPLETE)
+    assert (ended.outcome, len(ended.attempts)) == (Outcome.SUCCEEDED, 1)
+    assert Counter(ledger.read_text().split()) == Counter(tasks[1:])
+    log = alone.node.log.read_text()
+    assert "Traceback" not in log
+    assert "condemned" not in log
+
+
+def test_a_shim_that_dies_under_load(alone: Alone, tmp_path: Path) -> None:
+    """It takes etcd and all tasks with it; the daemon starts another, and everything that was lost runs again."""
+    cluster, client, node, ledger = alone.cluster, alone.client, alone.node, tmp_path / "ledger"
+    script = f'echo "$SPINETTA_TASK_ID.$SPINETTA_ATTEMPT" >> {ledger}; sleep 1'
+    tasks = [client.submit(["sh", "-c", script], cpus=1).id for _ in range(24)]
+    eventually(lambda: ledger.exists() and ledger.read_text().count("\n") >= 4, within_s=WITHIN_S, what="load")
+    shim = node.shim_pid()
+    assert shim is not None
+    os.kill(shim, signal.SIGKILL)
+    ends = [state_is(cluster, client, task, State.COMPLETE) for task in tasks]
+    assert {end.outcome for end in ends} == {Outcome.SUCCEEDED}
+    assert set(Counter(ledger.read_text().split()).values()) == {1}, "an attempt ran twice"
+    assert [a for end in ends for a in end.attempts if a.reason == "shim-lost"], "nothing was lost: nothing is tested"
+    assert node.shim_pid() not in (None, shim)
+    assert node.process is not None
+    assert node.process.poll() is None, "the daemon has outlived it"
+    attempts = node.data_dir / "shim" / "attempts"
+    eventually(lambda: not list(attempts.iterdir()), within_s=20, what="nothing is left over")
 
 
 def test_a_daemon_that_dies_at_any_of_its_effects(tmp_path: Path) -> None:
-    assert dying.live(tmp_path, [2, 7, 15, 28]) == []
-
-
-def test_a_shim_that_dies_under_load(tmp_path: Path) -> None:
-    """It takes etcd and all tasks with it; the daemon starts another, and everything that was lost runs again."""
-    ledger, marker = tmp_path / "ledger", uuid.uuid4().hex
-    cluster = Cluster(tmp_path, free_base(2), (*CALM, "--cpus", "8", "--memory", "1GiB"))
-    try:
-        n1 = cluster.add(name="n1")
-        cluster.wait_ready()
-        with Client(n1.address) as client:
-            script = f'echo "$SPINETTA_TASK_ID.$SPINETTA_ATTEMPT" >> {ledger}; sleep 1; : {marker}'
-            tasks = [client.submit(["sh", "-c", script], cpus=1).id for _ in range(24)]
-            eventually(lambda: ledger.exists() and ledger.read_text().count("\n") >= 4, within_s=WITHIN_S, what="load")
-            shim = n1.shim_pid()
-            assert shim is not None
-            os.kill(shim, signal.SIGKILL)
-            ends = [state_is(cluster, client, task, State.COMPLETE) for task in tasks]
-            ran = Counter(ledger.read_text().split())
-            assert {end.outcome for end in ends} == {Outcome.SUCCEEDED}
-            assert set(ran.values()) == {1}, "an attempt ran twice"
-            lost = [a for end in ends for a in end.attempts if a.reason == "shim-lost"]
-            assert lost, "nothing was lost: the test tests nothing"
-            assert n1.shim_pid() not in (None, shim)
-            assert n1.process is not None
-            assert n1.process.poll() is None, "the daemon has outlived it"
-        eventually(
-            lambda: not list((n1.data_dir / "shim" / "attempts").iterdir()), within_s=20, what="nothing is left over"
-        )
-    finally:
-        cluster.stop()
+    assert dying.live(tmp_path, [3, 16]) == []  # of many: `python -m tests.cluster.dying`
