@@ -42,7 +42,8 @@ DEFRAGMENT_EVERY_S = 3600.0  # one member; a busy queue makes holes again within
 DEFRAGMENT_EVERY_CRAMPED_S = 600.0
 DEFRAGMENT_EVERY_FULL_S = 60.0
 BLOCKED_S_PER_GIB = 15.0  # measured 7 to 11 s for each GiB in use, records of 1 kB, two cores
-BLOCKED_S_MIN = 10.0  # for the deadline of a call: a slow disk, a machine at its limit
+BUSY_FACTOR = 4.0  # on a machine at its limit: 66 MiB took 3 to 9 s with 25 processes for each core
+BLOCKED_S_MIN = 30.0  # for the deadline of a call: giving up does not stop it, so better late
 DEADLINE_FACTOR = 6.0
 BEHIND_MAX = 1000  # entries that a member may be behind and still count as caught up: a second of a busy cluster
 DISARM_EVERY_S = 30.0
@@ -291,10 +292,10 @@ def _defragmentation(
             if now_s < past.moved_s + DEFRAGMENT_EVERY_FULL_S:
                 return Rest("etcd's lead has just been handed on")
             return MoveLeader(m.member_id, max(others, key=lambda each: (each.applied, each.name)).member_id)
-        if blocked_s > pause_s and not full:
+        if BUSY_FACTOR * blocked_s > pause_s and not full:
             return Rest(
-                f"{reason}, but the only voter would stand still for about {units.format_duration(blocked_s)}, longer "
-                f"than the {units.format_duration(pause_s)} that leases allow: add voters"
+                f"{reason}, but the only voter might stand still for {units.format_duration(BUSY_FACTOR * blocked_s)}, "
+                f"longer than the {units.format_duration(pause_s)} that leases allow: add voters"
             )
     return Defragment(m.member_id, max(BLOCKED_S_MIN, DEADLINE_FACTOR * blocked_s), reason)
 

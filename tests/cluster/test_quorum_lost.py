@@ -14,7 +14,7 @@ import pytest
 
 from spinetta.client import AsyncClient
 from spinetta.errors import SpinettaError, StoreUnavailable
-from spinetta.model import State
+from spinetta.model import State, TaskId
 from tests.cluster.harness import CLIENT_PORT, Cluster, Node, eventually, running_cluster
 from tests.cluster.history import check_history
 
@@ -129,4 +129,4 @@ def test_all_stands_still_safely_and_goes_on_by_itself(trio: Cluster, tmp_path: 
     assert trio.cli("cluster", "status", check=False).returncode == 0
     trio.cli("cancel", *waiting)
     checker = check_history(f"{trio.nodes[0].host}:{CLIENT_PORT}")
-    assert checker.recorded[long] == 1
+    assert checker.recorded[TaskId(long)] == 1

@@ -170,7 +170,7 @@ def test_a_member_is_left_alone_for_an_hour() -> None:
 
 
 def test_the_only_voter_stands_still_for_what_leases_allow_and_no_longer() -> None:
-    small, large = member(1, db=400, used=100), member(1, db=2000, used=900)
+    small, large = member(1, db=400, used=80), member(1, db=2000, used=900)
     assert isinstance(care(view(small)), Defragment)
     waits = care(view(large))
     assert isinstance(waits, Rest)
