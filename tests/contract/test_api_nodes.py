@@ -238,6 +238,12 @@ def test_drain_here_and_elsewhere(etcd: Etcd, tmp_path: Path) -> None:
             await a.api.Undrain(api.UndrainRequest(node="b"))
             await a.api.Undrain(api.UndrainRequest(node="a"))
             assert (a.port.draining, b.port.draining) == ([True, False], [True, False])
+            await a.api.Drain(api.DrainRequest(node="b", release=True))
+            assert b.port.given_back == (True, False)
+            await a.api.Drain(api.DrainRequest(node="b", release=True, force=True))
+            assert b.port.given_back == (True, True)
+            failed = await failure(a.api.Drain(api.DrainRequest(node="b", force=True)))
+            assert (failed.code, failed.detail.field) == (Code.INVALID_ARGUMENT, "force")
             b.port.failure = None
             for name, code, text in (
                 ("nobody", Code.NOT_FOUND, "there is no node nobody"),
@@ -306,7 +312,7 @@ def test_errors_of_another_node_are_passed_on_whole(etcd: Etcd, tmp_path: Path) 
     async def scenario() -> None:
         async with node(etcd, tmp_path) as a, node(etcd, tmp_path, "b") as b:
 
-            async def refusing(draining: bool, *, release: bool = False, force: bool = False) -> None:  # noqa: ARG001
+            async def refusing(draining: bool, *, release: bool = False, force: bool = False) -> None:
                 raise OutcomeUnknown("told, but not confirmed")
 
             b.port.set_draining = refusing  # type: ignore[method-assign]
