@@ -45,10 +45,14 @@ class StopSignals:
 
     def install(self, starting: asyncio.Task[int]) -> None:
         """From now on signals are wishes. Until `started` the first one cancels this task."""
-        self._starting = starting
+        self.starting(starting)
         loop = asyncio.get_running_loop()
         for number in self._wishes:
             loop.add_signal_handler(number, self.signalled, number)
+
+    def starting(self, task: asyncio.Task[int] | None) -> None:
+        """The node comes up in this task, for the first time or anew: the first signal cancels it."""
+        self._starting = task
 
     def started(self) -> None:
         """The daemon runs, and looks at `told` itself."""

@@ -111,15 +111,14 @@ async def _live(settings: Settings, data_dir: Path, stop: StopSignals) -> int:
                     raise
                 log.error("this node cannot begin again yet: %s", e)
                 code = BEGIN_ANEW
-            if code != BEGIN_ANEW:
-                return code
+            if code != BEGIN_ANEW or stop.wish is not None:
+                return EXIT_OK if code == BEGIN_ANEW else code
             first = False
+            stop.starting(asyncio.current_task())
             # At once the first time; later and later while it keeps coming back.
             pause_s = 0.0 if time.monotonic() - since_s > ANEW_STEADY_S else min(2 * pause_s + 1, ANEW_PAUSE_MAX_S)
             log.warning("this node begins again with nothing in memory, and finds out what is true now")
             await asyncio.sleep(pause_s)
-            if stop.wish is not None:
-                return EXIT_OK
 
 
 async def _live_once(settings: Settings, data_dir: Path, stop: StopSignals) -> int:

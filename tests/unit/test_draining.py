@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 
 import pytest
@@ -114,3 +115,39 @@ def test_signals(setting: str, signals: list[signal.Signals], wish: Wish, code: 
     for number in signals:
         stop.signalled(number)
     assert (stop.wish, codes) == (wish, [] if code is None else [code])
+
+
+def test_while_a_node_comes_up_the_first_signal_cancels_that_and_a_second_one_ends_all() -> None:
+    async def scenario() -> None:
+        codes: list[int] = []
+        stop = StopSignals("keep", leave=codes.append)
+
+        async def coming_up() -> int:
+            await asyncio.sleep(60)
+            return 0
+
+        for _ in range(2):  # also when it comes up anew
+            stop = StopSignals("keep", leave=codes.append)
+            task = asyncio.create_task(coming_up())
+            stop.starting(task)
+            await asyncio.sleep(0)
+            stop.signalled(TERM)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert codes == []
+        stop.signalled(TERM)
+        assert codes == [143]
+        stop = StopSignals("drain", leave=codes.append)
+        task = asyncio.create_task(coming_up())
+        stop.starting(task)
+        stop.started()
+        stop.signalled(TERM)
+        assert await stop.told() is Wish.DRAIN
+        assert not task.cancelling()
+        greater = asyncio.create_task(stop.told())
+        await asyncio.sleep(0)
+        stop.signalled(INT)
+        assert await greater is Wish.EVERYTHING
+        task.cancel()
+
+    asyncio.run(scenario())
