@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc.aio
 
 from spinetta.agent import Agent
-from spinetta.errors import Fenced
+from spinetta.errors import Fenced, OutcomeUnknown, StoreUnavailable
 from spinetta.model import IncarnationId, NodeId, NodeRecord, Resources
 from spinetta.node.entry import Memory
 from spinetta.node.keeper import SeatKeeper
@@ -28,6 +28,18 @@ from spinetta.trust.dial import Dialer
 from spinetta.v1 import api_pb2 as pb
 from spinetta.v1 import api_pb2_grpc as rpc
 from tests.contract.etcds import LocalServices, Program, free_port, loopback_host
+
+T = TypeVar("T")
+INSIST_S = 30.0
+
+
+async def insist(call: Callable[[], Awaitable[T]]) -> T:
+    """Again while etcd elects; for what may be done twice."""
+    async with asyncio.timeout(INSIST_S):
+        while True:
+            with contextlib.suppress(StoreUnavailable, OutcomeUnknown):
+                return await call()
+            await asyncio.sleep(0.1)
 
 
 class Peer(rpc.PeerServicer):
@@ -218,7 +230,8 @@ class World:
         names = {n.peer_url: n.name for n in self.nodes.values()}
         store = EtcdStore(self.endpoints)
         try:
-            return {names[m.peer_url]: not m.learner for m in (await Members(store.connections).members()).members}
+            found = await insist(Members(store.connections).members)
+            return {names[m.peer_url]: not m.learner for m in found.members}
         finally:
             await store.close()
 

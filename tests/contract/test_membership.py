@@ -22,7 +22,15 @@ from spinetta.store.wal import wal_owner
 from spinetta.trust.certificates import Authority
 from spinetta.txn import Absent, Committed, Put, Txn
 from spinetta.voters import AddLearner, Nothing, Promote, Remove, Seat, Sitter, next_step
-from tests.contract.etcds import HOUR_S, LocalServices, Program, VoterFiles, free_port, loopback_host
+from tests.contract.etcds import (
+    HOUR_S,
+    LocalServices,
+    Program,
+    VoterFiles,
+    etcd_authority,
+    free_port,
+    loopback_host,
+)
 
 pytestmark = pytest.mark.contract
 
@@ -234,6 +242,21 @@ def test_one_to_three_and_back_with_data_kept(
             record_property("grown_s", round(grown_s, 2))
             record_property("shrunk_s", round(shrunk_s, 2))
             print(f"one to three: {grown_s:.2f} s; three to one: {shrunk_s:.2f} s; {len(written)} writes kept")  # noqa: T201
+
+    run(scenario())
+
+
+def test_three_under_tls(program: Program, tmp_path: Path) -> None:
+    """Each etcd takes the flags that make it ask for certificates."""
+
+    async def scenario() -> None:
+        async with cluster(tmp_path, "abc", etcd_authority(), program=program) as world:
+            await world.settle()
+            assert [seat.learner for seat in await world.seats()] == [False] * 3
+            for node in world.nodes.values():
+                assert (await status(node.client_url, node.tls)).healthy
+                with pytest.raises(StoreUnavailable):
+                    await status(node.client_url.replace("https", "http"))
 
     run(scenario())
 

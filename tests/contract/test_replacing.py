@@ -21,7 +21,7 @@ from spinetta.store.wal import wal_owner
 from spinetta.txn import Committed, Put, Txn
 from tests.contract.api_world import eventually
 from tests.contract.etcds import Program, find_program
-from tests.contract.seats_world import World, world
+from tests.contract.seats_world import World, insist, world
 
 pytestmark = pytest.mark.contract
 
@@ -54,15 +54,15 @@ async def voters_are(found: World, names: str) -> None:
 
 async def write(found: World, *written: str) -> None:
     store = EtcdStore(found.endpoints)
-    for key in written:
-        assert isinstance(await store.commit(Txn(then=(Put(key),))), Committed)
+    txn = Txn(then=tuple(Put(key) for key in written))
+    assert isinstance(await insist(lambda: store.commit(txn)), Committed)
     await store.close()
 
 
 async def held_by(found: World, name: str) -> set[str]:
     """The keys that one node's etcd has."""
     store = EtcdStore([found[name].client_url])
-    page = await store.list("/k/", keys_only=True)
+    page = await insist(lambda: store.list("/k/", keys_only=True))
     await store.close()
     return {entry.key for entry in page.entries}
 
