@@ -189,6 +189,8 @@ def test_what_is_asked_wrongly(etcd: Etcd, tmp_path: Path) -> None:
                 (api.ListArchivedRequest(page_token="x"), "page_token"),  # noqa: S106 - no secret
                 (api.ListArchivedRequest(page_token=token, newest_first=True), "page_token"),
                 (api.ListArchivedRequest(page_size=100_000), "page_size"),
+                (api.ListArchivedRequest(since_ms=-1), "since_ms"),
+                (api.ListArchivedRequest(before_ms=1 << 60), "before_ms"),
                 (api.ListArchivedRequest(filter=api.Filter(states=[pb.STATE_UNSPECIFIED])), "filter.states[0]"),
             ):
                 failed = await failure(a.api.ListArchived(request))

@@ -70,9 +70,7 @@ class OwnArchive:
         """
         if request.after and not validate.is_task_id(request.after):
             raise UserError("not an id", field="after", hint="give the last id of the page before")
-        for field, value in (("since_ms", request.since_ms), ("before_ms", request.before_ms)):
-            if not 0 <= value <= TIME_MS_MAX:
-                raise UserError(f"{value} is no time of an id", field=field, hint="milliseconds since 1970")
+        _check_times(request)
         wanted = views.Wanted(request.filter)
 
         def matches(line: bytes) -> bool:
@@ -106,7 +104,8 @@ class Archives:
         Nodes that do not tell are named in the answer.
         """
         size = validate.check_page_size(request.page_size)
-        views.Wanted(request.filter)  # checked once, here
+        views.Wanted(request.filter)  # checked here, and not blamed on each node
+        _check_times(request)
         newest = request.newest_first
         after = _parse_token(request.page_token, newest=newest)
         known, holders = await self._holders()
@@ -236,6 +235,12 @@ class _Merged:
             self.reached, self.more = at, True
         else:
             self.reached = (max if self._newest else min)(self.reached, at)
+
+
+def _check_times(request: api.ListArchivedRequest | api.ReadArchiveRequest) -> None:
+    for field, value in (("since_ms", request.since_ms), ("before_ms", request.before_ms)):
+        if not 0 <= value <= TIME_MS_MAX:
+            raise UserError(f"{value} is no time of an id", field=field, hint="milliseconds since 1970")
 
 
 def _task(record: bytes) -> pb.Task | None:
