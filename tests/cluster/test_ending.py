@@ -15,6 +15,7 @@ import pytest
 
 from spinetta.client import Client
 from spinetta.client.views import TaskFilter, TaskInfo
+from spinetta.errors import UserError
 from spinetta.model import Outcome, State, TaskId
 from tests.cluster.harness import CLIENT_PORT, Cluster, Node, eventually, running_cluster
 from tests.cluster.history import check_history
@@ -147,6 +148,8 @@ def test_a_second_signal_ends_the_daemon_at_once_at_any_stage(pair: Cluster, cli
     # While it drains: it waits, and says so, and a second signal cuts that.
     told(n2, signal.SIGTERM)
     eventually(lambda: status(client, "n2") == "draining", within_s=60, what="n2 drains")
+    with pytest.raises(UserError, match="being stopped"):
+        client.undrain("n2")
     ends_at_once(signal.SIGTERM)
     start(pair, n2, client)
     assert status(client, "n2") == "ready"  # that drain was the daemon's own, and ended with it
@@ -156,6 +159,8 @@ def test_a_second_signal_ends_the_daemon_at_once_at_any_stage(pair: Cluster, cli
     next(steps)
     steps.close()  # type: ignore[attr-defined]
     eventually(lambda: status(client, "n2") == "leaving", within_s=60, what="n2 leaves")
+    with pytest.raises(UserError, match="is leaving"):
+        client.undrain("n2")
     said = n2.log.read_text().count("tasks still run")
     told(n2, signal.SIGTERM)
     # Two that come together are one to the kernel.
