@@ -175,14 +175,23 @@ newer_suite=trixie
 newer_known="3.5.16-4 amd64 0875921bb0d023f2af9b8e15cdfbe417a03e65731345fb832c40f9c2dd72967b"
 newer=$venv/share/spinetta/etcd-newer
 
+debian_mirror() {
+    local codename
+    codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
+    apt-get indextargets --format "\$(RELEASE) \$(COMPONENT) \$(REPO_URI)" "Created-By: Packages" |
+        awk -v release="$codename" '$1 == release && $2 == "main" && !found { found = 1; print $3 }'
+}
+
 # In $work: apt's lists of one suite only, and the package. What it prints last is why it failed.
 fetch_newer_etcd() {
-    local work=$1 codename mirror keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    local work=$1 mirror keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     if ! has apt-get || ! has dpkg-deb; then echo "this is not Debian" && return 1; fi
-    codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
-    mirror=$(apt-get indextargets --format "\$(RELEASE) \$(COMPONENT) \$(REPO_URI)" "Created-By: Packages" |
-        awk -v release="$codename" '$1 == release && $2 == "main" { print $3; exit }')
-    [ -n "$mirror" ] || { echo "apt has no mirror of $codename" && return 1; }
+    mirror=$(debian_mirror)
+    if [ -z "$mirror" ]; then # apt tells only of those whose lists it has
+        if [ "$(id -u)" -eq 0 ] || sudo -n true; then as_root apt-get update; fi
+        mirror=$(debian_mirror)
+    fi
+    [ -n "$mirror" ] || { echo "apt has no mirror of this Debian" && return 1; }
     mkdir -p "$work/state/lists/partial" "$work/cache/archives/partial" "$work/unpacked"
     local trusted=""
     if [ -e "$keyring" ]; then trusted="[signed-by=$keyring] "; fi
