@@ -138,7 +138,7 @@ class Compare(RuleBasedStateMachine):
 
     def seen_page(self, page: Page) -> Page:
         entries = tuple(self.seen_entry(entry) for entry in page.entries)
-        return Page(self.seen_revision(page.revision), entries, page.more)
+        return Page(self.seen_revision(page.revision), entries, page.more, page.total)
 
     # --- steps ---
 
