@@ -68,7 +68,7 @@ class Processes:
         return key in self._past
 
     def end_of(self, key: str) -> Exit | None:
-        """How it ended; None while that is not known. What was ended for want of its key, too, if that has come back."""
+        """How it ended; None while that is not known. Also of what was ended for want of a key that has come back."""
         return self.ends.get(key) or (self._past.get(key) if key not in self.tokens else None)
 
     def forget_past(self) -> None:

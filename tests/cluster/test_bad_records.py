@@ -72,11 +72,11 @@ def test_the_leader_mends_what_another_hand_has_spoilt(tmp_path: Path) -> None:
             (keys.complete(TaskId(done)), True),
             (keys.queued(nobodys), False),
         ):
-            eventually(
-                lambda key=key, there=there: (key in cluster.etcdctl("get", "--keys-only", key)) is there,
-                within_s=90,
-                what=f"{key} to be {'back' if there else 'gone'}",
-            )
+
+            def is_mended(key: str = key, there: bool = there) -> bool:
+                return (key in cluster.etcdctl("get", "--keys-only", key)) is there
+
+            eventually(is_mended, within_s=90, what=f"{key} to be {'back' if there else 'gone'}")
         log = cluster.nodes[0].log.read_text(errors="replace")
         assert log.count("mending: ") == 3, log[-3000:]
 

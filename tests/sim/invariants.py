@@ -192,7 +192,9 @@ class Checker:
         if kv is None:
             if held is not None:
                 process = self.alive.get((task, held.token))
-                if process is not None and (self.author == node or not self.tasks[task][0].spec.overlap):
+                life = self.lives.get(node)
+                overlaps = self.tasks[task][0].spec.overlap and life is not None and life.state is not Life.OPEN
+                if process is not None and not overlaps:
                     self._by_clock(f"{process.key} was taken from {node} at {self.revision} while it executes there")
                 if self.author != node:
                     self._taken(node, task)

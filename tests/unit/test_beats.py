@@ -78,7 +78,7 @@ def test_what_was_promised_is_not_started() -> None:
     held.claimed(record(1), Revision(5), held.held[task_id(1)].holding)
     promised = held.poll(NOW, 1, LIFE, SEEN, may_start=True, must_stop=False, promised={Revision(5)})
     assert promised == []
-    assert (held.waiting, held.wanted) == (frozenset(), {5})
+    assert (held.waiting, held.wanted) == (frozenset(), frozenset({Revision(5)}))
     (start,) = poll(held)
     assert getattr(start, "token", None) == 5
     assert (held.waiting, held.wanted) == (frozenset(), frozenset())

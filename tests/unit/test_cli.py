@@ -98,7 +98,8 @@ def test_every_option_of_submit_arrives(capsys: pytest.CaptureFixture[str], monk
         "--name", "n", "--label", "a=1", "--label", "b=x=y", "--cpus", "1.5", "--memory", "2GiB", "--disk", "1G",
         "--gpu", "2", "--countable", "fpga=1", "--time", "1h30m", "--tag", "ssd", "--not-tag", "old", "--env", "A=b",
         "--env", "GIVEN", "--workdir", "/tmp", "--priority", "-3", "--retries", "2", "--backoff", "5s", "--no-restart",
-        "--grace", "30s", "--losses-allowed", "2", "--owner", "me", "--clearance", "phi", "--secret", "k=f", "--id", task_id,
+        "--grace", "30s", "--losses-allowed", "2", "--owner", "me", "--clearance", "phi", "--secret", "k=f",
+        "--id", task_id,
         "--", "echo", "--name", "--", "x",
     )) == 0  # fmt: skip
     [spec] = json.loads(capsys.readouterr().out)["tasks"]

@@ -98,6 +98,9 @@ class Stand(SpinettaServicer):
         async for item in self._many("Leave", request, context):
             yield item
 
+    async def ListArchived(self, request: Any, context: Any) -> Any:
+        return await self._one("ListArchived", request, context)
+
     async def Backup(self, request: Any, context: Any) -> Any:
         async for item in self._many("Backup", request, context):
             yield item

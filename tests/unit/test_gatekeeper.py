@@ -431,7 +431,7 @@ LIES: dict[str, tuple[str, Callable[[Yard], Txn]]] = {
     ),
     "a beat and more": (
         "belongs to the life",
-        lambda y: replace(txn.renew(y.registration()), then=(Put(keys.beat(ME)), Put(keys.beat(ME + "x")))),
+        lambda y: replace(txn.renew(y.registration()), then=(Put(keys.beat(ME)), Put(keys.beat(NodeId(ME + "x"))))),
     ),
     "a beat like a book": (
         "at most",
