@@ -234,7 +234,6 @@ def test_it_shows_what_list_would_show(etcd: Etcd, tmp_path: Path) -> None:
             async with cluster.channel(b.address, "b", leader) as channel:
                 done = await rpc.PeerStub(channel).Archive(api.ArchiveRequest(records=[hers]))
             assert list(done.ids) == [id_of(hers)]
-            await put(a.store, keys.archive(NodeId("b")))
             for name, role, may in (
                 ("ann", UserRole.USER, True),
                 ("eve", UserRole.USER, False),

@@ -68,9 +68,6 @@ class Stand(SpinettaServicer):
     async def List(self, request: Any, context: Any) -> Any:
         return await self._one("List", request, context)
 
-    async def ListArchived(self, request: Any, context: Any) -> Any:
-        return await self._one("ListArchived", request, context)
-
     async def Wait(self, request: Any, context: Any) -> Any:
         return await self._one("Wait", request, context)
 
