@@ -279,12 +279,6 @@ class Cgroups:
             raise
         return group
 
-    def remove(self) -> None:
-        """Remove the common parents, if empty."""
-        for folder in self.folders:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
     def _prepare_v2(self, tree: Hierarchy) -> None:
         base, controllers, problems = base_v2(tree)
         self._problems += problems

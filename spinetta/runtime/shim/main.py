@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import detach, proctable, remains, secretfiles, sysapi
 from .attempt import Held, Phase, make_exit
-from .cgroup import Cgroups, Limits
+from .cgroup import Cgroups, Limits, sweep
 from .connection import listen
 from .disk import Layout, Writer
 from .keeper import Keeper
@@ -26,6 +26,7 @@ from .spawn import Surroundings
 
 ORPHANS_AGAIN_S = 1.0
 IDLE_LOOKS_PER_WAIT = 4
+END_SWEEP_S = 2.0
 WRITER_AGAIN_S = 1.0  # a writer that dies at once, or cannot be started, is not tried in a loop
 _IGNORED = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "TSTP", "TTIN", "TTOU", "PIPE", "XFSZ")
 
@@ -132,8 +133,10 @@ class Shim:
         gc.freeze()  # children share these pages
         self._log(f"shim {self.identity.shim} of node {self.identity.node} serves; " + "; ".join(self._warnings))
         self._loop.run()
+        # Not only the common folders: the group of an attempt that has just ended may have refused to go until now.
+        for folder in sweep(self._cgroups.folders, END_SWEEP_S):
+            self._log(f"{folder} cannot be removed; the next start of a shim will try again")
         self._log("ended")
-        self._cgroups.remove()
         with contextlib.suppress(OSError):
             (self._layout.root / "shim.sock").unlink()
         secretfiles.remove_folder(self._place)
