@@ -19,7 +19,7 @@ from tests.sim.mutants import MUTANTS
 from tests.sim.noticed import NOTICED, TOLD, UNNOTICED
 from tests.sim.runs import attempt
 
-SEARCH = 100  # a change of the code changes what a seed tells: then the next one that notices will do
+SEARCH = 60  # a change of the code changes what a seed tells: then the next one that notices will do
 PAGE = Path(__file__).resolve().parents[2] / "docs/guards.md"
 
 
