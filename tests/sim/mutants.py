@@ -50,7 +50,7 @@ def drop_outer(size: int, *indexes: int) -> Mutant:
 
 def put(where: Any, name: str, what: Any) -> Mutant:
     """Something else in the place of a function."""
-    return lambda: mock.patch.object(where, name, what)
+    return lambda: mock.patch.object(where, name, what, create=True)  # attributes of instances, too
 
 
 @contextmanager
