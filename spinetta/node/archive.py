@@ -12,17 +12,15 @@ import fcntl
 import heapq
 import logging
 import os
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from spinetta.errors import UserError
 from spinetta.node.archivelines import ID_IN_LINE, archived_ms, line_of
+from spinetta.node.archivemembers import Member, Scan, number_of, pack, scan, unpack
 from spinetta.node.trouble import Teller
 
 log = logging.getLogger("spinetta.node")
@@ -31,35 +29,9 @@ SUFFIX = ".jsonl.gz"
 SEGMENT_BYTES_MAX = 64 << 20  # then another file is begun: files go as a whole when there are too many bytes
 SEGMENT_BYTES_MIN = 64 << 10
 SEGMENTS_KEPT = 8  # at least so many files in what is kept, so that little goes at once
-MEMBER_RAW_BYTES_MAX = 64 << 20  # of one member, unpacked: what is larger was not written by us
 SCAN_MAX = 2000  # tasks looked at for one page: about half a second
 INDEX_MEMBERS_MAX = 100_000  # remembered, 250 B each; of files beyond them the headers are read again
 READ_S = 10.0  # for one page
-SEARCH_BYTES = 1 << 20  # read at once in search of the next whole member
-
-_MAGIC = b"\x1f\x8b\x08\x04"  # gzip, deflate, with an extra field
-_HEAD = struct.Struct("<4sIBBH2sHII16s16sI")
-_EXTRA = struct.Struct("<II16s16s")
-_XLEN = _EXTRA.size + 4 + 4  # the subfield's own head, and a checksum
-_TAIL = struct.Struct("<II")
-
-
-class Member(NamedTuple):
-    """One append: where it is, and what it holds, without what is in it. Ids as numbers."""
-
-    offset: int
-    length: int
-    tasks: int
-    first: int
-    last: int
-
-
-class Scan(NamedTuple):
-    """The whole members of a file; from `torn` on there is a member that was not finished, None: there is none."""
-
-    members: tuple[Member, ...]
-    torn: int | None
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,101 +260,6 @@ class Archive:
             return []
 
 
-# --- one member --------------------------------------------------------------------------------------------------
-
-
-def pack(lines: Sequence[bytes], now_ms: int) -> bytes:
-    """A gzip member of lines that are in the order of their ids."""
-    raw = b"".join(line + b"\n" for line in lines)
-    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
-    body = packer.compress(raw) + packer.flush()
-    first, last = _number(lines[0][ID_IN_LINE]), _number(lines[-1][ID_IN_LINE])
-    extra = _EXTRA.pack(
-        _HEAD.size + len(body) + _TAIL.size, len(lines), first.to_bytes(16, "big"), last.to_bytes(16, "big")
-    )
-    seconds = min(max(now_ms // 1000, 0), 0xFFFFFFFF)
-    head = struct.pack("<4sIBBH2sH", _MAGIC, seconds, 0, 255, _XLEN, b"SP", _EXTRA.size + 4)
-    head += extra + struct.pack("<I", zlib.crc32(extra))
-    return head + body + _TAIL.pack(zlib.crc32(raw), len(raw) & 0xFFFFFFFF)
-
-
-def unpack(member: bytes) -> list[bytes]:
-    """The lines of a member.
-
-    Raises:
-        ValueError: it is not whole, or damaged.
-    """
-    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        raw = unpacker.decompress(member[_HEAD.size : -_TAIL.size], MEMBER_RAW_BYTES_MAX)
-    except zlib.error as e:
-        raise ValueError(str(e)) from e
-    if not unpacker.eof or _TAIL.pack(zlib.crc32(raw), len(raw) & 0xFFFFFFFF) != member[-_TAIL.size :]:
-        raise ValueError("its checksum is wrong")
-    return raw.splitlines()
-
-
-def _head(data: bytes, offset: int, size: int) -> Member | None:
-    """The member that begins with these bytes at this offset of a file of this size; None: no whole one does."""
-    found = _parsed(data, offset)
-    return found if found is not None and offset + found.length <= size else None
-
-
-def _parsed(data: bytes, offset: int) -> Member | None:
-    if len(data) < _HEAD.size or not data.startswith(_MAGIC):
-        return None
-    _, _, _, _, xlen, tag, _, length, count, first, last, check = _HEAD.unpack_from(data)
-    if (xlen, tag) != (_XLEN, b"SP") or check != zlib.crc32(_EXTRA.pack(length, count, first, last)):
-        return None
-    if length < _HEAD.size + _TAIL.size:
-        return None
-    return Member(offset, length, count, int.from_bytes(first, "big"), int.from_bytes(last, "big"))
-
-
-def scan(fd: int, start: int = 0) -> Scan:
-    """The members of a file from `start` on. What is between whole ones and is none is passed over."""
-    size = os.fstat(fd).st_size
-    members: list[Member] = []
-    at = start
-    while at < size:
-        data = os.pread(fd, _HEAD.size, at)
-        found = _head(data, at, size) or _search(fd, at + 1, size)
-        if found is None:
-            return Scan(tuple(members), at if _is_torn(fd, data, at, size) else None, at)
-        members.append(found)
-        at = found.offset + found.length
-    return Scan(tuple(members), None, at)
-
-
-def _search(fd: int, start: int, size: int) -> Member | None:
-    """The next whole member."""
-    at = start
-    while at < size:
-        data = os.pread(fd, SEARCH_BYTES + _HEAD.size, at)
-        i = data.find(_MAGIC)
-        while 0 <= i < SEARCH_BYTES:
-            found = _head(data[i : i + _HEAD.size], at + i, size)
-            if found is not None:
-                return found
-            i = data.find(_MAGIC, i + 1)
-        at += SEARCH_BYTES
-    return None
-
-
-def _is_torn(fd: int, data: bytes, at: int, size: int) -> bool:
-    """What is left of a file is the beginning of a member, or zeros in its place: an append that a crash cut off.
-
-    Anything else may be worth looking at for somebody, and stays.
-    """
-    if len(data) < _HEAD.size:
-        return data.startswith(_MAGIC) or _MAGIC.startswith(data) or not any(data)
-    if _parsed(data, at) is not None:
-        return True
-    while at < size and not any(chunk := os.pread(fd, SEARCH_BYTES, at)):
-        at += len(chunk)
-    return at >= size
-
-
 # --- the order of a page -----------------------------------------------------------------------------------------
 
 
@@ -393,8 +270,8 @@ class _Order:
         self._sign = -1 if newest_first else 1
         low, high = since_ms << 80, (before_ms << 80) - 1 if before_ms else (1 << 128) - 1
         if after:
-            low, high = (low, min(high, _number(after.encode()) - 1)) if newest_first else (
-                max(low, _number(after.encode()) + 1), high,
+            low, high = (low, min(high, number_of(after.encode()) - 1)) if newest_first else (
+                max(low, number_of(after.encode()) + 1), high,
             )  # fmt: skip
         self.low, self.high = (-high, -low) if newest_first else (low, high)
 
@@ -429,7 +306,7 @@ class _Walk:
             if time.monotonic() > until_s:
                 raise UserError("the archive is too slow to be read now", reason="archive-unreadable")
             for line in self._read(path, member):
-                key = self._order.key(_number(line[ID_IN_LINE]))
+                key = self._order.key(number_of(line[ID_IN_LINE]))
                 if self._order.low <= key <= self._high:
                     heapq.heappush(pool, (key, -archived_ms(line), line))  # of two alike the later one comes first
             if len(pool) > 4 * SCAN_MAX:  # of more than SCAN_MAX none is looked at
@@ -437,13 +314,6 @@ class _Walk:
                 self._high, self.cut = pool[-1][0], True
         while pool:
             yield heapq.heappop(pool)[-1]
-
-
-def _number(task: bytes) -> int:
-    try:
-        return int(task.replace(b"-", b""), 16)
-    except ValueError:
-        return 0  # a line that somebody has edited
 
 
 def _sync_directory(path: Path) -> None:

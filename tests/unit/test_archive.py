@@ -21,8 +21,9 @@ from spinetta import codec
 from spinetta.errors import UserError
 from spinetta.model import Outcome, State
 from spinetta.node import archive
-from spinetta.node.archive import Archive, pack, scan, unpack
+from spinetta.node.archive import Archive
 from spinetta.node.archivelines import line_of, record_of
+from spinetta.node.archivemembers import SEARCH_BYTES, pack, scan, unpack
 from spinetta.v1 import record_pb2 as pb
 from tests.builders import queued, task_id
 from tests.unit.test_collect import ended, id_at
@@ -125,7 +126,7 @@ def test_garbage_in_the_middle_is_stepped_over(tmp_path: Path) -> None:
     kept = Archive(tmp_path / "archive", 0)
     kept.append([record(1)], NOW_MS)
     path = the_file(kept)
-    rest = random.Random(2).randbytes(3 * archive.SEARCH_BYTES) + archive._MAGIC
+    rest = random.Random(2).randbytes(3 * SEARCH_BYTES) + b"\x1f\x8b\x08\x04"
     with path.open("ab") as f:
         f.write(rest)
     again = Archive(tmp_path / "archive", 0)
