@@ -45,7 +45,8 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
     if WILD in only:
         made = _wild(made, random.Random(f"wild {seed}"))
     added = set(kinds) - set(made.kinds)
-    return replace(made, kinds=(*made.kinds, *sorted(added)), faults=tuple(sorted(made.faults, key=lambda f: f.at_s)))
+    in_time = sorted((f for f in made.faults if f.at_s < made.horizon_s), key=lambda f: f.at_s)
+    return replace(made, kinds=(*made.kinds, *sorted(added)), faults=tuple(in_time))
 
 
 def small(seed: int) -> Plan:
