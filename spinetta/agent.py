@@ -32,6 +32,7 @@ from spinetta.events import (
     ListDone,
     NoAnswer,
     Notice,
+    PauseWanted,
     ReadDone,
     Refused,
     Rejected,
@@ -183,7 +184,7 @@ class Agent:
                     self._mirrors[event.tag].lost(event, now)
                 return []
             case LeaseGranted():
-                part = self.session if event.tag == "self" else self.leadership
+                part = self.leadership if event.tag == "office" else self.session
                 return part.lease_granted(event, now)
             case KeptAlive():
                 part = self.session if event.tag == "self" else self.leadership
@@ -208,6 +209,9 @@ class Agent:
                 self.draining, self.leaving_soon = event.draining, event.leaving
                 self.holdings.give_back(_given_back(event))
                 self.claims.touch()
+                return []
+            case PauseWanted():
+                self.session.pause(event.for_s)
                 return []
             case LeaveWanted():
                 self.draining = self.leaving = True

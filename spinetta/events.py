@@ -394,6 +394,13 @@ class SetDraining:
 
 
 @dataclass(frozen=True, slots=True)
+class PauseWanted:
+    """This daemon ends, and leaves its tasks to one that follows within `for_s`, before which nobody is to worry."""
+
+    for_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class LeaveWanted:
     """Drain, then deregister once nothing is held. `release`: give running tasks back now instead of waiting."""
 
@@ -439,6 +446,7 @@ Happening = (
     | SetUnfit
     | SetDraining
     | LeaveWanted
+    | PauseWanted
     | SetCandidate
     | ClearancesChanged
     | Refused

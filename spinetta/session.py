@@ -20,6 +20,7 @@ from spinetta.events import (
     KeepAlive,
     KeptAlive,
     LeaseGranted,
+    NoAnswer,
     Notice,
     Read,
     ReadDone,
@@ -32,6 +33,7 @@ from spinetta.events import (
 from spinetta.model import Incarnation, IncarnationId, LeaseId, Life, NodeRecord, Revision
 from spinetta.settings import AgentSettings
 from spinetta.standing import rights_in
+from spinetta.tenancy import SLACK_S, TAG, LeaseChange
 
 RETRY_S = 0.5
 POLL_S = 1.0  # while waiting for the leader to close an earlier life
@@ -71,6 +73,9 @@ class Session:
         self._advertised: NodeRecord | None = None
         self._advertising: NodeRecord | None = None
         self._advertise_at_s = 0.0
+        self._change = LeaseChange()
+        self._put_under: LeaseId | None = None  # the lease of the description that is under way
+        self._pausing = self._shortened = False
         self._notice = ""
         self._deregistering = False
         self._open_revision = Revision(0)  # of the incarnation to go on with; 0: none, register a new one
@@ -116,8 +121,10 @@ class Session:
             times.append(self._act_at_s)
         if self.active:
             times.append(self._renew_at_s)
-            if self.record != self._advertised and self._advertising is None:
+            if self._has_news and self._advertising is None:
                 times.append(self._advertise_at_s)
+            if self._change.next_s is not None:
+                times.append(self._change.next_s)
         return min(times, default=None)
 
     @property
@@ -167,9 +174,26 @@ class Session:
             effects.append(Read("self", self._self_keys()))
         if self.active and self._renew_at_s <= now:
             effects += self._renew(now, waiting)
+        if self.active:
+            effects += self._change.poll(now)
         if self.active and self._advertising is None and self._advertise_at_s <= now:
             effects += self._advertise(now)
         return effects
+
+    @property
+    def _has_news(self) -> bool:
+        return self.record != self._advertised or self._change.lease is not None
+
+    def pause(self, for_s: int) -> None:
+        """This daemon ends soon, and another follows: the node is not to be suspected before that, but `for_s`."""
+        self._pausing = True
+        if for_s > self.settings.lease_ttl_s:
+            self._change.want(for_s)
+
+    @property
+    def paused(self) -> bool:
+        """True once all is done that `pause` asks for."""
+        return self._pausing and not self._change.wanted
 
     @property
     def told(self) -> bool:
@@ -215,6 +239,9 @@ class Session:
 
     def lease_granted(self, granted: LeaseGranted, now: float) -> list[Effect]:
         """A lease for the node key: first remember the incarnation on disk, then register."""
+        if granted.tag == TAG:
+            self._advertise_at_s = min(self._advertise_at_s, now)
+            return self._change.granted(granted, now)
         self._granting = False
         if granted.lease is None:
             self._look(now + RETRY_S)
@@ -246,12 +273,7 @@ class Session:
             case "renew":
                 return self._renewed(done, now)
             case "advertise":
-                sent, self._advertising = self._advertising, None
-                if isinstance(done.result, txn.Committed):
-                    self._advertised = sent
-                elif isinstance(done.result, txn.Conflict):
-                    self.suspect(now)
-                return []
+                return self._advertised_now(done, now)
             case "deregister":
                 self._deregistering = False
                 if isinstance(done.result, txn.Committed):
@@ -272,7 +294,15 @@ class Session:
         self._keeping_alive = False
         if kept.lease == self.lease and kept.ttl_s is None:
             self.suspect(now)
+        elif kept.lease == self.lease and not isinstance(kept.ttl_s, NoAnswer) and kept.ttl_s is not None:
+            self._shorten(kept.ttl_s)
         return []
+
+    def _shorten(self, ttl_s: float) -> None:
+        """The lease is that of a daemon that was to be followed soon: once is enough, etcd may have a shortest one."""
+        if ttl_s > self.settings.lease_ttl_s + SLACK_S and not self._pausing and not self._shortened:
+            self._shortened = True
+            self._change.want(self.settings.lease_ttl_s)
 
     def deregister(self) -> list[Effect]:
         """Leave, holding nothing."""
@@ -487,13 +517,32 @@ class Session:
         return []
 
     def _advertise(self, now: float) -> list[Effect]:
-        if self.record == self._advertised:
+        if not self._has_news:
             return []
         assert self.registration is not None and self.lease is not None  # noqa: S101, PT018 - active
         self._advertise_at_s = now + ADVERTISE_S
         self._advertising = self.record
-        body = txn.advertise(self.registration, self.lease, codec.encode_node(self.record))
+        self._put_under = self._change.lease or self.lease
+        body = txn.advertise(self.registration, self._put_under, codec.encode_node(self.record))
         return [Commit("advertise", body)]
+
+    def _advertised_now(self, done: CommitDone, now: float) -> list[Effect]:
+        sent, self._advertising = self._advertising, None
+        lease, self._put_under = self._put_under, None
+        changes = lease is not None and lease == self._change.lease
+        if isinstance(done.result, txn.Committed):
+            self._advertised = sent
+            if not changes:
+                return []
+            self._change.done()
+            before, self.lease = self.lease, lease
+            return [RevokeLease(before)] if before is not None and before != lease else []
+        if changes:
+            self._change.failed(now)
+            self._advertised = None  # put again, under the lease that is kept alive
+        if isinstance(done.result, txn.Conflict):
+            self.suspect(now)
+        return []
 
     def _say(self, text: str) -> list[Effect]:
         if text == self._notice:

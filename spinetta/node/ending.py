@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from spinetta.agent import Agent
-from spinetta.events import LeaveWanted, SetDraining
+from spinetta.events import LeaveWanted, PauseWanted, SetDraining
 from spinetta.node.driver import Driver
 from spinetta.node.entry import Memory
 from spinetta.node.seats import OwnSeat
@@ -19,6 +19,10 @@ log = logging.getLogger("spinetta.node")
 
 STOP_S = 20.0  # for tasks to end when they are given back: TERM, ten seconds, KILL
 DEREGISTER_S = 5.0  # for giving them back and deregistering then; past it, without a quorum, the others find out
+PAUSE_MAX_S = (
+    120.0  # that a daemon may be away, if its tasks' grace allows: a machine that is gone is noticed only then
+)
+PAUSE_WITHIN_S = 2.0  # without an answer the next daemon has a lease's time, as after a crash
 TELL_EVERY_S = 30.0  # how many tasks are waited for
 
 
@@ -55,6 +59,7 @@ class Ending:
         if agent.leaving_soon:
             log.warning("the node had not left yet: it is of the cluster again as soon as it is started")
         if wish is not Wish.EVERYTHING:
+            await self._pause(held)
             log.info("stopping; %d tasks stay with the shim", held)
             return
         log.info("stopping; %d tasks are given back", held)
@@ -63,6 +68,16 @@ class Ending:
         if not await driver.until(lambda a: a.left, DEREGISTER_S):
             log.warning("not deregistered within %g s; the others will find out", DEREGISTER_S)
         await self._end_shim()
+
+    async def _pause(self, held: int) -> None:
+        """Have the others wait for the next daemon as long as tasks may go on without one."""
+        settings = self._driver.agent.settings
+        for_s = int(min(settings.grace_s, PAUSE_MAX_S))
+        if not held or for_s <= settings.lease_ttl_s or not self._driver.agent.session.active:
+            return
+        await self._driver.tell(PauseWanted(for_s))
+        if await self._driver.until(lambda a: a.session.paused, PAUSE_WITHIN_S):
+            log.info("the others wait %d s for this node's next daemon before they give its tasks to others", for_s)
 
     async def _end_shim(self) -> None:
         await self._seat.stop()

@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from spinetta import keys
+from spinetta.model import NodeId
 from tests.cluster.harness import CLIENT_PORT, Cluster, eventually, running_cluster
 from tests.cluster.history import check_history
 
@@ -190,3 +193,28 @@ def test_the_daemon_ends_on_sigterm_and_tasks_go_on(trio: Cluster, tmp_path: Pat
     trio.cli("wait", task, node=other, check=False)
     seen = trio.json("status", task, node=other)["tasks"][0]
     assert (len(seen["attempts"]), seen["attempts"][0]["exit_code"]) == (1, 5)
+
+
+def test_a_daemon_that_ended_in_order_may_be_away_for_longer_than_a_lease(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    options = ("--lease-ttl", "3s", "--grace", "60s", "--kill-margin", "2s", "--cpus", "2", "--memory", "1GiB")
+    with running_cluster(tmp_path, 2, *options) as cluster:
+        cluster.wait_ready(node=0)
+        cluster.cli("node", "drain", "n1")
+        task = submit(cluster, *until(go, 7), options=("--cpus", "0.1"))
+        eventually(lambda: states(cluster)[task] == "running", within_s=15, what="it runs")
+        node = cluster.nodes[1]
+        assert node.process is not None
+        node.process.send_signal(signal.SIGTERM)
+        assert node.process.wait(15) == 0
+        away_s = time.monotonic()
+        while time.monotonic() < away_s + 3 * 3.0:
+            shown = cluster.etcdctl("get", "--prefix", "--keys-only", keys.NODE).split()
+            assert keys.node(NodeId("n2")) in shown, f"given up after {time.monotonic() - away_s:.1f} s"
+            time.sleep(0.5)  # between two looks
+        node.start(cluster.peers_of(node))
+        cluster.wait_ready(1, node=1)  # the other one is drained
+        go.touch()
+        cluster.cli("wait", task, check=False)
+        seen = cluster.json("status", task)["tasks"][0]
+        assert (len(seen["attempts"]), seen["attempts"][0]["exit_code"]) == (1, 7)

@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.sim import guards, hunt
 from tests.sim.faults import KINDS
-from tests.sim.more import MORE_KINDS, WILD, small
+from tests.sim.more import MORE_KINDS, NAMED_KINDS, WILD, small
 from tests.sim.mutants import MUTANTS
 from tests.sim.points import SWEPT
 from tests.sim.runs import Strike, attempt, strikes, struck, swept, tally
@@ -29,7 +29,7 @@ from tests.sim.tally import Tally
 
 CHUNK = 50
 PROGRESS_EVERY_S = 15.0
-ALL_KINDS = (*KINDS, *MORE_KINDS, WILD)
+ALL_KINDS = (*KINDS, *MORE_KINDS, *NAMED_KINDS, WILD)
 
 
 def _parser() -> argparse.ArgumentParser:

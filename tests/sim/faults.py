@@ -31,6 +31,7 @@ OFTEN = {"partition": 4, "net": 3, "daemon": 3, "machine": 2, "pause": 2, "right
 CANDIDATES = 3  # how many, from the first on, may lead
 HORIZON_S = 14.0  # faults happen within; a seed must be cheap, and more seeds find more than longer ones
 PIECES_MAX = 12
+PAUSE_S = 10  # that a daemon asks for when it ends in order
 
 
 @dataclass(frozen=True, slots=True)

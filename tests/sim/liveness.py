@@ -7,7 +7,7 @@ Work: after that, every task that some node may run has ended.
 from __future__ import annotations
 
 from spinetta import claims, holdings, lifecycle, processes, recover, session, steal
-from tests.sim.faults import Plan
+from tests.sim.faults import PAUSE_S, Plan
 from tests.sim.link import ANSWER_LIMIT_S, LATE_S, STUCK_S
 from tests.sim.users import LONGEST_S
 
@@ -29,7 +29,8 @@ def recovery_limit_s(plan: Plan) -> float:
     wait_s = recover.wait_out_s(max(graces), plan.kill_margin_s, plan.rho)
     batches = 1 + len(plan.submits) // recover.REQUEUE_MAX
     retries_s = batches * recover.RETRY_S + 4 * session.POLL_S + 4 * session.RETRY_S + holdings.RETRY_S
-    limit_s = in_flight_s + 2 * (plan.lease_ttl_s + EXPIRY_S) + 2 * plan.reconcile_s + wait_s + retries_s
+    suspected_s = max(plan.lease_ttl_s, PAUSE_S if "stop" in plan.kinds else 0) + EXPIRY_S
+    limit_s = in_flight_s + 2 * suspected_s + 2 * plan.reconcile_s + wait_s + retries_s
     return limit_s / slowest(plan)
 
 

@@ -118,6 +118,11 @@ class Machine(StoreLink, ShimLink):
             self.daemon = None
             self.connected = False
 
+    def stop_daemon(self, for_s: float) -> None:
+        """The daemon has ended in order; the next one comes after a while."""
+        self.crash_daemon()
+        self.world.after(for_s, self.start_daemon)
+
     def crash(self) -> None:
         """Power off."""
         if not self.up:

@@ -25,6 +25,9 @@ MORE_KINDS = (
     "replay",  # watches tell again what they have told
     "slowdisk",  # what is written to disk takes seconds, and the shim's answers with it
 )
+NAMED_KINDS = (  # met only where they are asked for by name
+    "stop",  # a daemon ends in order, and the next one may take longer than a lease
+)
 WILD = "wild"  # clock rates and shims far beyond what is assumed: only what does not rest on time must hold
 STRIKES = ("daemon", "shim", "machine", "freeze", "long-freeze", "cut", "mute", "lose", "late")
 LEASE_MODES = ("node", "office", "kept")
@@ -42,8 +45,11 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
         kinds = tuple(k for k in MORE_KINDS if k in chosen)
     for kind in kinds:
         made = _ADD[kind](made, random.Random(f"{kind} {seed}"))
+    for kind in (k for k in NAMED_KINDS if k in only):
+        made = _NAMED[kind](made, random.Random(f"{kind} {seed}"))
     if WILD in only:
         made = _wild(made, random.Random(f"wild {seed}"))
+    kinds += tuple(k for k in NAMED_KINDS if k in only)
     added = set(kinds) - set(made.kinds)
     in_time = sorted((f for f in made.faults if f.at_s < made.horizon_s), key=lambda f: f.at_s)
     return replace(made, kinds=(*made.kinds, *sorted(added)), faults=tuple(in_time))
@@ -130,4 +136,6 @@ _ADD: dict[str, _Adder] = {
     "replay": lambda p, c: replace(p, rates=replace(p.rates, replay=c.uniform(0.05, 0.4))),
     "slowdisk": lambda p, c: replace(p, rates=replace(p.rates, slow_disk=c.uniform(0.1, 0.5))),
 }
+_NAMED: dict[str, _Adder] = {"stop": _spread("stop", 4, 9.0, _one_of("", "0.1", "0.6"))}
 assert tuple(_ADD) == MORE_KINDS
+assert tuple(_NAMED) == NAMED_KINDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sim.faults import KINDS
-from tests.sim.more import MORE_FROM, MORE_KINDS, WILD, small
+from tests.sim.more import MORE_FROM, MORE_KINDS, NAMED_KINDS, WILD, small
 from tests.sim.runs import attempt, chunk, points, strikes, struck, swept, tally
 from tests.sim.tally import percentile
 
@@ -19,7 +19,7 @@ def test_seeds(first: int) -> None:
     assert not wrong, "\n".join(f"python -m tests.sim --seed {seed} -v: {why}" for seed, why in wrong)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *MORE_KINDS])
+@pytest.mark.parametrize("kind", [*KINDS, *MORE_KINDS, *NAMED_KINDS])
 def test_one_kind_of_fault_alone(kind: str) -> None:
     wrong = chunk(0, 10, (kind,))
     assert not wrong, "\n".join(f"python -m tests.sim --seed {s} --faults {kind} -v: {why}" for s, why in wrong)

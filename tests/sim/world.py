@@ -14,7 +14,7 @@ from unittest import mock
 
 from spinetta import agent, claims, codec, collect, holdings, keys, queue, recover, steal, trustcodec
 from spinetta.access import NodeAcl, NodeRole
-from spinetta.events import SetDraining
+from spinetta.events import PauseWanted, SetDraining
 from spinetta.model import IncarnationId, Life, NodeId, State, TaskId
 from spinetta.session import Phase
 from spinetta.settings import AgentSettings
@@ -22,7 +22,7 @@ from tests.builders import node_record
 from tests.sim.administrators import Administrators
 from tests.sim.archives import Archives
 from tests.sim.etcd_model import EtcdModel
-from tests.sim.faults import CANDIDATES, Fault, Plan, Rates
+from tests.sim.faults import CANDIDATES, PAUSE_S, Fault, Plan, Rates
 from tests.sim.invariants import Ability, Checker
 from tests.sim.liveness import recovery_limit_s, work_limit_s
 from tests.sim.machine import Machine
@@ -222,6 +222,10 @@ class World(Administrators, Users):
                 machine.cut_until_s = min(self.now + fault.for_s, self.plan.horizon_s)
             case "daemon":
                 machine.when_it_does(fault.mode, machine.crash_daemon, fault.for_s, machine.start_daemon)
+            case "stop":
+                machine.tell(PauseWanted(PAUSE_S))
+                ends_s = min(self.now + float(fault.mode or 0.0), self.plan.horizon_s - 0.01)
+                self.at(ends_s, machine.stop_daemon, fault.for_s)
             case "shim":
                 machine.crash_shim(fault.for_s)
             case "machine":
