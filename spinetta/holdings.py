@@ -63,7 +63,7 @@ class Holdings:
         self._finishing: tuple[tuple[TaskId, Revision], ...] = ()
         self._resolving: tuple[tuple[TaskId, Revision], ...] = ()
         self._ends_max = FINISHES_MAX  # fewer after the store has refused a batch: which one it is shows alone
-        self._some_refused = False
+        self._refused_at_s: float | None = None  # when to try what was refused again
         self._retry_at_s: float | None = None
         self.giving_back = GiveBack.NOTHING
         self._over: dict[TaskId, Revision] = {}  # tokens known to be spent, until a listing is newer than they
@@ -76,10 +76,8 @@ class Holdings:
     @property
     def next_s(self) -> float | None:
         """When `poll` has something to do that failed before, or to ask for again."""
-        times = [t for t in (self._retry_at_s, self._runtime.next_s) if t is not None]
-        if self._some_refused and not self._finishing:
-            times += [h.not_before_s for h in self.held.values() if h.refused and h.step is Step.ENDED]
-        return min(times, default=None)
+        times = (self._retry_at_s, self._runtime.next_s, self._refused_at_s)
+        return min((t for t in times if t is not None), default=None)
 
     @property
     def processes(self) -> Mapping[str, Revision]:
@@ -256,13 +254,16 @@ class Holdings:
         `promised`: tokens that the node has said it would not start; see `Session.poll`.
         """
         self.waiting = self.wanted = frozenset()
+        # Also when nothing can be done now: a time that is past would have us asked again and again.
+        if self._retry_at_s is not None and self._retry_at_s <= now:
+            self._retry_at_s = None
+        if self._refused_at_s is not None and self._refused_at_s <= now:
+            self._refused_at_s = None
         asked = self._runtime.ask(now)
         if asked:
             return asked
         if not self.runtime_known or not self.store_known:
             return []
-        if self._retry_at_s is not None and self._retry_at_s <= now:
-            self._retry_at_s = None
         stop = Reason.FENCED if must_stop else None
         ours = [h for h in self.held.values() if h.holding.incarnation == life]
         effects = self._runtime.tend_strays({h.key: h.token for h in ours}, now)
@@ -346,7 +347,9 @@ class Holdings:
     def _record_ends(self, now: float, now_ms: int, life_seen: Revision, acl_seen: Revision) -> list[Effect]:
         if self._finishing or not life_seen:
             return []
-        ready = [h for h in self.held.values() if h.step is Step.ENDED and h.not_before_s <= now]
+        ended = [h for h in self.held.values() if h.step is Step.ENDED]
+        ready = [h for h in ended if h.not_before_s <= now]
+        self._refused_at_s = min((h.not_before_s for h in ended if h.not_before_s > now), default=None)
         # What was refused goes alone, so that it keeps nobody else's end from being recorded.
         ready = [h for h in ready if not h.refused][: self._ends_max] or ready[:1]
         if not ready:
@@ -396,7 +399,6 @@ class Holdings:
                 held.step = Step.DOUBTFUL
                 self._retry_at_s = now + RETRY_S  # not at once: it may be refused again
         self._ends_max = min(2 * self._ends_max, FINISHES_MAX)
-        self._some_refused = self._some_refused and any(h.refused for h in self.held.values())
         return []
 
     def _refused(self, batch: Sequence[tuple[TaskId, Revision]], why: Rejected, now: float) -> list[Effect]:
@@ -409,7 +411,7 @@ class Holdings:
             self._retry_at_s = now + RETRY_S
             return []
         current[0].shorten_end(now)
-        self._some_refused = True
+        self._refused_at_s = current[0].not_before_s
         return [Notice(f"the end of {current[0].key} cannot be recorded as it is: {why.text}")]
 
     def _resolve_doubts(self) -> list[Effect]:

@@ -165,8 +165,7 @@ class Sweep:
             entry = done.reading.entries.get(keys.task(task))
             held_by = self._holder(entry)
             if held_by is not None and held_by not in nodes:
-                self._suspect(task, held_by)  # the record names another node: look there, too
-                self._odd[task] |= nodes
+                self._odd[task] = nodes | {held_by}  # the record names another node: look there, too
                 continue
             wanted = orphans.wanted_keys(task, nodes)
             found = orphans.mending(

@@ -209,7 +209,10 @@ class SeatKeeper:
 
     async def _answers(self, name: str, nodes: Mapping[str, NodeRecord]) -> bool:
         """Whether the node that is to have a seat is there: between the two steps there is a voter less."""
-        node = next(r for r in nodes.values() if r.name == name)
+        node = next((r for r in nodes.values() if r.name == name), None)
+        if node is None:  # another node says that it has the same address: which of them would be added?
+            log.warning("voters: %s takes no seat, as another node has its peer URL", name)
+            return False
         async with self._dialer.channel(node.address, node_name(node.name)) as channel:
             try:
                 async with asyncio.timeout(REACH_S):

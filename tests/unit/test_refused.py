@@ -96,6 +96,18 @@ def test_a_batch_that_is_refused_is_recorded_in_parts_without_reading_back() -> 
     assert len(written(poll(held, now))) == 2
 
 
+def test_what_was_refused_keeps_nobody_awake_while_it_cannot_be_recorded() -> None:
+    """A time that is past would have the agent asked again and again, without a pause."""
+    held, now = ended(1), NOW
+    while held.next_s is None or held.next_s <= now:
+        assert written(poll(held, now))
+        answer(held, TOO_LARGE, now)
+    then = held.next_s
+    held.poll(then, 5000, LIFE, Revision(0), may_start=False, must_stop=False)  # under which revision is not known
+    assert held.next_s is None or held.next_s > then
+    assert written(poll(held, then))
+
+
 def test_an_unknown_answer_is_still_read_back() -> None:
     held = ended(1)
     assert written(poll(held))

@@ -147,6 +147,25 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(d.model.list(keys.QUEUED).entries) == 9, "what did not fit is found in the next rounds"
 
 
+def test_a_task_that_its_record_places_elsewhere_is_looked_at_there_however_much_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sweep, "LOOK_MAX", 1)
+    d = one_node()
+    for n in (1, 2):
+        d.submit(spec(n))
+    d.run(d.now + 1.0)
+    extra = [keys.running(NodeId("n9"), task_id(n)) for n in (1, 2)]
+    by_hand(d, *(txn.Put(key) for key in extra))
+    n1 = d.node()
+    asked = until_wanted(d, n1, lambda e: isinstance(e, Read) and e.tag == "sweep-look")
+    monkeypatch.setattr(sweep, "SUSPECTS_MAX", 1)  # as full as can be
+    d.perform(n1, asked)
+    d.run(d.now + 2 * ROUND_S)
+    assert all(d.model.get(key) is None for key in extra)
+    assert all(d.model.get(keys.running(N1, task_id(n))) is not None for n in (1, 2))
+
+
 def test_a_round_begins_with_a_pause() -> None:
     office = txn.OfficeHeld(Revision(1), N1)
     fresh = Sweep(settings())
