@@ -49,6 +49,21 @@ async def _place(settings: Settings, data_dir: Path, secured: bool, client_port:
     )
 
 
+async def _complete_earlier(data_dir: Path) -> None:
+    """See that nothing here is half in place: that would be taken for data that was never there, or is damaged.
+
+    Raises:
+        UserError: something was, and has been put in place now; or it cannot be.
+    """
+    if await asyncio.to_thread(recovery.complete, data_dir):
+        raise UserError(
+            f"a restore or recovery of {data_dir} that was cut short has been completed now",
+            field="data_dir",
+            hint=f"start its node: spinetta node join --data-dir {data_dir}",
+            reason="completed",
+        )
+
+
 # --- recover -------------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +80,7 @@ async def recover(
         UserError: this node is no voter, its data is not there, or the cluster is not lost.
         StoreUnavailable: the data is not served.
     """
+    await _complete_earlier(data_dir)
     if known is None or not known.has_joined or wal_owner(data_dir / "etcd") is None:
         raise UserError(
             f"there is no voter's data in {data_dir}",
@@ -160,6 +176,7 @@ async def restore(
         StoreUnavailable: the data is not served.
     """
     started_s = time.monotonic()
+    await _complete_earlier(data_dir)
     await _check_empty(data_dir)
     credentials = await asyncio.to_thread(NodeCredentials.load, data_dir / "trust")
     ports = [p or free_port(settings.host) for p in (settings.etcd_client_port, settings.etcd_peer_port)]

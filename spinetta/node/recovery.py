@@ -199,7 +199,7 @@ async def fence(store: EtcdStore, generation: Generation, *, nothing_runs: bool)
 
 @contextlib.asynccontextmanager
 async def workshop(data_dir: Path) -> AsyncIterator[Path]:
-    """A directory on the same disk, for its owner alone; gone afterwards, whatever happens.
+    """A directory on the same disk, for its owner alone; gone afterwards, unless a plan needs it.
 
     Raises:
         UserError: it cannot be made.
@@ -212,7 +212,8 @@ async def workshop(data_dir: Path) -> AsyncIterator[Path]:
     try:
         yield folder
     finally:
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        if not (data_dir / PLAN_FILE).exists():  # else it is needed still: putting in place was cut short
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
 WORKSHOP_PREFIX = ".recovery-"
@@ -352,6 +353,7 @@ def complete(data_dir: Path) -> bool:
         identities.save(data_dir / "identity.json", identity)
         path.unlink()
         fsync_folder(data_dir)
+        _sweep(data_dir)
     except OSError as e:
         raise UserError(f"{data_dir} cannot be written: {e.strerror}", field="data_dir", reason="disk") from e
     return True

@@ -221,6 +221,7 @@ def test_what_was_cut_short_is_completed(
             asyncio.run(_swept(data_dir))
         assert recovery.complete(data_dir)
         assert not recovery.complete(data_dir)
+        assert not list(data_dir.glob(f"{recovery.WORKSHOP_PREFIX}*"))
         known = identities.load(data_dir / "identity.json")
         assert known is not None
         assert wal_owner(data_dir / "etcd") == (known.member_id, known.cluster_id)
@@ -235,6 +236,47 @@ async def _swept(data_dir: Path) -> None:
     """Another attempt, that is given up again, removes nothing that a plan needs."""
     async with recovery.workshop(data_dir):
         raise UserError("given up")
+
+
+def test_what_a_plan_needs_is_kept_when_it_could_not_be_put_in_place(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with recovery.workshop(tmp_path) as folder:
+            (folder / "made").mkdir()
+            (tmp_path / recovery.PLAN_FILE).write_text("{}")
+            raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="full"):
+        asyncio.run(work())
+    (folder,) = tmp_path.glob(f"{recovery.WORKSHOP_PREFIX}*")
+    assert (folder / "made").is_dir()
+
+
+def test_another_try_completes_the_one_that_was_cut_short(
+    tmp_path: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would else find neither the old data, which is aside, nor the new."""
+    member = Etcd(tmp_path)
+    data_dir = tmp_path / "node"
+    (data_dir / "etcd" / "old").mkdir(parents=True)
+
+    def fail(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def work() -> None:
+        place = await place_in(data_dir, member)
+        async with recovery.workshop(data_dir) as folder:
+            made = await recovery.make(place, snapshot, folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(recovery, "_put", lambda *_: fail(data_dir))
+                recovery.plan(place, made, GENERATION, incarnation_id="a")
+
+    with pytest.raises(UserError, match="cannot be written"):
+        asyncio.run(work())
+    settings = settings_in(data_dir, member)
+    with pytest.raises(UserError, match="has been completed now") as caught:
+        asyncio.run(recover(settings, data_dir, None, confirm=print, tell=print, nothing_runs=True))
+    assert caught.value.reason == "completed"
+    assert wal_owner(data_dir / "etcd")
 
 
 def test_leftovers_of_an_attempt_that_was_killed_are_removed(tmp_path: Path) -> None:
