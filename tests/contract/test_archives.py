@@ -17,12 +17,13 @@ from spinetta import codec, keys, txn
 from spinetta.access import NodeRole, UserRole
 from spinetta.agent import Agent
 from spinetta.client import AsyncClient
-from spinetta.errors import NotFound
-from spinetta.model import Completed, NodeId, Outcome, State, Task, TaskId
+from spinetta.errors import NotFound, StoreUnavailable
+from spinetta.model import Completed, NodeId, NodeRecord, Outcome, State, Task, TaskId
 from spinetta.node.archive import Archive
 from spinetta.node.archiving import NodeArchivist
 from spinetta.node.driver import Driver, LaunchSettings
 from spinetta.node.services import limits
+from spinetta.node.services.peers import Peers
 from spinetta.runtime.protocol import Runtime
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
@@ -176,6 +177,21 @@ def test_a_node_that_does_not_tell_is_named(etcd: Etcd, tmp_path: Path) -> None:
             (tmp_path / "a" / "broken").mkdir()
             (tmp_path / "a" / "broken" / "x.jsonl.gz").write_bytes(b"not an archive at all, by any means")
             assert (await pages(a.api))[0] == []  # nothing there can be read, and nothing falls over
+
+    run(scenario())
+
+
+def test_a_node_that_cannot_be_looked_up_is_named(etcd: Etcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def record(_: Peers, __: NodeId) -> NodeRecord:
+        raise StoreUnavailable("no answer")
+
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a, node(etcd, tmp_path, "b") as b:
+            own = finished("a")
+            await archive(a, [own])
+            await archive(b, [finished("b")])
+            monkeypatch.setattr(Peers, "record", record)
+            assert await pages(a.api) == ([id_of(own)], {"b": "no answer"})
 
     run(scenario())
 

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from spinetta import codec, keys, trustcodec, validate
 from spinetta.access import NodeAcl, NodeRole
-from spinetta.errors import UserError
+from spinetta.errors import StoreUnavailable, UserError
 from spinetta.model import NodeId, NodeRecord, TaskId
 from spinetta.node.archive import ArchivePage
 from spinetta.node.archivelines import record_of
@@ -128,6 +128,8 @@ class Archives:
                     part = await self._part(node, ask)
                 except UserError as e:
                     silent[node] = e.message
+                except StoreUnavailable as e:
+                    silent[node] = str(e)[: limits.SILENT_WHY_CHARS_MAX]
                 except grpc.aio.AioRpcError as e:
                     silent[node] = (e.details() or e.code().name)[: limits.SILENT_WHY_CHARS_MAX]
                 else:
