@@ -132,5 +132,7 @@ class EtcdCare:
                 took = units.format_duration(round(time.monotonic() - began_s, 1))
                 log.info("etcd: %s has been defragmented in %s", names[member_id], took)
             case Disarm(member_id):
-                await maintenance.disarm(urls[self._seat.member_id], member_id, tls)
+                # Any member can do it; this node's may have lost its seat meanwhile.
+                url = urls.get(self._seat.member_id) or next(u for u in urls.values() if u)
+                await maintenance.disarm(url, member_id, tls)
                 log.warning("etcd: there is room again; the alarm NOSPACE of %s is taken back", names.get(member_id))

@@ -65,7 +65,9 @@ class Backups:
         record = BackupRecord(cluster_id, self._port.wall_ms(), asked.caller.title, self._port.name)
 
         async def attempt() -> str | None:
-            txn = Txn(when=asked.caller.guards, then=(Put(keys.BACKUP, encode_backup(record)),))
+            # Nested, because a store that is full refuses plain puts, and then a backup is wanted most.
+            put = Txn(then=(Put(keys.BACKUP, encode_backup(record)),))
+            txn = Txn(when=asked.caller.guards, nested=(put,))
             if await committed(self._port.store, txn, asked):
                 return cluster_id
             await asked.again()  # it is the caller's rights that have changed
