@@ -387,6 +387,9 @@ class Leadership:
         task = codec.readable(codec.decode_task, entry.value)
         if task is None or not lifecycle.is_attempt(task, node, stray.holding):
             return None  # its holder recorded the end after the listing
+        # A heartbeat may have been committed late, after a newer one: enough for a budget, but not for starting a
+        # second time what must be started once at most.
+        executed = executed or not task.spec.restart_on_node_failure
         what = "was lost" if executed else "was lost before it had started this"
         lost = Exit(Reason.NODE_LOST, message=f"node {node} {what}", ended_ms=now_ms)
         end = lifecycle.ended(

@@ -87,12 +87,12 @@ def test_what_was_promised_is_not_started() -> None:
 # --- the whole -----------------------------------------------------------------------------------------------------
 
 
-def restarted_with_an_unstarted_task() -> tuple[Direct, Node]:
+def restarted_with_an_unstarted_task(**fields: object) -> tuple[Direct, Node]:
     """Its daemon died between claim and start; the next one has promised not to start it yet."""
     d = Direct(settings("n1"), settings("n2"), script=long_tasks)
     d.run(1.0)
     d.node("n1").agent.draining = True
-    d.submit(spec(1))
+    d.submit(spec(1, **fields))
     n2 = d.node("n2")
     d.perform(n2, until_wanted(d, n2, commits("claim")))
     d.restart(n2)
@@ -114,6 +114,24 @@ def test_a_loss_before_the_start_costs_its_task_nothing() -> None:
     last = task.attempts[-1]
     assert (last.outcome, last.reason) == (Outcome.LOST, Reason.NODE_LOST)
     assert last.message == "node n2 was lost before it had started this"
+
+
+def test_what_is_to_be_started_once_at_most_is_not_started_again_for_a_heartbeats_sake() -> None:
+    """One whose answer was lost may be committed after the next one, and then names what runs."""
+    d, n2 = restarted_with_an_unstarted_task(restart_on_node_failure=False)
+    kv = d.model.get(keys.running(NodeId("n2"), task_id(1)))
+    assert kv is not None
+    stale = beat_of(d, "n2")
+    assert stale == {kv.created}
+    d.restart(n2)
+    d.perform(n2, until_wanted(d, n2, lambda e: type(e).__name__ == "Start"))
+    assert n2.shim.alive()
+    d.model.commit(txn.Txn(then=(txn.Put(keys.beat(NodeId("n2")), codec.encode_beat(stale)),)))
+    d.deliver()
+    del d.nodes[NodeId("n2")]
+    d.run(d.now + 20.0)
+    task = d.task(task_id(1))
+    assert (task.state, task.outcome, task.losses, task.losses_excused) == (State.COMPLETE, Outcome.LOST, 1, 0)
 
 
 def test_a_loss_after_the_start_counts() -> None:
