@@ -259,7 +259,7 @@ try:
     nodes = {n["name"]: n for n in json.load(sys.stdin)["nodes"]}
 except (ValueError, KeyError):  # nobody answers, or with an error
     nodes = {}
-up = {name for name, n in nodes.items() if n["status"] == "ready" and n["started_ms"] >= int(wanted.get(name, 0))}
+up = {name for name, n in nodes.items() if n["status"] in ("ready", "draining") and n["started_ms"] >= int(wanted.get(name, 0))}
 missing = [name for name in wanted if name not in up]
 voters = sum(bool(n["voter"]) for n in nodes.values())
 if len(wanted) == size and voters < (3 if seats >= 3 else 1):

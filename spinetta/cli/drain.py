@@ -60,8 +60,11 @@ def drain(
         raise UserError("--force is for tasks that are given back", field="force", hint="with --release")
     limit_s = None if limit is None else parse_duration(limit, "timeout")
 
+    asked = name or ""
+
     async def work(client: AsyncClient) -> bool:
-        wanted = await chosen(client, name)
+        nonlocal asked
+        wanted = asked = await chosen(client, name)
         await client.drain(wanted, release=release, force=force)
         if not wait:
             _say(wanted, await _look(client, wanted), as_json)
@@ -71,7 +74,7 @@ def drain(
     try:
         done = with_client(work, node, None, config_file)
     except KeyboardInterrupt:
-        output.tell("\nno longer waiting; the node goes on draining, until: spinetta node undrain")
+        output.tell(f"\nno longer waiting; the node goes on draining, until: spinetta node undrain {asked}")
         raise Finished(exits.INTERRUPTED) from None
     if not done:
         if not as_json:
@@ -176,5 +179,5 @@ async def _show(client: AsyncClient, name: str, left: int) -> None:
     output.tell(f"{name} takes no more tasks; waiting for {left} that run there")
     if found:
         tasks.task_table(found)
-    if left > len(found):
+    if left > len(found) == SHOWN_MAX:  # fewer: some have ended since
         output.tell(f"… and {left - len(found)} more: spinetta list --state running --on {name}")

@@ -146,11 +146,9 @@ def node_table(found: NodeList) -> None:
                 r.address,
                 drain.status_words(n),
                 ("voter" if n.voter else "worker") + (" *" if n.leader else ""),
-                f"{units.format_cpus(free.cpu_millis)}/{units.format_cpus(all_.cpu_millis)}",
-                f"{units.format_bytes(free.memory_bytes)}/{units.format_bytes(all_.memory_bytes)}",
-                f"{units.format_bytes(free.disk_bytes)}/{units.format_bytes(all_.disk_bytes)}",
+                *_offers(n),
                 ",".join(f"{name}={other.get(name, 0)}/{total}" for name, total in all_.countables),
-                str(r.running),
+                str(r.running) if n.known else "",
                 show.age(r.started_ms),
                 "" if n.beat_age_ms < 0 else units.format_duration(n.beat_age_ms / 1000),
                 ",".join(r.tags),
@@ -161,6 +159,20 @@ def node_table(found: NodeList) -> None:
     output.table(header, rows, right=(8,), colours=colours)
     for notice in found.notices:
         output.tell(f"notice: {notice}")
+
+
+def _offers(n: NodeInfo) -> tuple[str, str, str]:
+    """Cores, memory and disk, free/total; empty when they are not known: no resources would be another thing."""
+    from spinetta import units
+
+    if not n.known:
+        return "", "", ""
+    free, all_ = n.record.free, n.record.capacity
+    return (
+        f"{units.format_cpus(free.cpu_millis)}/{units.format_cpus(all_.cpu_millis)}",
+        f"{units.format_bytes(free.memory_bytes)}/{units.format_bytes(all_.memory_bytes)}",
+        f"{units.format_bytes(free.disk_bytes)}/{units.format_bytes(all_.disk_bytes)}",
+    )
 
 
 async def _nodes(client: AsyncClient) -> NodeList:
@@ -194,8 +206,8 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
         ("Status", drain.status_words(found)),
         ("Role", ("voter" if found.voter else "worker") + (", leader" if found.leader else "")),
         ("Offers", shown.resources_words(r.capacity)),
-        ("Free", shown.resources_words(r.free) or "nothing"),
-        ("Running", str(r.running)),
+        ("Free", (shown.resources_words(r.free) or "nothing") if found.known else ""),
+        ("Running", str(r.running) if found.known else ""),
         ("Tags", ", ".join(r.tags)),
         ("Cleared for", ", ".join(r.clearances)),
         ("Started", shown.moment(r.started_ms)),

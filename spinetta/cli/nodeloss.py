@@ -46,5 +46,6 @@ def confirm_dead(
             {"node": name, "incarnation": found.incarnation, "running": found.running, "was_dead": found.was_dead}
         )
         return
-    held = f"{found.running} tasks are put back" if found.running else "it holds nothing"
+    tasks = f"{found.running} task{'' if found.running == 1 else 's'}"
+    held = f"{tasks} of it: put back, or lost if not to be started again" if found.running else "it holds nothing"
     output.say(f"{name} was known to be dead already; {held}" if found.was_dead else f"{name} is dead; {held}")

@@ -313,7 +313,8 @@ def _retries(t: Task) -> str:
 def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
     """Why a pending task has not started, one reason a line with the nodes it holds for; empty when it does not wait.
 
-    A task that could start somewhere says so: it waits for its back-off, or for a node to get to it.
+    A task that could start somewhere says so: it waits for its back-off, or for a node to get to it. What a lost node
+    offers is not known, so it never counts as one that could not run it.
     """
     t = info.task
     if t.state is not State.QUEUED:
@@ -323,6 +324,10 @@ def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
     hopeless = True
     for n in nodes.nodes:
         r = n.record
+        if not n.known:
+            found.setdefault(f"the node is {n.status}", []).append(r.name)
+            hopeless = False
+            continue
         never = why_never(hint, r.capacity, frozenset(r.tags), r.clearances)
         now = why_not_now(hint, r.free)
         hopeless = hopeless and never is not None

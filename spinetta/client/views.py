@@ -133,6 +133,11 @@ class NodeInfo:
     status: str
     beat_age_ms: int
 
+    @property
+    def known(self) -> bool:
+        """Whether the record says anything: what a lost node had, and still has, is gone with its registration."""
+        return bool(self.record.address)
+
 
 @dataclass(frozen=True, slots=True)
 class NodeList:

@@ -66,7 +66,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_drain(etcd: Etcd, tmp_path: Path) -
                 assert await asyncio.wait_for(process.wait(), LIMIT_S) == 130
                 assert process.stderr is not None
                 rest = (await process.stderr.read()).decode()
-            assert "the node goes on draining" in rest
+            assert "the node goes on draining, until: spinetta node undrain a\n" in rest
             assert "Traceback" not in rest
             assert (a.port.draining, a.port.given_back) == ([True], (True, False))
 

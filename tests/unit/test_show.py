@@ -54,6 +54,17 @@ def test_what_could_start_says_what_it_waits_for() -> None:
     assert why_waiting(info(task), nodes(node_record("n1"))) == ["n1: free; it has failed and waits for its back-off"]
 
 
+def test_what_a_lost_node_could_run_is_not_known() -> None:
+    gone = nodes(replace(node_record("n2"), address="", capacity=cpus(0)), status="lost")
+    found = NodeList(nodes(node_record("n1")).nodes + gone.nodes)
+    assert waits(found, tags_required=("ssd",)) == ["n1: the node lacks the tag ssd", "n2: the node is lost"]
+
+
+def test_a_lost_node_has_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    node_table(nodes(replace(node_record("n2"), address="", started_ms=0), status="condemned"))
+    assert capsys.readouterr().out.splitlines()[1].split() == ["n2", "condemned", "worker", "0s"]
+
+
 def test_what_does_not_wait_has_no_reasons() -> None:
     assert why_waiting(info(Task(spec(1), State.RUNNING)), nodes(node_record("n1"))) == []
     assert waits(NodeList(())) == []
