@@ -22,6 +22,7 @@ from spinetta.errors import UserError
 from spinetta.node.archivelines import ID_IN_LINE, archived_ms, line_of
 from spinetta.node.archivemembers import Member, Scan, number_of, pack, scan, unpack
 from spinetta.node.trouble import Teller
+from spinetta.store.snapshot import fsync_folder
 
 log = logging.getLogger("spinetta.node")
 
@@ -109,7 +110,7 @@ class Archive:
                 os.ftruncate(fd, before)
                 raise
             if is_new:
-                _sync_directory(self.directory)
+                fsync_folder(self.directory)
             self._sound = path.name
         finally:
             os.close(fd)
@@ -314,11 +315,3 @@ class _Walk:
                 self._high, self.cut = pool[-1][0], True
         while pool:
             yield heapq.heappop(pool)[-1]
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

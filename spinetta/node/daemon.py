@@ -26,6 +26,7 @@ from spinetta.node.entry import Entrance
 from spinetta.node.etcdcare import EtcdCare
 from spinetta.node.fitness import LOOK_EVERY_S, Fitness
 from spinetta.node.health import StoreHealth
+from spinetta.node.join import GATEWAYS_MAX
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
 from spinetta.node.logsweep import SteppedClock, sweep_logs, sweep_removed
@@ -55,7 +56,6 @@ TOLD_S = 10.0  # for the others to know that this node is drained
 DRAIN, RELEASE, FORCE = "drain", "release", "force"  # as remembered
 ENDPOINTS_EVERY_S = 5.0  # how often the voters to talk to are looked up
 SWEEP_EVERY_S = 300.0
-GATEWAYS_MAX = 16  # voters that a worker remembers: a few times as many as there are
 EXIT_OK = 0
 BEGIN_ANEW = -1  # no exit code: the daemon is to be made anew in this process
 

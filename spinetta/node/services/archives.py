@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,12 +16,13 @@ from spinetta.model import NodeId, NodeRecord, TaskId
 from spinetta.node.archive import ArchivePage
 from spinetta.node.archivelines import record_of
 from spinetta.node.port import NodePort
-from spinetta.node.services import limits, lookup, views
+from spinetta.node.services import limits, lookup, pagetokens, views
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.peers import Peers
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 
+KIND = "a"  # of page tokens
 TIME_MS_MAX = (1 << 48) - 1  # what an id can say
 
 
@@ -107,7 +106,7 @@ class Archives:
         views.Wanted(request.filter)  # checked here, and not blamed on each node
         _check_times(request)
         newest = request.newest_first
-        after = _parse_token(request.page_token, newest=newest)
+        after = pagetokens.parse(request.page_token, newest=newest, kind=KIND)
         known, holders = await self._holders()
         share = size if known < 3 else max(2 * size // known, limits.ARCHIVE_SHARE_MIN)
         ask = api.ReadArchiveRequest(
@@ -156,7 +155,7 @@ class Archives:
             last = merged.reached or last
         return api.ListArchivedResponse(
             tasks=shown,
-            next_page_token=_token(last, newest=newest) if more and last else "",
+            next_page_token=pagetokens.make(last, newest=newest, kind=KIND) if more and last else "",
             silent=[api.SilentArchive(node=n, why=why) for n, why in sorted(silent.items())],
         )
 
@@ -259,21 +258,3 @@ def _view(task: pb.Task) -> api.TaskView:
 
 def _node_acl(value: bytes) -> NodeAcl:
     return trustcodec.decode(NodeAcl, value)
-
-
-def _token(last: str, *, newest: bool) -> str:
-    return base64.urlsafe_b64encode(f"a{'n' if newest else 'o'}{last}".encode()).decode()
-
-
-def _parse_token(token: str, *, newest: bool) -> str:
-    if not token:
-        return ""
-    try:
-        text = base64.urlsafe_b64decode(token.encode()).decode("ascii")
-    except (ValueError, binascii.Error, UnicodeError):
-        text = ""
-    if text[:2] not in ("an", "ao") or not validate.is_task_id(text[2:]):
-        raise UserError("not a page token", field="page_token", hint="use the one of the page before, unchanged")
-    if (text[1] == "n") != newest:
-        raise UserError("this page token is of the other order", field="page_token", hint="keep newest_first as it was")
-    return text[2:]

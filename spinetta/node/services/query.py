@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from spinetta import codec, keys, validate
-from spinetta.errors import UserError
 from spinetta.model import NodeId, Revision, TaskId
 from spinetta.node.port import NodePort
-from spinetta.node.services import limits, lookup, ordered, views
+from spinetta.node.services import limits, lookup, ordered, pagetokens, views
 from spinetta.store.protocol import Store
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
@@ -76,7 +73,7 @@ class Query:
         size = validate.check_page_size(request.page_size)
         wanted = views.Wanted(request.filter)
         newest = request.newest_first
-        after = _parse_token(request.page_token, newest=newest)
+        after = pagetokens.parse(request.page_token, newest=newest)
         now_ms = self._port.wall_ms() if newest else None
         out: list[api.TaskView] = []
         looked_at, room, revision = 0, limits.ANSWER_BYTES_MAX, Revision(0)
@@ -87,7 +84,7 @@ class Query:
             for v in run.shown:
                 bytes_ = v.ByteSize() + 8
                 if len(out) == size or (out and bytes_ > room):
-                    token = _token(out[-1].task.spec.id, newest=newest)
+                    token = pagetokens.make(out[-1].task.spec.id, newest=newest)
                     return api.ListResponse(tasks=out, next_page_token=token, revision=revision)
                 out.append(v)
                 room -= bytes_
@@ -96,7 +93,7 @@ class Query:
             after = run.last
             looked_at += run.looked_at
             if len(out) >= size or looked_at >= limits.SCAN_MAX:
-                token = _token(after, newest=newest)
+                token = pagetokens.make(after, newest=newest)
                 return api.ListResponse(tasks=out, next_page_token=token, revision=revision)
             await asyncio.sleep(0)
 
@@ -166,22 +163,3 @@ async def _ids(
     if horizon is not None:
         in_order = [t for t in in_order if (t >= horizon if newest else t <= horizon)]
     return ordered.Ids(tuple(in_order[:limit]), more or len(in_order) > limit, revision)
-
-
-def _token(last: str, *, newest: bool) -> str:
-    return base64.urlsafe_b64encode(f"{'n' if newest else 'o'}{last}".encode()).decode()
-
-
-def _parse_token(token: str, *, newest: bool) -> str:
-    if not token:
-        return ""
-    try:
-        text = base64.urlsafe_b64decode(token.encode()).decode("ascii")
-    except (ValueError, binascii.Error, UnicodeError):
-        text = ""
-    order, last = text[:1], text[1:]
-    if order not in ("n", "o") or not validate.is_task_id(last):
-        raise UserError("not a page token", field="page_token", hint="use the one of the page before, unchanged")
-    if (order == "n") != newest:
-        raise UserError("this page token is of the other order", field="page_token", hint="keep newest_first as it was")
-    return last
