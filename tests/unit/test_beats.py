@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from spinetta import codec, keys, txn
 from spinetta.events import CommitDone, KeepAlive
 from spinetta.model import NodeId, Outcome, Reason, Revision, State
@@ -87,7 +89,7 @@ def test_what_was_promised_is_not_started() -> None:
 # --- the whole -----------------------------------------------------------------------------------------------------
 
 
-def restarted_with_an_unstarted_task(**fields: object) -> tuple[Direct, Node]:
+def restarted_with_an_unstarted_task(**fields: Any) -> tuple[Direct, Node]:
     """Its daemon died between claim and start; the next one has promised not to start it yet."""
     d = Direct(settings("n1"), settings("n2"), script=long_tasks)
     d.run(1.0)

@@ -123,7 +123,8 @@ def test_a_lease_that_was_not_to_be_had_is_asked_for_again() -> None:
     assert change.poll(1.1) == []
     assert change.poll(1.0 + RETRY_S) == [GrantLease(TAG, 20)]
     change.granted(LeaseGranted(TAG, LeaseId(9)), 8.0)
-    assert (change.lease, change.next_s, change.wanted) == (LeaseId(9), None, True)
+    assert (change.lease, change.wanted) == (LeaseId(9), True)
+    assert change.poll(100.0) == [], "nothing more is to be asked for"
     change.done()
     assert not change.wanted
 
