@@ -231,7 +231,7 @@ class Nodes:
         start_s = time.monotonic()
         end_s = start_s + (self.timeout_s if timeout_s is None else timeout_s)
         unknown: OutcomeUnknown | None = None
-        failure: StoreUnavailable | OutcomeUnknown | None = None  # of the latest attempt: what a user can act upon
+        failure: StoreUnavailable | OutcomeUnknown | None = None  # the latest answer: what a user can act upon
 
         async def one_round() -> A:
             nonlocal unknown, failure
@@ -253,7 +253,7 @@ class Nodes:
                 except OutcomeUnknown as e:
                     unknown = failure = e
                 except _NotReached as e:
-                    failure = e
+                    failure = failure or e  # what a node has answered says more: e.g. that there is no majority
                     silent.append(address)
                 except StoreUnavailable as e:
                     failure = e

@@ -249,6 +249,19 @@ def test_an_unavailable_node_is_passed_over_and_a_refusal_is_final() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("bad_first", [True, False])
+def test_what_one_node_says_is_told_rather_than_that_others_are_silent(refusing: str, bad_first: bool) -> None:
+    async def main() -> None:
+        bad = Stand(Get=failing(Code.UNAVAILABLE, "no-quorum", message="no majority"))
+        async with serving(bad) as address:
+            addresses = [address, refusing] if bad_first else [refusing, address]
+            async with AsyncClient(addresses, timeout_s=0.5) as client:
+                with pytest.raises(StoreUnavailable, match="no majority"):
+                    await client.get(ID)
+
+    asyncio.run(main())
+
+
 def test_a_write_that_nobody_answers_may_have_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spinetta.client.channels.ATTEMPT_TIMEOUT_S", 0.3)
 
