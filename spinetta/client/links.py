@@ -65,10 +65,11 @@ class Links:
         if link is not None and link.serial != serial:
             # Made with a certificate that has been renewed meanwhile. Streams on it may go on.
             await self._retire(self._open.pop(key))
-            link = None
+            link = self._open.get(key)  # another call may have made it meanwhile
+        while link is None and len(self._open) >= LINKS_MAX:
+            await self._retire(self._open.popitem(last=False)[1])
+            link = self._open.get(key)
         if link is None:
-            while len(self._open) >= LINKS_MAX:
-                await self._retire(self._open.popitem(last=False)[1])
             channel = self.dialer.channel(address, expect, _OPTIONS)
             link = Link(channel, serial, SpinettaStub(channel), TrustStub(channel), EnrollStub(channel))
             self._open[key] = link

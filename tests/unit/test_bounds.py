@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 
 from spinetta.agent import Agent
-from spinetta.client.links import LINKS_MAX, RETIRED_MAX, Links
+from spinetta.client.links import LINKS_MAX, RETIRED_MAX, Link, Links
 from spinetta.events import Happening, Tick
 from spinetta.node.driver import Driver, LaunchSettings
 from spinetta.runtime.protocol import Runtime
@@ -123,6 +123,23 @@ def test_a_client_keeps_so_many_connections() -> None:
         assert await links.get("127.0.0.1:1", VOTER) is not first
         await links.close()
         assert len(links) == 0
+
+    asyncio.run(scenario())
+
+
+def test_two_calls_at_once_have_one_connection_even_while_others_are_let_go() -> None:
+    class Slow(Links):
+        async def _retire(self, link: Link) -> None:
+            await asyncio.sleep(0)  # closing may take a while
+            await super()._retire(link)
+
+    async def scenario() -> None:
+        links = Slow(Dialer.open())
+        for port in range(1, LINKS_MAX + 1):
+            await links.get(f"127.0.0.1:{port}", VOTER)
+        one, other = await asyncio.gather(*(links.get("127.0.0.1:9999", VOTER) for _ in range(2)))
+        assert one is other
+        await links.close()
 
     asyncio.run(scenario())
 
