@@ -53,6 +53,7 @@ CLI = [
     # usage
     Cli(("submt",), "there is no command 'submt'; did you mean 'submit'?"),
     Cli(("frobnicate",), "there is no command 'frobnicate'; known: audit, cancel, cluster, completion"),
+    Cli(("cluster", "backup", "-"), "a backup does not go to standard output"),
     Cli(("submit", "--cpu", "2", "--", "true"), "No such option '--cpu'"),
     Cli(("submit",), "there is no command"),
     Cli(("submit", "--"), "there is no command"),

@@ -55,6 +55,12 @@ def backup(file: Path, as_json: bool, node: str | None, timeout: str | None, con
     from spinetta import units
     from spinetta.store.snapshot import SnapshotFile, SnapshotWriter
 
+    if str(file) == "-":
+        raise UserError(
+            "a backup does not go to standard output: nobody could tell whether it is whole",
+            field="file",
+            hint="name a file",
+        )
     begun_s = time.monotonic()
     source = {"node": "", "cluster": ""}
 

@@ -117,7 +117,13 @@ def list_nodes(as_json: bool, node: str | None, timeout: str | None, config_file
 
     ROLE: a voter runs an etcd member, a worker does not; * holds the office of the leader. AGE is the time since the
     node started, SEEN since its last heartbeat was noticed. Resources are free/total. CLEARANCE is shown when a node
-    is cleared for a label. A draining node shows how many tasks it still has.
+    is cleared for a label. A draining node shows how many tasks it still has; of a lost one no more is known than its
+    name.
+
+    \b
+    Examples:
+      spinetta node list
+      spinetta node list --json | jq -r '.nodes[] | select(.status != "ready") | .name'
     """
     found = with_client(_nodes, node, timeout, config_file)
     from spinetta.cli import show
@@ -184,7 +190,13 @@ async def _nodes(client: AsyncClient) -> NodeList:
 @json_option
 @client_options
 def show(name: str | None, as_json: bool, node: str | None, timeout: str | None, config_file: str | None) -> None:
-    """Show one node in full; without NAME the one that is asked."""
+    """Show one node in full; without NAME the one that is asked.
+
+    \b
+    Examples:
+      spinetta node show n2
+      spinetta node show --json n2 | jq .warnings
+    """
 
     async def work(client: AsyncClient) -> NodeInfo:
         wanted = await drain.chosen(client, name)
@@ -294,6 +306,11 @@ def stop(data_dir: str | None, keep: bool, as_json: bool, config_file: str | Non
 
     Its tasks go back to the queue, its etcd member ends, and it may join again later; to take it out of the cluster
     for good use `spinetta node leave`. No error when nothing runs.
+
+    \b
+    Examples:
+      spinetta node stop
+      spinetta node stop --keep --data-dir /srv/n2     # to restart or upgrade the daemon
     """
     directory = Path(resolved_node({"data_dir": data_dir}, config_file).settings.data_dir)
     if not directory.is_dir():

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spinetta.node")
 
-TOLD_S = 10.0  # for the others to know that this node is drained
+TOLD_S = 7.0  # for the others to know that this node is drained; a client waits 10 s for one answer
 DRAIN, RELEASE, FORCE = "drain", "release", "force"  # as remembered
 ENDPOINTS_EVERY_S = 5.0  # how often the voters to talk to are looked up
 SWEEP_EVERY_S = 300.0
