@@ -18,6 +18,7 @@ from spinetta import units
 NOSPACE, CORRUPT = "NOSPACE", "CORRUPT"
 
 LOOK_EVERY_S = 5.0
+LOOK_SOON_S = 1.0  # after something was done: a full store is waited for by everybody
 
 # --- how full it may be, as parts of the quota. In use is what records and their history take; a store that was never
 # defragmented has a larger file, which cannot grow while it has holes.
@@ -25,7 +26,10 @@ COMPACT_FROM = 0.5  # history is given up for room from here on; etcd itself kee
 COMPACT_HARD_FROM = 0.7  # … down to seconds
 WARN_FROM = 0.8
 SUBMITS_UP_TO = 0.85  # the rest is kept for renewals and for the ends of what was submitted
-RELIEVED_BELOW = 0.8  # in use on all members, before the alarm is taken back
+SUBMITS_LOOK_EACH = 0.02  # so much taken by one node since it last looked, and it looks again: others take, too
+# File of all members, before the alarm is taken back. Above where submits stop: tasks that wait may hold that much for
+# as long as they like, and with the alarm up no node can register.
+RELIEVED_BELOW = 0.92
 
 # --- compaction. Watches and lists that need older history than is kept list again, which costs them one list.
 KEEP_HISTORY_S = 300.0  # the longest list of a million tasks takes a minute, all at one revision
@@ -38,9 +42,12 @@ WASTED_BYTES_MIN = 64 << 20  # less is not worth stopping a member for: etcd use
 WASTED_SHARE_MIN = 0.5  # of the file: below it the holes will be used again soon
 CRAMPED_FROM = 0.8  # file by quota: here holes bring the alarm nearer …
 CRAMPED_SHARE_MIN = 0.2  # … and this much of the file is worth a stop
+RAISED_SHARE_MIN = 0.05  # or this much, of one that has raised NOSPACE
 DEFRAGMENT_EVERY_S = 3600.0  # one member; a busy queue makes holes again within minutes, and uses them again
 DEFRAGMENT_EVERY_CRAMPED_S = 600.0
-DEFRAGMENT_EVERY_FULL_S = 60.0
+DEFRAGMENT_EVERY_FULL_S = 10.0  # or DUTY_FACTOR times as long as it takes
+DUTY_FACTOR = 4.0
+MOVE_EVERY_S = 60.0  # etcd's lead, which may come back by itself
 BLOCKED_S_PER_GIB = 15.0  # measured 7 to 11 s for each GiB in use, records of 1 kB, two cores
 BUSY_FACTOR = 4.0  # on a machine at its limit: 66 MiB took 3 to 9 s with 25 processes for each core
 BLOCKED_S_MIN = 30.0  # for the deadline of a call: giving up does not stop it, so better late
@@ -173,16 +180,19 @@ class Past:
     Attributes:
         seen: revisions of the store and when they were current, oldest first.
         compacted, compacted_s: the latest compaction.
+        just_compacted: nothing else was looked for since.
         defragmented_s: by member: its latest one, tried or done.
-        moved_s, disarmed_s: when the lead was handed on, and an alarm taken back.
+        moved_s: when the lead was handed on.
+        disarmed_s: by member: when its alarm was last taken back.
     """
 
     seen: list[tuple[float, int]] = field(default_factory=list)
     compacted: int = 0
     compacted_s: float = float("-inf")
+    just_compacted: bool = False
     defragmented_s: dict[int, float] = field(default_factory=dict)
     moved_s: float = float("-inf")
-    disarmed_s: float = float("-inf")
+    disarmed_s: dict[int, float] = field(default_factory=dict)
 
     def look(self, now_s: float, revision: int) -> None:
         """Remember the revision of this moment; what is older than is ever asked for is forgotten."""
@@ -197,6 +207,7 @@ class Past:
 
     def done(self, care: Care, now_s: float) -> None:
         """Remember that this was done, or tried."""
+        self.just_compacted = isinstance(care, Compact)
         match care:
             case Compact(revision):
                 self.compacted, self.compacted_s = revision, now_s
@@ -204,8 +215,8 @@ class Past:
                 self.defragmented_s[member_id] = now_s
             case MoveLeader():
                 self.moved_s = now_s
-            case Disarm():
-                self.disarmed_s = now_s
+            case Disarm(member_id):
+                self.disarmed_s[member_id] = now_s
             case Rest():
                 pass
 
@@ -213,6 +224,7 @@ class Past:
         """Forget members that there are no more."""
         kept = frozenset(members)
         self.defragmented_s = {i: at_s for i, at_s in self.defragmented_s.items() if i in kept}
+        self.disarmed_s = {i: at_s for i, at_s in self.disarmed_s.items() if i in kept}
 
 
 def next_care(view: EtcdView, past: Past, now_s: float, *, quota_bytes: int, pause_s: float) -> Care:
@@ -231,7 +243,7 @@ def next_care(view: EtcdView, past: Past, now_s: float, *, quota_bytes: int, pau
         return Rest("alarm CORRUPT: an administrator has to say which member is right")
     full = bool(view.raised(NOSPACE))
     compact = _compaction(view, past, now_s, quota_bytes, full=full)
-    if compact is not None:
+    if compact is not None and not (full and past.just_compacted):  # the holes and the alarm have their turns
         return compact
     # One member at a time, and only when all the others are as they should be: whoever is defragmented is missing.
     ill = next((m for m in view.members if not m.healthy), None)
@@ -272,10 +284,14 @@ def _due(view: EtcdView, past: Past, now_s: float, quota_bytes: int, *, full: bo
             enough = True
         if full and m.in_use_bytes < RELIEVED_BELOW * quota_bytes <= m.db_bytes:
             enough = True  # it is all that stands between this member and taking the alarm back
-        every_s = (
-            DEFRAGMENT_EVERY_FULL_S if full else DEFRAGMENT_EVERY_CRAMPED_S if cramped else DEFRAGMENT_EVERY_S
-        )  # fmt: skip
-        if enough and now_s >= past.defragmented_s.get(m.member_id, float("-inf")) + every_s:
+        defragmented_s = past.defragmented_s.get(m.member_id, float("-inf"))
+        if m.member_id in view.raised(NOSPACE) and m.wasted_bytes >= RAISED_SHARE_MIN * m.db_bytes:
+            # Its own quota may be smaller than ours, which etcd does not tell: once each time the alarm is raised.
+            enough |= defragmented_s <= past.disarmed_s.get(m.member_id, float("-inf"))
+        every_s = DEFRAGMENT_EVERY_CRAMPED_S if cramped else DEFRAGMENT_EVERY_S
+        if full:
+            every_s = max(DEFRAGMENT_EVERY_FULL_S, DUTY_FACTOR * blocked_for_s(m.in_use_bytes))
+        if enough and now_s >= defragmented_s + every_s:
             reason = f"{units.format_bytes(m.wasted_bytes)} of {units.format_bytes(m.db_bytes)} are holes"
             found.append((m, reason))
     return sorted(found, key=lambda each: (each[0].leader_id == each[0].member_id, each[0].name, each[0].member_id))
@@ -289,7 +305,7 @@ def _defragmentation(
     if m.leader_id == m.member_id:  # everybody waits for etcd's leader, leases too
         others = [each for each in view.voters if each is not m]
         if others:
-            if now_s < past.moved_s + DEFRAGMENT_EVERY_FULL_S:
+            if now_s < past.moved_s + (DEFRAGMENT_EVERY_FULL_S if full else MOVE_EVERY_S):
                 return Rest("etcd's lead has just been handed on")
             return MoveLeader(m.member_id, max(others, key=lambda each: (each.applied, each.name)).member_id)
         if BUSY_FACTOR * blocked_s > pause_s and not full:
@@ -304,12 +320,14 @@ def _disarming(view: EtcdView, past: Past, now_s: float, quota_bytes: int) -> Ca
     most = max(max(m.in_use_bytes, m.db_bytes) for m in view.members)
     if most >= RELIEVED_BELOW * quota_bytes:
         return Rest(
-            "the store is full, and all history and holes are given up: finished tasks have to leave it, waiting ones "
-            "to be cancelled, or the voters to be given a larger etcd_quota"
+            "the store is full. Old history is given up by itself; beyond that finished tasks have to leave it, "
+            "waiting ones to be cancelled, or the voters to be given a larger etcd_quota"
         )
-    if now_s < past.disarmed_s + DISARM_EVERY_S:
-        return Rest("the alarm NOSPACE has just been taken back")
-    return Disarm(view.raised(NOSPACE)[0])
+    # Each member raises its own, and etcd takes writes again when all are taken back.
+    for member_id in view.raised(NOSPACE):
+        if now_s >= past.disarmed_s.get(member_id, float("-inf")) + DISARM_EVERY_S:
+            return Disarm(member_id)
+    return Rest("the alarm NOSPACE has just been taken back")
 
 
 def blocked_for_s(in_use_bytes: int) -> float:

@@ -76,10 +76,13 @@ class EtcdCare:
     async def run(self) -> None:
         """Look and act until cancelled."""
         teller = Teller(log)
+        wait_s = upkeep.LOOK_EVERY_S
         while True:
-            await asyncio.sleep(upkeep.LOOK_EVERY_S)
+            await asyncio.sleep(wait_s)
+            wait_s = upkeep.LOOK_EVERY_S
             try:
-                await self.step()
+                if not isinstance(await self.step(), Rest | None):
+                    wait_s = upkeep.LOOK_SOON_S
             except TROUBLE as e:
                 teller.tell(f"etcd's upkeep has to wait: {e}")
 

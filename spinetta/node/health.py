@@ -48,6 +48,7 @@ class StoreHealth:
         self._seen_s = float("-inf")
         self._lost_since_s: float | None = None
         self._looking = asyncio.Lock()
+        self._glancing = asyncio.Lock()
 
     @property
     def cluster_id(self) -> str:
@@ -69,7 +70,7 @@ class StoreHealth:
         try:
             status = await own_status(self._connections)
         except StoreUnavailable:
-            self._nearest = None  # how full it is, is not known
+            self._nearest, self._taken_bytes = None, 0  # how full it is, is not known
             return True
         self._nearest, self._taken_bytes = view_of([_member(status)], {status.member_id: status}), 0
         return not status.healthy
@@ -102,6 +103,18 @@ class StoreHealth:
     def is_full(self) -> bool:
         """The nearest member tells of the alarm NOSPACE."""
         return self._nearest is not None and bool(self._nearest.raised(upkeep.NOSPACE))
+
+    async def room_for_submits(self, size_bytes: int) -> UserError | None:
+        """As `refusal_of_submits`, from a new glance if much was taken since the last one: other nodes take, too."""
+        if self._taken_much:
+            async with self._glancing:
+                if self._taken_much:  # whoever waited has what it came for
+                    await self.glance()
+        return self.refusal_of_submits(size_bytes)
+
+    @property
+    def _taken_much(self) -> bool:
+        return self._taken_bytes >= upkeep.SUBMITS_LOOK_EACH * self.quota_bytes
 
     def refusal_of_submits(self, size_bytes: int) -> UserError | None:
         """Why tasks of this size may not be submitted now; None: they may, as far as is known, and are counted."""

@@ -71,9 +71,10 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
 def txn_request(txn: Txn) -> Message:
     """The request for a transaction."""
     operations = [_write(write) for write in txn.then]
-    if txn.then and not txn.nested and all(write.key.startswith(keys.BEAT) for write in txn.then):
-        # A renewal. Etcd's quota does not look into nested transactions, so a store that is full still takes it, and
-        # nothing that runs is killed for want of room: docs/adr/0025-etcd-upkeep.md.
+    if txn.then and not txn.nested and all(write.key.startswith((keys.BEAT, keys.OFFICE)) for write in txn.then):
+        # A renewal, or the election of the leader. Etcd's quota does not look into nested transactions, so a store that
+        # is full still takes it: nothing that runs is killed for want of room, and somebody is there to make room.
+        # See docs/adr/0025-etcd-upkeep.md.
         operations = [rpc.RequestOp(request_txn=rpc.TxnRequest(success=operations))]
     for each in txn.nested:
         if each.nested:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from aetcd import rpc
 
+from spinetta import upkeep
 from spinetta.errors import OutcomeUnknown, StoreFull, StoreUnavailable, UserError
 from spinetta.node.etcdcare import EtcdCare
 from spinetta.node.health import StoreHealth
@@ -28,6 +29,7 @@ from tests.contract.test_membership import Cluster, cluster, run
 pytestmark = pytest.mark.contract
 
 MIB = 1 << 20
+COMMIT_S = 0.15  # etcd writes to its file every 100 ms
 
 
 @dataclass
@@ -58,6 +60,8 @@ class World:
             if isinstance(step, Rest) and done and not step.reason:
                 return done
             done.append(step)
+            await self.store.commit(Txn(then=(Put("/beat/n1"),)))  # as nodes do; what is free is counted with it
+            await asyncio.sleep(COMMIT_S)
         return done
 
 
@@ -76,8 +80,8 @@ async def full_etcd() -> AsyncIterator[tuple[EtcdStore, World]]:
 
 
 async def fill(store: EtcdStore) -> None:
-    for n in range(20):
-        await store.commit(Txn(then=(Put(f"/{n}", os.urandom(500_000)),)))
+    for n in range(200):  # its file grows now and then, and is then looked at
+        await store.commit(Txn(then=(Put(f"/{n % 20}", os.urandom(500_000)),)))
 
 
 async def empty(store: EtcdStore) -> None:
@@ -103,7 +107,7 @@ def test_a_store_that_was_full_takes_writes_again_by_itself() -> None:
 
 
 def test_without_a_leader_the_node_of_etcds_leader_makes_room() -> None:
-    """None can be elected: its key is a new record too."""
+    """As when no node has a session any more: a new one cannot be had."""
 
     async def scenario() -> None:
         async with full_etcd() as (store, world):
@@ -136,6 +140,46 @@ def test_a_quick_client_does_not_run_past_the_limit_between_two_looks() -> None:
             assert 83 <= taken <= 85
             await health.glance()
             assert health.refusal_of_submits(MIB) is None  # nothing of it has come
+            await store.close()
+
+    run(scenario())
+
+
+def test_clients_of_several_nodes_do_not_run_past_the_limit_together() -> None:
+    """Each counts what it took itself, and looks again before the others can have taken much."""
+
+    async def scenario() -> None:
+        async with etcd() as server:
+            store = EtcdStore([server.client])
+            nodes = [StoreHealth(store.connections, 30 * MIB, lambda: "abc") for _ in range(3)]
+            for health in nodes:
+                await health.glance()
+            for n in range(240):
+                if await nodes[n % 3].room_for_submits(MIB // 5) is None:
+                    await store.commit(Txn(then=(Put(f"/{n}", os.urandom(MIB // 5)),)))
+            assert [await health.room_for_submits(0) is None for health in nodes] == [False] * 3
+            view = await nodes[0].look()
+            assert upkeep.SUBMITS_UP_TO <= view.in_use_bytes / (30 * MIB) < 1.0  # etcd tells of what it took 100 ms ago
+            await store.close()
+
+    run(scenario())
+
+
+def test_a_submit_waits_but_once_for_an_etcd_that_does_not_say_how_full_it_is() -> None:
+    async def scenario() -> None:
+        async with etcd() as server:
+            store = EtcdStore([server.client])
+            health = StoreHealth(store.connections, 2 * MIB, lambda: "abc")
+            await health.glance()
+            assert await health.room_for_submits(MIB) is None
+            server.send(signal.SIGSTOP)
+            try:
+                began_s = time.monotonic()
+                found = await asyncio.gather(*(health.room_for_submits(MIB) for _ in range(50)))
+                assert found == [None] * 50  # not known: etcd says it if need be
+                assert time.monotonic() - began_s < 10 * maintenance.ASK_S
+            finally:
+                server.send(signal.SIGCONT)
             await store.close()
 
     run(scenario())

@@ -11,11 +11,13 @@ from unittest.mock import ANY
 import grpc
 import pytest
 
+from spinetta import keys
 from spinetta.errors import OutcomeUnknown, StoreFull, UserError
+from spinetta.model import NodeId
 from spinetta.store.connection import normal_endpoints
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.failures import Meaning, meaning_of
-from spinetta.txn import Absent, Committed, Conflict, Delete, Put, Txn
+from spinetta.txn import Absent, Committed, Conflict, Delete, Put, Txn, take_office
 from tests.contract.etcds import etcd
 
 pytestmark = pytest.mark.contract
@@ -73,16 +75,20 @@ def test_a_full_store_says_so_of_writes_that_it_took_too() -> None:
 
     async def scenario() -> None:
         async with etcd("--quota-backend-bytes=4194304") as server, store_of(server.client) as store:
+            lease = await store.grant_lease(60)
             # How many of these are there all the same depends on how fast the machine is: up to all but one.
             refused = await asyncio.gather(*(fill(store, lane) for lane in range(32)))
             assert issubclass(StoreFull, OutcomeUnknown)
             with pytest.raises(StoreFull, match="NOSPACE"):  # once the alarm is raised nothing is taken …
                 await store.commit(Txn(then=(Put("/late", b""),)))
             assert (await store.read(["/late"])).entries["/late"] is None
-            # … but renewals, which keep tasks alive, what comes nested, and …
+            # … but renewals, which keep tasks alive, a leader, what comes nested, and …
             assert isinstance(await store.commit(Txn(when=(Absent("/n"),), then=(Put("/beat/n1", b"b"),))), Committed)
             assert isinstance(await store.commit(Txn(when=(Absent("/0/0"),), then=(Put("/beat/n1", b"c"),))), Conflict)
             assert (await store.read(["/beat/n1"])).entries["/beat/n1"].value == b"b"  # type: ignore[union-attr]
+            elected = await store.commit(take_office(NodeId("n1"), lease, b"o"))
+            assert isinstance(elected, Committed)
+            assert (await store.read([keys.OFFICE])).entries[keys.OFFICE].created == elected.revision  # type: ignore[union-attr]
             assert await store.commit(Txn(nested=(Txn(then=(Put("/nested"),)),))) == Committed(ANY, (True,))
             assert isinstance(await store.commit(Txn(then=(Delete(refused[0]),))), Committed)  # … what makes room
 

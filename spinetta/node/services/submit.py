@@ -83,7 +83,7 @@ class Submitter:
             UserError: it has not (``store-full``); nothing was written.
         """
         size_bytes = sum(e.size_bytes for e in entries)
-        refusal = self._health.refusal_of_submits(size_bytes) if self._health is not None else None
+        refusal = await self._health.room_for_submits(size_bytes) if self._health is not None else None
         if refusal is None:
             return
         found = await lookup.read_all(self._port.store, [keys.task(e.task.id) for e in entries])
