@@ -21,6 +21,7 @@ class LeaseChange:
     def __init__(self) -> None:
         self.lease: LeaseId | None = None  # granted: the key is to be put under it
         self._ttl_s = 0  # 0: no change is wanted
+        self._then_s = 0  # wanted while another change was under way: the next one
         self._granting = False
         self._not_before_s = 0.0
 
@@ -35,8 +36,10 @@ class LeaseChange:
         return self._not_before_s if self._ttl_s and self.lease is None and not self._granting else None
 
     def want(self, ttl_s: int) -> None:
-        """Put the key under a lease that lives so long."""
-        if not self._granting and self.lease is None:
+        """Put the key under a lease that lives so long; after the change that is under way, if there is one."""
+        if self._granting or self.lease is not None:
+            self._then_s = ttl_s
+        else:
             self._ttl_s = ttl_s
 
     def poll(self, now: float) -> list[Effect]:
@@ -59,9 +62,11 @@ class LeaseChange:
 
     def done(self) -> None:
         """The key hangs on it."""
-        self.lease, self._ttl_s = None, 0
+        self.lease, self._ttl_s, self._then_s = None, self._then_s, 0
 
     def failed(self, now: float) -> None:
         """Nobody knows whether it does. The lease is left to run out: to revoke it might take the key with it."""
         self.lease = None
+        if self._then_s:
+            self._ttl_s, self._then_s = self._then_s, 0
         self._not_before_s = now + RETRY_S

@@ -129,6 +129,26 @@ def test_a_lease_that_was_not_to_be_had_is_asked_for_again() -> None:
     assert not change.wanted
 
 
+@pytest.mark.parametrize("well", [True, False])
+def test_what_is_wanted_during_a_change_comes_after_it(well: bool) -> None:
+    """A daemon that is told to end just after its start: it has not put its key under a short lease yet."""
+    change = LeaseChange()
+    change.want(5)
+    assert change.poll(0.0) == [GrantLease(TAG, 5)]
+    change.want(60)
+    change.granted(LeaseGranted(TAG, LeaseId(9)), 1.0)
+    assert change.poll(1.0) == []
+    if well:
+        change.done()
+    else:
+        change.failed(1.0)
+    assert change.wanted
+    assert change.poll(1.0 + RETRY_S) == [GrantLease(TAG, 60)]
+    change.granted(LeaseGranted(TAG, LeaseId(10)), 7.0)
+    change.done()
+    assert not change.wanted
+
+
 def test_a_lease_that_nobody_waits_for_any_more_is_given_up() -> None:
     change = LeaseChange()
     change.want(20)
