@@ -78,7 +78,8 @@ def drain(
         raise Finished(exits.INTERRUPTED) from None
     if not done:
         if not as_json:
-            output.tell(f"tasks still run after {limit}; the node goes on draining")
+            more = " (--force gives those with --no-restart back, too)" if release and not force else ""
+            output.tell(f"tasks still run after {limit}; the node goes on draining{more}")
         raise Finished(exits.TIMED_OUT)
 
 
@@ -156,7 +157,7 @@ async def _wait(client: AsyncClient, name: str, limit_s: float | None, as_json: 
         elif left and last < 0:
             await _show(client, name, left)
         elif left and left != last:
-            output.tell(f"{name}: {left} tasks left")
+            output.tell(f"{name}: {left} task{'' if left == 1 else 's'} left")
         last = left
         if not left:
             if not as_json:

@@ -78,7 +78,8 @@ def test_ctrl_c_ends_the_waiting_and_not_the_drain(etcd: Etcd, tmp_path: Path) -
     [
         (("--timeout", "3s"), 2, "--wait"),
         (("--force",), 2, "--release"),
-        (("--wait", "--timeout", "0s"), 5, "tasks still run after 0s"),
+        (("--wait", "--timeout", "0s"), 5, "tasks still run after 0s; the node goes on draining\n"),
+        (("--wait", "--release", "--timeout", "0s"), 5, "--force gives those with --no-restart back, too"),
     ],
 )
 def test_how_it_ends_otherwise(etcd: Etcd, tmp_path: Path, options: tuple[str, ...], code: int, text: str) -> None:
