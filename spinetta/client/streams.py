@@ -22,7 +22,8 @@ PAUSE_FIRST_S = 0.05
 class _Patience:
     """How long a stream looks for a node that answers, and how it waits between."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
         self._since_s: float | None = None
         self._wait = Backoff(PAUSE_FIRST_S, RETRY_WAIT_MAX_S)
         self._asked_s = 0.0
@@ -37,7 +38,7 @@ class _Patience:
         now_s = time.monotonic()
         self._asked_s = error.retry_after_s if isinstance(error, Throttled) else 0.0
         self._since_s = now_s if self._since_s is None else self._since_s
-        if now_s - self._since_s >= PATIENCE_S:
+        if now_s - self._since_s >= self._limit_s:
             raise error
 
     async def pause(self) -> None:
@@ -53,7 +54,7 @@ async def watch(nodes: Nodes, request: api.WatchRequest) -> AsyncGenerator[views
         StoreUnavailable: no node answers for `PATIENCE_S`.
     """
     begun = False
-    patience = _Patience()
+    patience = _Patience(PATIENCE_S)
     while True:
         restarted = begun and not request.from_revision  # broken within the first state: it comes again, whole
         try:
@@ -83,12 +84,12 @@ async def log(nodes: Nodes, request: api.LogRequest) -> AsyncGenerator[views.Log
     """Bytes of a log. `request` is used to remember where to go on.
 
     Raises:
-        StoreUnavailable: no node answers for `PATIENCE_S`.
+        StoreUnavailable: no node answers for `PATIENCE_S`, or for the client's time for a call if it is not followed.
         UserError: no such log; with reason ``node-unreachable`` when its node does not answer (if followed: for
             `PATIENCE_S`).
     """
     limited, all_attempts = bool(request.limit_bytes), not request.attempt
-    patience = _Patience()
+    patience = _Patience(PATIENCE_S if request.follow else min(PATIENCE_S, nodes.timeout_s))
     begun = False
     while True:
         try:

@@ -420,6 +420,15 @@ def test_a_stream_that_cannot_be_had_is_given_up(refusing: str, monkeypatch: pyt
     asyncio.run(main())
 
 
+def test_a_log_that_is_not_followed_is_given_up_in_the_time_of_a_call(refusing: str) -> None:
+    async def main() -> None:
+        async with AsyncClient(refusing, timeout_s=0.3) as client, asyncio.timeout(20):
+            with pytest.raises(StoreUnavailable):
+                await anext(aiter(client.log(ID)))
+
+    asyncio.run(main())
+
+
 def test_a_watch_resumes_after_what_it_has_seen() -> None:
     asked: list[int] = []
 
