@@ -21,6 +21,9 @@ from spinetta.txn import Absent, Committed, Conflict, CreatedAt, Delete, Guard, 
 Message: TypeAlias = Any
 """A protobuf message of etcd's API; the stubs carry no types."""
 
+TAKEN_WHEN_FULL = (keys.BEAT, keys.OFFICE, keys.INCARNATION)
+"""What alone is written by a renewal, by the election of the leader, and by the condemning of a dead node."""
+
 ALL_KEYS = b"\0"  # as key and range end: everything
 
 
@@ -71,10 +74,9 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
 def txn_request(txn: Txn) -> Message:
     """The request for a transaction."""
     operations = [_write(write) for write in txn.then]
-    if txn.then and not txn.nested and all(write.key.startswith((keys.BEAT, keys.OFFICE)) for write in txn.then):
-        # A renewal, or the election of the leader. Etcd's quota does not look into nested transactions, so a store that
-        # is full still takes it: nothing that runs is killed for want of room, and somebody is there to make room.
-        # See docs/adr/0025-etcd-upkeep.md.
+    if txn.then and not txn.nested and all(write.key.startswith(TAKEN_WHEN_FULL) for write in txn.then):
+        # Etcd's quota does not look into nested transactions, so a store that is full still takes them: nothing that
+        # runs is killed for want of room, and somebody is there to make room. See docs/adr/0025-etcd-upkeep.md.
         operations = [rpc.RequestOp(request_txn=rpc.TxnRequest(success=operations))]
     for each in txn.nested:
         if each.nested:

@@ -82,13 +82,15 @@ def test_a_full_store_says_so_of_writes_that_it_took_too() -> None:
             with pytest.raises(StoreFull, match="NOSPACE"):  # once the alarm is raised nothing is taken …
                 await store.commit(Txn(then=(Put("/late", b""),)))
             assert (await store.read(["/late"])).entries["/late"] is None
-            # … but renewals, which keep tasks alive, a leader, what comes nested, and …
+            # … but renewals, which keep tasks alive, a leader, that a node is dead, what comes nested, and …
             assert isinstance(await store.commit(Txn(when=(Absent("/n"),), then=(Put("/beat/n1", b"b"),))), Committed)
             assert isinstance(await store.commit(Txn(when=(Absent("/0/0"),), then=(Put("/beat/n1", b"c"),))), Conflict)
             assert (await store.read(["/beat/n1"])).entries["/beat/n1"].value == b"b"  # type: ignore[union-attr]
             elected = await store.commit(take_office(NodeId("n1"), lease, b"o"))
             assert isinstance(elected, Committed)
             assert (await store.read([keys.OFFICE])).entries[keys.OFFICE].created == elected.revision  # type: ignore[union-attr]
+            condemned = await store.commit(Txn(then=(Put(keys.incarnation(NodeId("n2")), b"c"),)))
+            assert isinstance(condemned, Committed)
             assert await store.commit(Txn(nested=(Txn(then=(Put("/nested"),)),))) == Committed(ANY, (True,))
             assert isinstance(await store.commit(Txn(then=(Delete(refused[0]),))), Committed)  # … what makes room
 
