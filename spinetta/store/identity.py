@@ -76,8 +76,8 @@ def load(path: Path) -> Identity | None:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged: {error}",
-            hint="restore it from a backup; or, if this node may be given up, remove the member from the cluster, move "
-            "the node's data directory away and join anew",
+            hint="put back a copy of it; or, if this node may be given up: spinetta node confirm-dead at another one, "
+            "move its data directory away and join anew",
             reason="identity",
         ) from error
 
@@ -88,7 +88,9 @@ def _parse(data: bytes) -> Identity:
     document = json.loads(data)
     if not isinstance(document, dict):
         raise TypeError("not an object")
-    version = document.pop("format")
+    version = document.pop("format", None)
+    if version is None:
+        raise ValueError("it has no format")
     if version != FORMAT:
         raise ValueError(f"format {version} is not known to this version of Spinetta")
     # Of what an administrator has edited, or an earlier version written, there is none.

@@ -71,6 +71,13 @@ def test_a_damaged_file_is_refused_and_left_alone(tmp_path: Path, data: bytes, m
     assert path.read_bytes() == data
 
 
+def test_what_is_no_identity_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "identity.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged: it has no format") as caught:
+        load(tmp_path / "identity.json")
+    assert "confirm-dead" in caught.value.hint
+
+
 def test_damage_anywhere_is_found(tmp_path: Path) -> None:
     path = tmp_path / "identity.json"
     save(path, WHOLE)
