@@ -245,9 +245,18 @@ def _build(
         return
     if made.put_aside:
         output.say(f"the data of before is in {made.put_aside}: remove it when all is well")
-    output.say(
-        f"cluster {made.cluster_id} is in {directory}; start its node: spinetta node join --data-dir {directory}"
-    )
+    output.say(f"cluster {made.cluster_id} is in {directory}; start its node: {_join_command(directory)}")
+
+
+def _join_command(directory: Path) -> str:
+    """How the node of a data directory is started, when no settings file says who it is."""
+    from shlex import quote
+
+    from spinetta.node.entry import remembered_any
+
+    known = remembered_any(directory)
+    who = f"--name {quote(known.node)} --address {known.address} " if known is not None and known.address else ""
+    return f"spinetta node join {who}--data-dir {quote(str(directory))}"
 
 
 def _typed(question: str, word: str, given: str | None, *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spinetta.cli.clusterdata import _join_command
 from spinetta.errors import UserError
 from spinetta.store.identity import Identity, check_data_dir, load, save
 from spinetta.store.wal import wal_owner
@@ -76,6 +77,13 @@ def test_what_is_no_identity_is_told_in_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged: it has no format") as caught:
         load(tmp_path / "identity.json")
     assert "confirm-dead" in caught.value.hint
+
+
+def test_how_a_node_is_started_again_names_it(tmp_path: Path) -> None:
+    """What the commands that make a cluster from data say at their end must work as it stands."""
+    assert _join_command(tmp_path) == f"spinetta node join --data-dir {tmp_path}"
+    save(tmp_path / "identity.json", Identity("a", address="127.0.0.1:7220"))
+    assert _join_command(tmp_path) == f"spinetta node join --name a --address 127.0.0.1:7220 --data-dir {tmp_path}"
 
 
 def test_damage_anywhere_is_found(tmp_path: Path) -> None:
