@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -38,6 +40,7 @@ from tests.contract.shims import (
 )
 
 pytestmark = pytest.mark.contract
+PIDFD_GETFD = 438  # the same number on all architectures
 _ = (isolate, state_dir)  # fixtures
 
 
@@ -54,6 +57,23 @@ def openers(path: Path) -> set[int]:
             if fd.readlink() == path:
                 found.add(int(fd.parts[2]))
     return found
+
+
+def has_been_told(pid: int) -> bool:
+    """Whether something waits to be read in a socket of another process."""
+    process = os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            if not str(entry.readlink()).startswith("socket:"):
+                continue
+            fd = ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, process, int(entry.name), 0)
+            assert fd >= 0, os.strerror(ctypes.get_errno())
+            with socket.socket(fileno=fd) as ours, contextlib.suppress(BlockingIOError):
+                if ours.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    return True
+    finally:
+        os.close(process)
+    return False
 
 
 def lock_owner(path: Path) -> int:
@@ -85,8 +105,8 @@ async def test_the_next_shim_waits_for_what_the_killed_one_still_writes(state_di
     try:
         process = await asyncio.create_subprocess_exec("/bin/sh", "-c", "echo > go", cwd=state_dir)
         await process.wait()
-        # A zombie until its exit is durable; so the exit has been handed to the writer, who does not read.
-        await until(lambda: any(child.state == "Z" for child in children(shim)))
+        # The exit has been handed to the writer, who does not read.
+        await until(lambda: any(child.state == "Z" for child in children(shim)) and has_been_told(writer))
         owner = lock_owner(state_dir / "shim.lock")
         os.kill(shim, signal.SIGKILL)
         connecting = asyncio.create_task(_reasons(state_dir, "last.1"))
