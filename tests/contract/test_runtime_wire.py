@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -104,6 +105,31 @@ async def test_refusals_keep_the_connection(state_dir: Path) -> None:
         "bad-request",
         "ok",
     ]
+
+
+@asynchronous
+async def test_what_an_earlier_daemon_asked_for_is_heard_before_the_next_one_is_answered(state_dir: Path) -> None:
+    """It died, its requests wait in the socket, and the shim was not run for a while."""
+    starts = [
+        {"id": n, "op": "start", "key": f"late.{n}", "argv": ["true"], "env": {"PAD": "x" * 40_000}, "grace_s": None}
+        for n in range(2, 8)
+    ]
+    async with runtime(state_dir) as rt:
+        shim = rt.shim_pid()
+        with connected(state_dir, HELLO) as earlier:
+            assert json.loads(earlier.recv(1 << 16))["ok"]
+            earlier.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            os.kill(shim, signal.SIGSTOP)
+            try:
+                for start in starts:
+                    earlier.sendall(json.dumps(start).encode() + b"\n")
+                earlier.close()
+                with connected(state_dir, HELLO, {"id": 2, "op": "held"}) as sock:
+                    os.kill(shim, signal.SIGCONT)
+                    got = answers(sock)
+            finally:
+                os.kill(shim, signal.SIGCONT)
+    assert {held["key"] for held in got[1]["held"]} == {start["key"] for start in starts}
 
 
 @asynchronous

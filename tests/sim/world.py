@@ -301,7 +301,6 @@ class World(Administrators, Users):
         self._etcd_back()
         for machine in self.machines.values():
             machine.crash_on = machine.rights_change_on = None
-            machine.shim_free_s = min(machine.shim_free_s, self.now)
             machine.boot()
             machine.start_daemon()
             machine.tell(SetDraining(False))

@@ -11,6 +11,7 @@ from typing import Protocol
 from .loop import READ, WRITE
 from .wire import CONNECTIONS_MAX, OUTPUT_BYTES_MAX, SOCKET_NAME, BadMessage, Lines, Message, decode, encode
 
+_SOCKET_BYTES = 8 << 20  # more than a socket's buffer ever holds (net.core.wmem_max is 208 KiB by default)
 _RECEIVE_BYTES = 1 << 16  # what one client may ask before timers and others have their turn
 
 
@@ -96,21 +97,29 @@ class Connection:
         self.open = False
         self._sock.close()
 
-    def _receive(self) -> None:
+    def hear_out(self) -> None:
+        """Take in all that this client has sent so far, at most what a socket holds."""
+        for _ in range(_SOCKET_BYTES // _RECEIVE_BYTES):
+            if not self.open or not self._receive():
+                return
+
+    def _receive(self) -> bool:
+        """Take in some; False when there was nothing."""
         try:
             data = self._sock.recv(_RECEIVE_BYTES)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             self._server.cut(self, "")
-            return
+            return False
         try:
             for line in self._lines.feed(data):
                 self._server.handle(self, decode(line))
                 if not self.open:
-                    return
+                    return False
         except BadMessage as error:
             self.send({"id": 0, "error": "bad-message", "message": str(error)})
             self._server.cut(self, str(error))
+        return True

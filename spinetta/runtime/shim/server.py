@@ -154,6 +154,11 @@ class Server:
         if version != PROTOCOL_VERSION:
             raise Refused("version", f"the shim speaks version {PROTOCOL_VERSION} of its protocol, not {version}")
         connection.greeted = True
+        for other in list(self._connections):
+            # A start that an earlier daemon has asked for must be among what the next one is told of: that one would
+            # else take it for never made, have the task run elsewhere, and be wrong.
+            if other is not connection:
+                other.hear_out()
         self._keeper.widen_margin(number(message, "kill_margin_s", 0))
         connection.send(
             {
