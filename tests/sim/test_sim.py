@@ -67,7 +67,7 @@ def test_a_seed_is_one_story() -> None:
 
 
 STORIES = {
-    204850: "a start that an earlier daemon had asked for came to the shim after the next one had been told what it holds",
+    204850: "a start that an earlier daemon had asked for came after the next one had listed what the shim holds",
     220266: "the same, and it was too late to start: nobody heard of that end",
     3: "a batch of claims shares one token; each of its tasks is an attempt of its own",
     17: "the watch told of a claim after its end had been recorded, and the task was started again",
