@@ -148,7 +148,8 @@ def ended(
         if not task.spec.restart_on_node_failure:
             why = f"{exit_.message}; it is not to be started again after that"
         elif task.losses > task.spec.losses_allowed:
-            why = f"{exit_.message}; {task.losses} nodes were lost under it, {task.spec.losses_allowed} are allowed"
+            were = "node was" if task.losses == 1 else "nodes were"
+            why = f"{exit_.message}; {task.losses} {were} lost under it, allowed are {task.spec.losses_allowed}"
         else:
             return _again(task, Event.NODE_LOST, Outcome.LOST, exit_, token, now_ms)
         return _over(task, Event.GIVE_UP, Outcome.LOST, exit_, token, now_ms, why.removeprefix("; "))

@@ -56,13 +56,14 @@ class Ending:
             self._memory.forget()
             return
         held = len(agent.holdings.held)
+        tasks = f"{held} task{'s' if held != 1 else ''}"
         if agent.leaving_soon:
             log.warning("the node had not left yet: it is of the cluster again as soon as it is started")
         if wish is not Wish.EVERYTHING:
             await self._pause(held)
-            log.info("stopping; %d tasks stay with the shim", held)
+            log.info("stopping; %s stay%s with the shim", tasks, "s" if held == 1 else "")
             return
-        log.info("stopping; %d tasks are given back", held)
+        log.info("stopping; %s to be given back", tasks)
         await driver.tell(LeaveWanted(release=True))
         await driver.until(lambda a: a.left or a.holdings.nothing_runs, STOP_S)
         if not await driver.until(lambda a: a.left, DEREGISTER_S):

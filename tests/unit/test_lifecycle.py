@@ -200,7 +200,8 @@ def test_a_task_that_loses_more_nodes_than_it_may_is_given_up(allowed: int) -> N
         task = ended.task
     assert events == [Event.NODE_LOST] * allowed + [Event.GIVE_UP]
     assert (task.outcome, task.failures, task.losses) == (Outcome.LOST, 0, allowed + 1)
-    assert task.message == f"node n1 was lost; {allowed + 1} nodes were lost under it, {allowed} are allowed"
+    under = "1 node was" if allowed == 0 else f"{allowed + 1} nodes were"
+    assert task.message == f"node n1 was lost; {under} lost under it, allowed are {allowed}"
 
 
 def test_a_loss_under_a_task_that_was_not_started_costs_nothing() -> None:
