@@ -19,7 +19,7 @@ cd "$root" || exit 1
 export SPINETTA_VENV=${SPINETTA_VENV:-$root/.venv}
 bin=$SPINETTA_VENV/bin
 names="lint unit sim contract attacks cluster demo"
-section_limit_s=1800 # none takes a third of it; past it something hangs
+section_limit_s=3600 # none takes half of it; past it something hangs
 
 reports=$(mktemp -d "${TMPDIR:-/tmp}/spinetta-test.XXXXXX")
 trap 'rm -rf "$reports"' EXIT
