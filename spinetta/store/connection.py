@@ -15,6 +15,7 @@ from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.store import tls as certificates
 from spinetta.store import wire
 from spinetta.store.failures import (
+    GONE,
     TOO_LARGE_FOR_CLIENT,
     Meaning,
     Refused,
@@ -301,7 +302,7 @@ class Connections:
                     return await method(stubs)(request, timeout=max(left_s, 0.001), metadata=REQUIRE_LEADER)
             except grpc.aio.AioRpcError as error:
                 code, text = error.code(), error.details() or ""
-            except (asyncio.CancelledError, grpc.aio.UsageError):
+            except GONE:
                 if cancelled_ourselves():
                     raise
                 code, text = grpc.StatusCode.CANCELLED, "the connection was closed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from spinetta.errors import Compacted, InvariantViolation, StoreUnavailable
 from spinetta.model import LeaseId, Revision
 from spinetta.store import wire
 from spinetta.store.connection import REQUIRE_LEADER, Connections
-from spinetta.store.failures import TOO_LARGE_FOR_CLIENT, Refused, cancelled_ourselves, refusal
+from spinetta.store.failures import GONE, TOO_LARGE_FOR_CLIENT, Refused, cancelled_ourselves, refusal
 from spinetta.store.process import EtcdTls
 from spinetta.store.protocol import READ_KEYS_MAX, Changes, KeyValue, Page, Snapshot
 from spinetta.store.watch import watch
@@ -191,7 +190,7 @@ class EtcdStore:
             except grpc.aio.AioRpcError as error:
                 connection.hold()
                 raise StoreUnavailable(f"lease not renewed: {connection.endpoint}: {error.details()}") from error
-            except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+            except GONE as error:
                 if cancelled_ourselves():
                     raise
                 raise StoreUnavailable(

@@ -100,6 +100,14 @@ def refusal(error: Refused) -> SpinettaError:
     return StoreUnavailable(str(error))
 
 
+GONE: tuple[type[BaseException], ...] = (
+    asyncio.CancelledError,
+    grpc.aio.UsageError,  # the channel has been closed
+    asyncio.InvalidStateError,  # the call is over: its end came between two steps of ours
+)
+"""What gRPC raises when a channel or a call has gone away under its user. Ask `cancelled_ourselves` before going on."""
+
+
 def cancelled_ourselves() -> bool:
     """Inside `except CancelledError`: is it this task that was cancelled?
 

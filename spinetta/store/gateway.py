@@ -13,7 +13,7 @@ import grpc.aio
 from spinetta import gatewaycodec as gc
 from spinetta.errors import InvariantViolation, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import LeaseId, Membership, Revision
-from spinetta.store.failures import cancelled_ourselves
+from spinetta.store.failures import GONE, cancelled_ourselves
 from spinetta.store.protocol import READ_KEYS_MAX, Change, Changes, KeyValue, Page, Snapshot
 from spinetta.store.voterlinks import Line, Voter, VoterLinks, told_by
 from spinetta.store.watch import reading
@@ -183,7 +183,7 @@ async def _watch(
         if told is None:
             voter.hold()
         raise StoreUnavailable(f"the watch broke: {voter.address}: {told or error.details()}") from error
-    except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+    except GONE as error:
         if cancelled_ourselves():
             raise
         raise StoreUnavailable(f"the watch broke: {voter.address}: the connection was closed") from error

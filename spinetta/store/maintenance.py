@@ -13,7 +13,7 @@ import grpc
 from spinetta.errors import StoreUnavailable
 from spinetta.store import wire
 from spinetta.store.connection import CONNECT_S, Connection, Connections, normal_endpoints
-from spinetta.store.failures import cancelled_ourselves
+from spinetta.store.failures import GONE, cancelled_ourselves
 from spinetta.store.members import Member, MemberStatus, member_status
 from spinetta.store.tls import TlsSource
 from spinetta.upkeep import EtcdView, MemberView
@@ -165,7 +165,7 @@ def _failures(endpoint: str) -> Any:
         yield
     except grpc.aio.AioRpcError as error:
         raise StoreUnavailable(f"{endpoint}: {error.details() or error.code().name}") from error
-    except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+    except GONE as error:
         if cancelled_ourselves():
             raise
         raise StoreUnavailable(f"{endpoint}: the connection was closed") from error

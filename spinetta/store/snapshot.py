@@ -22,7 +22,7 @@ import grpc
 from spinetta.errors import StoreUnavailable, UserError
 from spinetta.store import wire
 from spinetta.store.connection import REQUIRE_LEADER, Connections
-from spinetta.store.failures import cancelled_ourselves
+from spinetta.store.failures import GONE, cancelled_ourselves
 from spinetta.store.process import Version, etcd_env, parse_version
 
 HASH_BYTES = hashlib.sha256().digest_size
@@ -75,7 +75,7 @@ async def stream(connections: Connections) -> AsyncGenerator[Piece, None]:
             raise StoreUnavailable(f"{connection.endpoint}: no snapshot: {error.details()}") from error
         except TimeoutError:
             raise StoreUnavailable(f"{connection.endpoint}: the snapshot stopped for {STALL_S:g} s") from None
-        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+        except GONE as error:
             if cancelled_ourselves():
                 raise
             raise StoreUnavailable(f"{connection.endpoint}: no snapshot: the connection was closed") from error

@@ -14,7 +14,7 @@ import grpc.aio
 
 from spinetta.errors import Compacted, Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.gatewaycodec import ERROR_KEY, MESSAGE_BYTES_MAX, Busy, Method, error_from_bytes
-from spinetta.store.failures import NOT_DONE_TEXTS, cancelled_ourselves
+from spinetta.store.failures import GONE, NOT_DONE_TEXTS, cancelled_ourselves
 from spinetta.trust.dial import VOTER, Dialer, stands
 
 RECEIVE_BYTES_MAX = 16 << 20  # far above a portion of a list or watch; a read of 120 large records has most
@@ -275,7 +275,7 @@ async def _ask(line: Line, method: Method, request: Any, timeout_s: float) -> An
             return await send(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise _meaning(error) from error
-        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+        except GONE as error:
             if cancelled_ourselves():
                 raise
             raise _Failed("the connection was closed", unseen=False) from error

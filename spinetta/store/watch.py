@@ -13,7 +13,7 @@ from spinetta.errors import Compacted, StoreUnavailable
 from spinetta.model import Revision
 from spinetta.store import wire
 from spinetta.store.connection import REQUIRE_LEADER, Connection, Connections
-from spinetta.store.failures import cancelled_ourselves
+from spinetta.store.failures import GONE, cancelled_ourselves
 from spinetta.store.protocol import Change, Changes
 
 STAND_S = 5.0  # from asking for a watch to its standing; it takes milliseconds
@@ -44,7 +44,7 @@ async def _watch(
     except grpc.aio.AioRpcError as error:
         connection.hold()
         raise StoreUnavailable(f"the watch broke: {connection.endpoint}: {error.details()}") from error
-    except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+    except GONE as error:
         if cancelled_ourselves():
             raise
         raise StoreUnavailable(f"the watch broke: {connection.endpoint}: the connection was closed") from error

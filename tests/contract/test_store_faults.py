@@ -17,8 +17,9 @@ import pytest
 
 from spinetta.errors import OutcomeUnknown, StoreUnavailable
 from spinetta.model import LeaseId, Revision
-from spinetta.store import connection, watch
+from spinetta.store import connection, watch, wire
 from spinetta.store.etcd import EtcdStore
+from spinetta.store.failures import GONE
 from spinetta.store.protocol import Change
 from spinetta.store.watch import Reassembly
 from spinetta.txn import Absent, Committed, Conflict, Put, Txn
@@ -369,3 +370,37 @@ def test_fragments_are_put_together_into_whole_revisions() -> None:
     assert (found.revision, [event.key for event in found.events]) == (7, ["a", "b"])
     assert whole.add([change(7, "a"), change(6, "a")], fragment=False) == []  # told twice
     assert whole.add([], fragment=False) == []
+
+
+def test_a_watch_whose_end_comes_between_two_steps_is_lost_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for a sign of life at every turn, it is asked at its very end: gRPC then says that the call is over."""
+
+    async def scenario() -> None:
+        async with etcd() as server:
+            for _ in range(5):
+                store = EtcdStore([server.client])
+                changes = store.watch("/", start=Revision(0))
+                await anext(changes)
+                reader = asyncio.ensure_future(anext(changes))
+                await asyncio.sleep(0.02)  # some turns
+                await store.close()
+                with pytest.raises(StoreUnavailable):
+                    await asyncio.wait_for(reader, 10)
+
+    monkeypatch.setattr(watch, "IDLE_S", 0.0)
+    monkeypatch.setattr(watch, "ANSWER_S", 5.0)
+    run(scenario())
+
+
+def test_writing_to_a_call_that_is_over_is_a_connection_that_is_gone() -> None:
+    async def scenario() -> None:
+        async with etcd() as server:
+            one = connection.Connection(server.client, None)
+            with one.use() as stubs:
+                call = stubs.watch.Watch()
+                call.cancel()
+                with pytest.raises(GONE):
+                    await call.write(wire.watch_progress())
+            await one.close()
+
+    run(scenario())
