@@ -367,6 +367,11 @@ def encode_completed(c: Completed) -> bytes:
     return pb.Completed(node=c.node, completed_ms=c.completed_ms).SerializeToString(deterministic=True)
 
 
+def completed_by(node: NodeId, task: Task) -> bytes:
+    """The same, of a task whose end `node` records."""
+    return encode_completed(Completed(node, task.completed_ms))
+
+
 def decode_completed(data: bytes) -> Completed | None:
     """The value of ``/status/complete/UUID``; None when it is empty or unreadable: the task's record says the same."""
     if not data:

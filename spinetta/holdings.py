@@ -31,7 +31,6 @@ from spinetta.events import (
 )
 from spinetta.mirror import Delta
 from spinetta.model import (
-    Completed,
     Exit,
     Holding,
     IncarnationId,
@@ -371,7 +370,7 @@ class Holdings:
         end = lifecycle.ended(h.task, h.exit, h.token, cancel_requested=asked, cancel_reason=why, now_ms=now_ms)
         record = codec.encode_task(end.task)
         if end.event in (lifecycle.Event.FINISH, lifecycle.Event.GIVE_UP):
-            completed = codec.encode_completed(Completed(self.node, end.task.completed_ms))
+            completed = codec.completed_by(self.node, end.task)
             return txn.finish(self.node, h.task_id, h.token, record, completed)
         hint = codec.encode_hint(QueueHint.of(end.task.spec, end.delay_s))
         return txn.give_back(self.node, h.task_id, h.seen, record, hint)

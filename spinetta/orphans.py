@@ -51,7 +51,24 @@ def status_key(task: Task) -> str | None:
         case State.COMPLETE:
             return keys.complete(task.id)
         case State.RUNNING:
-            return keys.running(task.attempts[-1].node, task.id) if task.attempts else None
+            node = holder(task)
+            return keys.running(node, task.id) if node is not None else None
+
+
+def holder(task: Task | None) -> NodeId | None:
+    """The node that runs it, by the record; None when none does."""
+    return task.attempts[-1].node if task is not None and task.state is State.RUNNING and task.attempts else None
+
+
+def _status_value(task: Task, settings: AgentSettings) -> bytes:
+    """What stands in the status key of a task that waits or has ended."""
+    match task.state:
+        case State.QUEUED:
+            return codec.encode_hint(QueueHint.of(task.spec))
+        case State.COMPLETE:
+            return codec.completed_by(settings.name, task)
+        case _:
+            return b""
 
 
 def mending(
@@ -89,7 +106,7 @@ def mending(
         return _running(record, expected, status.get(expected), seen, unchanged, settings, now_ms)
     if expected in status:
         return None
-    value = codec.encode_hint(QueueHint.of(record.spec)) if record.state is State.QUEUED else b""
+    value = _status_value(record, settings)
     body = txn.Txn((unchanged, txn.Absent(expected)), (txn.Put(expected, value),))
     return Mending(body, f"task {task} is {record.state.name}, but {expected} was missing")
 
@@ -128,7 +145,7 @@ def _running(
     end = lifecycle.ended(record, lost, token, cancel_requested=asked, cancel_reason=said, now_ms=now_ms)
     status = status_key(end.task)
     assert status is not None  # noqa: S101 - an ended attempt leaves a task that is queued or complete
-    value = codec.encode_hint(QueueHint.of(end.task.spec)) if end.task.state is State.QUEUED else b""
+    value = _status_value(end.task, settings)
     guards = (
         unchanged,
         txn.RevisionIs(key, held.modified if held is not None else Revision(0)),

@@ -31,7 +31,6 @@ from spinetta.events import (
     RevokeLease,
 )
 from spinetta.model import (
-    Completed,
     Exit,
     Holding,
     Incarnation,
@@ -405,7 +404,7 @@ class Leadership:
         if end.event is lifecycle.Event.NODE_LOST:
             hint = codec.encode_hint(QueueHint.of(task.spec))
             return txn.give_back(node, stray.task, stray.seen, record, hint)
-        completed = codec.encode_completed(Completed(self.settings.name, end.task.completed_ms))
+        completed = codec.completed_by(self.settings.name, end.task)
         return txn.finish(node, stray.task, stray.token, record, completed)
 
     def case_answered(self, tag: CaseTag, done: CommitDone, now: float) -> None:

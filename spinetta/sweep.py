@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from spinetta import codec, keys, orphans, txn
 from spinetta.events import Commit, CommitDone, Effect, Entry, List, ListDone, Notice, Read, ReadDone
-from spinetta.model import NodeId, TaskId
+from spinetta.model import IncarnationId, NodeId, TaskId
 from spinetta.settings import AgentSettings
 
-PAGE_S = 5.0  # between two pages: 20 tasks a second, so that a hundred thousand take an hour and a half
+PAGE_S = 5.0  # between two pages: 20 keys a second, two keys a task, so that a hundred thousand tasks take three hours
 RETRY_S = 2.0
 PAGE_KEYS = 100  # below etcd's 128 operations a transaction, as each takes one read
 LOOK_MAX = 12  # tasks looked at together: four keys each and two for each of two nodes make 96
@@ -30,6 +30,16 @@ class Suspect:
 
     body: txn.Txn
     due_s: float
+    nodes: frozenset[NodeId]
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """A key of a page. The other half is to be read: of a record its status key, of a status key the record."""
+
+    task: TaskId
+    node: NodeId | None  # that holds the task, by what was listed
+    status_key: str  # that was listed; empty: the record was
 
 
 class Sweep:
@@ -42,9 +52,9 @@ class Sweep:
         self._busy = False
         self._act_at_s: float | None = None
         self._odd: dict[TaskId, frozenset[NodeId]] = {}  # to be looked at: where it is, or should be
-        self._page: dict[str, tuple[TaskId, NodeId | None, bytes]] = {}  # the other half of a page, by its key
+        self._page: dict[str, Half] = {}  # by the key to be read
         self._looking: dict[TaskId, frozenset[NodeId]] = {}
-        self._suspects: dict[TaskId, tuple[Suspect, frozenset[NodeId]]] = {}
+        self._suspects: dict[TaskId, Suspect] = {}
         self._said: set[str] = set()
         self._office: txn.OfficeHeld | None = None
 
@@ -66,9 +76,7 @@ class Sweep:
         if self._busy or self._act_at_s > now:
             return []
         self._busy = True
-        for task, (suspect, nodes) in list(self._suspects.items()):
-            if suspect.due_s <= now:
-                self._odd[task] = nodes
+        self._odd |= {task: suspect.nodes for task, suspect in self._suspects.items() if suspect.due_s <= now}
         if self._odd:
             self._looking = dict(list(self._odd.items())[:LOOK_MAX])
             for task in self._looking:
@@ -103,49 +111,43 @@ class Sweep:
             if expected is None:
                 self._suspect(task, None)
             else:
-                found = keys.find_running(expected)
-                self._page[expected] = task, found[0] if found is not None else None, b""
+                self._page[expected] = Half(task, orphans.holder(record), "")
             return
         found = keys.find_running(entry.key)
         if found is None and entry.key.startswith(keys.RUNNING):
             return  # somebody's own key: nobody's task
         node, task = found if found is not None else (None, keys.parse_task(entry.key))
-        self._page[keys.task(task)] = task, node, entry.key.encode()
+        self._page[keys.task(task)] = Half(task, node, entry.key)
 
     def page_read(self, done: ReadDone, lives: Mapping[str, Entry], now: float) -> list[Effect]:
         """The other half of a page."""
         page, self._page = self._page, {}
         if done.reading is None or not self._busy:
             return self._rest(now, RETRY_S)
-        for key, (task, node, shown) in page.items():
-            entry = done.reading.entries.get(key)
-            if not shown:  # the record was listed, this is its status key
-                odd = entry is None
-            else:
-                record = codec.readable(codec.decode_task, entry.value) if entry is not None else None
-                odd = record is None or orphans.status_key(record) != shown.decode()
-            if not odd and node is not None:
-                odd = self._is_of_no_life(task, node, shown, done, lives)
-            if odd:
-                self._suspect(task, node)
+        for key, half in page.items():
+            if self._is_odd(half, done.reading.entries.get(key), lives):
+                self._suspect(half.task, half.node)
         return self._rest(now, 0.0 if self._odd else PAGE_S)
 
-    def _is_of_no_life(
-        self, task: TaskId, node: NodeId, shown: bytes, done: ReadDone, lives: Mapping[str, Entry]
-    ) -> bool:
+    def _is_odd(self, half: Half, other: Entry | None, lives: Mapping[str, Entry]) -> bool:
+        if other is None:
+            return True
+        if not half.status_key:
+            holding = codec.readable(codec.decode_holding, other.value)
+            begun = holding.incarnation if holding is not None else None
+            return half.node is not None and self._is_of_no_life(half.node, begun, lives)
+        record = codec.readable(codec.decode_task, other.value)
+        if record is None or orphans.status_key(record) != half.status_key:
+            return True
+        return half.node is not None and self._is_of_no_life(half.node, record.attempts[-1].incarnation, lives)
+
+    def _is_of_no_life(self, node: NodeId, incarnation: IncarnationId | None, lives: Mapping[str, Entry]) -> bool:
         """Whether a running key belongs to no life that somebody looks after."""
         entry = lives.get(keys.incarnation(node))
-        life = codec.readable(codec.decode_incarnation, entry.value) if entry is not None else None
-        if entry is not None and life is None:
-            return False  # counts as condemned
-        assert done.reading is not None  # noqa: S101 - the caller looked
-        if not shown:
-            key = done.reading.entries.get(keys.running(node, task))
-            holding = codec.readable(codec.decode_holding, key.value) if key is not None else None
-            return holding is None or life is None or life.id != holding.incarnation
-        record_entry = done.reading.entries.get(keys.task(task))
-        record = codec.readable(codec.decode_task, record_entry.value) if record_entry is not None else None
-        return record is None or life is None or life.id != record.attempts[-1].incarnation
+        if entry is None:
+            return True
+        life = codec.readable(codec.decode_incarnation, entry.value)
+        return life is not None and life.id != incarnation  # one that cannot be read counts as condemned
 
     def _suspect(self, task: TaskId, node: NodeId | None) -> None:
         if len(self._odd) < SUSPECTS_MAX:
@@ -163,7 +165,8 @@ class Sweep:
         bodies = []
         for task, nodes in looking.items():
             entry = done.reading.entries.get(keys.task(task))
-            held_by = self._holder(entry)
+            record = codec.readable(codec.decode_task, entry.value) if entry is not None else None
+            held_by = orphans.holder(record)
             if held_by is not None and held_by not in nodes:
                 self._odd[task] = nodes | {held_by}  # the record names another node: look there, too
                 continue
@@ -185,28 +188,17 @@ class Sweep:
         batch = txn.batch(bodies[: txn.leading(bodies)], self._office.guards())
         return [*effects, Commit("sweep-mend", batch)]
 
-    def _holder(self, entry: Entry | None) -> NodeId | None:
-        record = codec.readable(codec.decode_task, entry.value) if entry is not None else None
-        key = orphans.status_key(record) if record is not None else None
-        found = keys.find_running(key) if key is not None else None
-        return found[0] if found is not None else None
-
-    def _waited(self, before: tuple[Suspect, frozenset[NodeId]] | None, found: orphans.Mending, now: float) -> bool:
+    def _waited(self, before: Suspect | None, found: orphans.Mending, now: float) -> bool:
         """Whether all has stayed as it was for as long as it must: what is guarded is what was seen."""
-        return before is not None and before[0].body.when == found.body.when and before[0].due_s <= now
+        return before is not None and before.body.when == found.body.when and before.due_s <= now
 
     def _wait(
-        self,
-        task: TaskId,
-        nodes: frozenset[NodeId],
-        found: orphans.Mending,
-        before: tuple[Suspect, frozenset[NodeId]] | None,
-        now: float,
+        self, task: TaskId, nodes: frozenset[NodeId], found: orphans.Mending, before: Suspect | None, now: float
     ) -> None:
-        if before is not None and before[0].body.when == found.body.when:
+        if before is not None and before.body.when == found.body.when:
             self._suspects[task] = before
         elif len(self._suspects) < SUSPECTS_MAX:
-            self._suspects[task] = Suspect(found.body, now + found.wait_s), nodes
+            self._suspects[task] = Suspect(found.body, now + found.wait_s, nodes)
 
     def mended(self, _done: CommitDone, now: float) -> list[Effect]:
         """Committed, lost or not answered: the round comes by again."""

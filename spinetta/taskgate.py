@@ -15,7 +15,6 @@ from spinetta.access import MEMBERS
 from spinetta.evidence import Evidence, NotAllowed, Over, created_at, seen_at, time_of
 from spinetta.model import (
     Attempt,
-    Completed,
     Exit,
     Holding,
     Incarnation,
@@ -104,7 +103,7 @@ def end(by: Evidence, task: TaskId, part: Txn, life: Incarnation) -> Txn:
     if over is not (end.task.state is State.COMPLETE):
         raise NotAllowed(f"{task}: this end {'gives the task back' if over else 'is the end of the task'}")
     if over:
-        completed = codec.encode_completed(Completed(by.node, end.task.completed_ms))
+        completed = codec.completed_by(by.node, end.task)
         made = txn.finish(by.node, task, held.created, value, completed)
     else:
         hint = codec.encode_hint(QueueHint.of(end.task.spec, end.delay_s))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from spinetta import codec, keys, lifecycle, txn, validate
 from spinetta.errors import Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable
-from spinetta.model import Completed, Outcome, State, Task, TaskId
+from spinetta.model import Outcome, State, Task, TaskId
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup
 from spinetta.node.services.desk import Asked, short_list
@@ -155,7 +155,7 @@ class Canceller:
             raise InvariantViolation(f"task {task.id} is {task.state.name} without {key}: {task}")
         over = lifecycle.cancelled_waiting(task, reason or "cancelled while it waited", now_ms=self._port.wall_ms())
         record = codec.encode_task(over)
-        completed = codec.encode_completed(Completed(self._port.name, over.completed_ms))
+        completed = codec.completed_by(self._port.name, over)
         return _Move(task.id, txn.cancel_waiting(task.id, key, status.modified, record, completed), record)
 
     async def _running(self, tasks: Sequence[Task], reason: str, answers: dict[TaskId, api.Cancelled]) -> list[_Move]:
