@@ -221,7 +221,8 @@ def test_first_contact_gives_up_early(refusing: str) -> None:
 )
 def test_what_a_node_answers(answer: Answer, error: type[Exception], text: str) -> None:
     async def main() -> None:
-        async with serving(Stand(Cancel=answer)) as address, AsyncClient(address, timeout_s=0.5) as client:
+        # Some are asked again until the time is over: long enough for a first answer on a busy machine.
+        async with serving(Stand(Cancel=answer)) as address, AsyncClient(address, timeout_s=5) as client:
             with pytest.raises(error) as caught:
                 await client.cancel([ID])
             assert type(caught.value) is error
@@ -255,7 +256,7 @@ def test_what_one_node_says_is_told_rather_than_that_others_are_silent(refusing:
         bad = Stand(Get=failing(Code.UNAVAILABLE, "no-quorum", message="no majority"))
         async with serving(bad) as address:
             addresses = [address, refusing] if bad_first else [refusing, address]
-            async with AsyncClient(addresses, timeout_s=0.5) as client:
+            async with AsyncClient(addresses, timeout_s=3) as client:
                 with pytest.raises(StoreUnavailable, match="no majority"):
                     await client.get(ID)
 
