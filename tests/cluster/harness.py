@@ -211,9 +211,10 @@ class Cluster:
             trust = self.nodes[node].data_dir / "trust" / "current"
             flags += [f"--cacert={trust / 'etcd-ca.pem'}", f"--cert={trust / 'etcd.pem'}"]
             flags += [f"--key={trust / 'etcd.key'}"]
+        flags += ["--dial-timeout=10s", "--command-timeout=25s"]  # a busy machine, or a member that is defragmented
         return subprocess.run(
             ["etcdctl", *flags, *args],
-            capture_output=True, text=True, timeout=30, check=True, env={**os.environ, "ETCDCTL_API": "3"},
+            capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "ETCDCTL_API": "3"},
         ).stdout  # fmt: skip
 
     def wait_ready(self, count: int | None = None, *, node: int = 0, within_s: float = READY_S) -> None:
