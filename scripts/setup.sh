@@ -71,6 +71,10 @@ missing_packages() {
     has etcd || echo etcd-server
     has etcdctl || echo etcd-client
     has runc || echo runc
+    has tini-static || echo tini
+    has skopeo || echo skopeo
+    has umoci || echo umoci
+    [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates # skopeo asks registries for their certificates
     has bowtie2 || echo bowtie2
     [ -e /usr/share/doc/bowtie2/examples/reads/reads_1.fq.gz ] || echo bowtie2-examples
     has samtools || echo samtools
@@ -84,24 +88,46 @@ missing_packages() {
         has iptables-restore || echo iptables
         has nsenter || echo util-linux
         compgen -G "/usr/lib/*/faketime/libfaketimeMT.so.1" >/dev/null || echo libfaketime
+        { has dockerd && has docker; } || echo docker.io # a client alone starts nothing
+        has docker-registry || echo docker-registry
+        has newuidmap || echo uidmap
+        # Not only `busybox`: one that needs libraries does not run in an image that has none.
+        [ "$(dpkg-query --show --showformat='${db:Status-Status}' busybox-static 2>/dev/null)" = installed ] || echo busybox-static
     fi
 }
 
-# Debian's etcd-server starts a system service on port 2379 when it is installed and at every boot. Spinetta starts
-# etcd itself, so that service is kept from starting during this installation, and is left disabled. A service
-# that was there before is not touched: then there is nothing to install.
-hold_back_etcd_service() {
+# Some of Debian's packages start a system service when they are installed and at every boot: etcd on port 2379,
+# docker-registry on 5000, dockerd and containerd. Spinetta and its tests start these themselves, on ports and in directories of
+# their own, so the services are kept from starting during this installation, and are left disabled. A service that was
+# there before is not touched: then there is nothing to install.
+services_of() {
+    local package
+    for package in "$@"; do
+        case $package in
+            etcd-server) echo etcd.service ;;
+            docker-registry) echo docker-registry.service ;;
+            docker.io)
+                printf '%s\n' docker.service docker.socket
+                # It brings containerd with it, but where that is there already, somebody may be using it.
+                has containerd || echo containerd.service
+                ;;
+        esac
+    done
+}
+
+hold_back_services() {
+    local services=("$@") names=("${@%.*}")
     if [ -d /run/systemd/system ]; then
-        as_root systemctl mask --quiet etcd.service 2>/dev/null || die "could not mask etcd.service"
-        undo+=("as_root systemctl unmask --quiet etcd.service 2>/dev/null")
-        undo+=("as_root systemctl disable --quiet etcd.service 2>/dev/null")
-        say "etcd.service is left disabled; Spinetta starts etcd itself (systemctl enable --now etcd gives you Debian's)"
+        as_root systemctl mask --quiet "${services[@]}" 2>/dev/null || die "could not mask ${services[*]}"
+        undo+=("as_root systemctl unmask --quiet ${services[*]} 2>/dev/null")
+        undo+=("as_root systemctl disable --quiet ${services[*]} 2>/dev/null")
+        say "left disabled: ${services[*]}; Spinetta starts what it needs itself (systemctl enable --now … gives you Debian's)"
     elif [ ! -e /usr/sbin/policy-rc.d ]; then
         # Asked by Debian's packages before they start a service.
-        as_root tee /usr/sbin/policy-rc.d >/dev/null <<'POLICY'
+        as_root tee /usr/sbin/policy-rc.d >/dev/null <<POLICY
 #!/bin/sh
-# Temporary, from Spinetta's scripts/setup.sh: start everything but etcd.
-[ "$1" != etcd ] || exit 101
+# Temporary, from Spinetta's scripts/setup.sh: start everything but what it installs.
+case " ${names[*]} " in *" \$1 "*) exit 101 ;; esac
 POLICY
         as_root chmod 755 /usr/sbin/policy-rc.d
         undo+=("as_root rm -f /usr/sbin/policy-rc.d")
@@ -120,7 +146,9 @@ install_packages() {
         sudo -n true 2>/dev/null || say "sudo may ask for your password, to install Debian packages"
         sudo true || die "sudo did not let us in; ask an administrator for: apt-get install ${packages[*]}"
     fi
-    case " ${packages[*]} " in *" etcd-server "*) hold_back_etcd_service ;; esac
+    local services
+    mapfile -t services < <(services_of "${packages[@]}")
+    [ ${#services[@]} -eq 0 ] || hold_back_services "${services[@]}"
     say "installing Debian packages: ${packages[*]}"
     # The package lists may be absent or old, and fetching them is slow: only if it does not work without.
     # Slim images leave out /usr/share/doc, where bowtie2-examples keeps its data: hence path-include and reinstall.
