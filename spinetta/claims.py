@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from spinetta import codec, keys, lifecycle, steal, txn
 from spinetta.bids import Bid, Round, Stage
+from spinetta.container import needs, refusals
 from spinetta.events import (
     Changed,
     Commit,
@@ -46,7 +47,9 @@ class Claims:
     def __init__(self, settings: AgentSettings) -> None:
         self.settings = settings
         record = settings.record
-        self.window = Window(record.capacity, frozenset(record.tags), frozenset(record.clearances))
+        self.window = Window(
+            record.capacity, frozenset(record.tags), frozenset(record.clearances), frozenset(record.allows)
+        )
         self.round: Round | None = None
         self._open = False
         self._watching = False
@@ -285,7 +288,12 @@ class Claims:
 
     def _claimable(self, task: Task) -> bool:
         """As the record says: the window has only seen the hint, which anybody who may write could have falsified."""
-        return task.state is State.QUEUED and not uncleared(task.spec.clearance, self.window.clearances)
+        spec = task.spec
+        return (
+            task.state is State.QUEUED
+            and not uncleared(spec.clearance, self.window.clearances)
+            and not refusals(needs(spec.container), self.window.allows)
+        )
 
     def _bid(self, bid: Bid, task: Task, incarnation: IncarnationId, now_ms: int) -> None:
         me = self.settings.name

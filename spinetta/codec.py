@@ -17,10 +17,12 @@ from spinetta.model import (
     LOSSES_ALLOWED,
     Attempt,
     Completed,
+    ContainerSpec,
     Holding,
     Incarnation,
     IncarnationId,
     Life,
+    Mount,
     NodeId,
     NodeRecord,
     Outcome,
@@ -113,6 +115,8 @@ def spec_to_pb(s: TaskSpec) -> pb.TaskSpec:
         secrets=[pb.SecretRef(name=name, file=file) for name, file in s.secrets],
         overlap=s.overlap,
         losses_allowed=s.losses_allowed,
+        container=container_to_pb(s.container) if s.container is not None else None,
+        keep_scratch_s=s.keep_scratch_s,
     )
 
 
@@ -140,17 +144,52 @@ def spec_from_pb(m: pb.TaskSpec) -> TaskSpec:
         secrets=tuple((r.name, r.file or r.name) for r in m.secrets),
         overlap=m.overlap,
         losses_allowed=m.losses_allowed if m.HasField("losses_allowed") else LOSSES_ALLOWED,
+        container=container_from_pb(m.container) if m.HasField("container") else None,
+        keep_scratch_s=m.keep_scratch_s,
+    )
+
+
+def container_to_pb(c: ContainerSpec) -> pb.ContainerSpec:
+    """Model to message."""
+    return pb.ContainerSpec(
+        image=c.image,
+        network="" if c.network == "none" else c.network,
+        writable=c.writable,
+        user=c.user,
+        capabilities=c.capabilities,
+        mounts=[pb.Mount(source=m.source, target=m.target, writable=m.writable) for m in c.mounts],
+        tmp_bytes=c.tmp_bytes,
+    )
+
+
+def container_from_pb(m: pb.ContainerSpec) -> ContainerSpec:
+    """Message to model, in normal form."""
+    return ContainerSpec(
+        image=m.image,
+        network=m.network or "none",
+        writable=m.writable,
+        user=m.user,
+        capabilities=tuple(sorted(set(m.capabilities))),
+        mounts=tuple(sorted((Mount(x.source, x.target, x.writable) for x in m.mounts), key=lambda x: x.target)),
+        tmp_bytes=m.tmp_bytes,
     )
 
 
 def usage_to_pb(u: Usage) -> pb.Usage:
     """Model to message."""
-    return pb.Usage(cpu_user_s=u.cpu_user_s, cpu_system_s=u.cpu_system_s, memory_peak_bytes=u.memory_peak_bytes)
+    return pb.Usage(
+        cpu_user_s=u.cpu_user_s,
+        cpu_system_s=u.cpu_system_s,
+        memory_peak_bytes=u.memory_peak_bytes,
+        io_read_bytes=u.io_read_bytes,
+        io_write_bytes=u.io_write_bytes,
+        pids_peak=u.pids_peak,
+    )
 
 
 def usage_from_pb(m: pb.Usage) -> Usage:
     """Message to model."""
-    return Usage(m.cpu_user_s, m.cpu_system_s, m.memory_peak_bytes)
+    return Usage(m.cpu_user_s, m.cpu_system_s, m.memory_peak_bytes, m.io_read_bytes, m.io_write_bytes, m.pids_peak)
 
 
 def attempt_to_pb(a: Attempt) -> pb.Attempt:
@@ -258,6 +297,9 @@ def node_to_pb(n: NodeRecord) -> pb.Node:
         etcd_authority_signed=n.etcd_authority_signed,
         brake=n.brake,
         unfit=n.unfit,
+        allows=n.allows,
+        images=n.images,
+        images_coming=n.images_coming,
     )
 
 
@@ -290,6 +332,9 @@ def node_from_pb(m: pb.Node) -> NodeRecord:
         etcd_authority_signed=m.etcd_authority_signed,
         brake=m.brake,
         unfit=m.unfit,
+        allows=tuple(m.allows),
+        images=tuple(m.images),
+        images_coming=tuple(m.images_coming),
     )
 
 
@@ -319,6 +364,8 @@ def encode_hint(h: QueueHint) -> bytes:
         priority=h.priority,
         delay_s=h.delay_s,
         clearance=h.clearance,
+        needs=h.needs,
+        image=h.image,
     ).SerializeToString(deterministic=True)
 
 
@@ -337,6 +384,8 @@ def decode_hint(data: bytes) -> QueueHint | None:
         m.priority,
         m.delay_s,
         tuple(sorted(m.clearance)),
+        tuple(sorted(m.needs)),
+        m.image,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from spinetta import units
 from spinetta.access import MEMBERS
+from spinetta.container import CONTAINER, PROCESS, refusals
 from spinetta.model import QueueHint, Resources
 
 
@@ -17,6 +18,7 @@ class Obstacle(enum.Enum):
     NOT_CLEARED = "not-cleared"  # for a label that the task carries, itself or through one of its groups
     TAG_MISSING = "tag-missing"
     TAG_FORBIDDEN = "tag-forbidden"
+    NOT_ALLOWED = "not-allowed"  # by the node's administrator, or not possible there
     TOO_LARGE = "too-large"  # for the node even when it is empty
     NO_ROOM = "no-room"  # now; later perhaps
 
@@ -35,11 +37,16 @@ def uncleared(wanted: Collection[str], clearances: Collection[str]) -> list[str]
 
 
 def why_never(
-    hint: QueueHint, capacity: Resources, tags: frozenset[str], clearances: Collection[str] = ()
+    hint: QueueHint,
+    capacity: Resources,
+    tags: frozenset[str],
+    clearances: Collection[str] = (),
+    allows: Collection[str] = (),
 ) -> Reason | None:
     """Why this node could not run the task even when empty; None when it could.
 
-    `clearances` are the effective ones: granted to the node and to every group that it is in.
+    `clearances` are the effective ones: granted to the node and to every group that it is in. `allows`: what its
+    administrator lets tasks have, see `container.refusals`.
     """
     if hint.clearance:
         lacking = uncleared(hint.clearance, clearances)
@@ -51,9 +58,19 @@ def why_never(
     unwanted = [t for t in hint.tags_forbidden if t in tags]
     if unwanted:
         return Reason(Obstacle.TAG_FORBIDDEN, f"the task forbids the node's tag {', '.join(unwanted)}")
+    if refused := refusals(hint.needs, allows):
+        return Reason(Obstacle.NOT_ALLOWED, _not_allowed(refused))
     if not hint.resources.fits_in(capacity):
         return Reason(Obstacle.TOO_LARGE, shortfall(hint.resources, capacity))
     return None
+
+
+def _not_allowed(refused: list[str]) -> str:
+    if CONTAINER in refused:
+        return "the node runs no containers"
+    if PROCESS in refused:
+        return "the node runs tasks in containers only, and this one names no image"
+    return f"the node does not allow {', '.join(refused)}"
 
 
 def why_not_now(hint: QueueHint, free: Resources) -> Reason | None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import NewType, Protocol
 
 from spinetta.access import Envelope
+from spinetta.container import ContainerSpec as ContainerSpec
+from spinetta.container import Mount as Mount
+from spinetta.container import needs
 
 TaskId = NewType("TaskId", str)
 """A UUID of version 7 in its canonical form, so that key order is submission order."""
@@ -56,6 +59,8 @@ class Reason(enum.StrEnum):
     SPAWN_FAILED = "spawn-failed"  # the program could not be started
     NODE_UNFIT = "node-unfit"  # the node could not start anything: its disk, control groups or process table
     SHIM_LOST = "shim-lost"  # the process died with the node's shim
+    OUT_OF_PIDS = "out-of-pids"  # it failed, and the kernel had refused it a process or thread
+    DISK_LIMIT = "disk-limit"  # its scratch directory outgrew what it may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +178,20 @@ class TaskSpec:
     secrets: tuple[tuple[str, str], ...] = ()  # name of the secret, name of the file
     overlap: bool = False
     losses_allowed: int = LOSSES_ALLOWED
+    container: ContainerSpec | None = None
+    keep_scratch_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an attempt consumed: CPU seconds and the highest memory use."""
+    """What an attempt consumed: CPU seconds, the highest memory use, block I/O, the most processes at once."""
 
     cpu_user_s: float = 0.0
     cpu_system_s: float = 0.0
     memory_peak_bytes: int = 0
+    io_read_bytes: int = 0
+    io_write_bytes: int = 0
+    pids_peak: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +244,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class QueueHint:
-    """The part of a specification that matching needs, stored with the queue key to save a read."""
+    """The part of a specification that matching needs, stored with the queue key to save a read.
+
+    `needs`: words of `container.needs`; `image`: what must be there before it can start.
+    """
 
     resources: Resources
     tags_required: tuple[str, ...] = ()
@@ -242,11 +255,22 @@ class QueueHint:
     priority: int = 0
     delay_s: float = 0.0
     clearance: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    image: str = ""
 
     @classmethod
     def of(cls, spec: TaskSpec, delay_s: float = 0.0) -> QueueHint:
         """The hint for a task."""
-        return cls(spec.resources, spec.tags_required, spec.tags_forbidden, spec.priority, delay_s, spec.clearance)
+        return cls(
+            spec.resources,
+            spec.tags_required,
+            spec.tags_forbidden,
+            spec.priority,
+            delay_s,
+            spec.clearance,
+            needs(spec.container),
+            spec.container.image if spec.container is not None else "",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +323,9 @@ class NodeRecord:
     etcd_authority_signed: int = 0
     brake: str = ""
     unfit: str = ""
+    allows: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    images_coming: tuple[str, ...] = ()
 
 
 class Life(enum.IntEnum):

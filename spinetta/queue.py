@@ -34,10 +34,17 @@ class Waiting:
 class Window:
     """A node's bounded view of ``/status/queued/``."""
 
-    def __init__(self, capacity: Resources, tags: frozenset[str], clearances: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        capacity: Resources,
+        tags: frozenset[str],
+        clearances: frozenset[str] = frozenset(),
+        allows: frozenset[str] = frozenset(),
+    ) -> None:
         self.capacity = capacity
         self.tags = tags
         self.clearances = clearances
+        self.allows = allows
         self.entries: dict[TaskId, Waiting] = {}
         self.covered_to: str | None = ""
         self._never: dict[TaskId, Revision] = {}
@@ -143,7 +150,7 @@ class Window:
         self.entries[task] = Waiting(task, entry.modified, hint, seen_at_s)
 
     def _never_here(self, hint: QueueHint) -> bool:
-        return why_never(hint, self.capacity, self.tags, self.clearances) is not None
+        return why_never(hint, self.capacity, self.tags, self.clearances, self.allows) is not None
 
     def _remember_never(self, task: TaskId, revision: Revision) -> None:
         # Only tasks without a hint are remembered: reading their record again on every reconcile would be waste.

@@ -39,7 +39,7 @@ def rivals(hint: QueueHint, peers: Iterable[NodeRecord], *, with_room: bool = Tr
         if not p.draining
         and not p.leaving
         and not p.unfit
-        and why_never(hint, p.capacity, frozenset(p.tags), p.clearances) is None
+        and why_never(hint, p.capacity, frozenset(p.tags), p.clearances, p.allows) is None
         and (not with_room or why_not_now(hint, p.free) is None)
     ]
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from spinetta import confidential, names
+from spinetta import confidential, container, names
 from spinetta.errors import UserError
 from spinetta.model import Resources, TaskSpec
 from spinetta.options import COUNT_MAX, COUNTABLES_MAX, PATH_MAX
@@ -178,6 +178,9 @@ def check_spec(spec: TaskSpec, field: str, *, grace_min_s: float = GRACE_MIN_S, 
                 field=dot + "grace_s",
                 hint="leave one of the two away",
             )
+    if spec.container is not None:
+        container.check_container(spec.container, dot + "container")
+    _check_seconds(spec.keep_scratch_s, 0, container.KEEP_SCRATCH_MAX_S, dot + "keep_scratch_s", "a time to keep files")
     _check_range(spec.losses_allowed, 0, LOSSES_ALLOWED_MAX, dot + "losses_allowed", "a number of lost nodes")
     _check_range(spec.priority, -PRIORITY_MAX, PRIORITY_MAX, dot + "priority", "a priority")
     _check_range(spec.retries, 0, RETRIES_MAX, dot + "retries", "a number of retries")

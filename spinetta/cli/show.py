@@ -328,7 +328,7 @@ def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
             found.setdefault(f"the node is {n.status}", []).append(r.name)
             hopeless = False
             continue
-        never = why_never(hint, r.capacity, frozenset(r.tags), r.clearances)
+        never = why_never(hint, r.capacity, frozenset(r.tags), r.clearances, r.allows)
         now = why_not_now(hint, r.free)
         hopeless = hopeless and never is not None
         if never is not None:

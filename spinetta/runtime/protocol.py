@@ -14,6 +14,25 @@ AttemptKey = str
 
 
 @dataclass(frozen=True, slots=True)
+class ContainerLaunch:
+    """How an attempt is contained; its command, environment and user are in `config`.
+
+    Attributes:
+        program: absolute path of the OCI runtime.
+        config: of the OCI runtime specification; without the control group and the root, which the shim fills in.
+        lower: folders that make up the root file system, topmost first; never written to.
+        writable: what the container writes to its root goes to a folder of the attempt's own.
+        owner: user and group that own the scratch directory, as the host numbers them.
+    """
+
+    program: str
+    config: Mapping[str, object]
+    lower: tuple[str, ...]
+    writable: bool
+    owner: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """All that is needed to start one attempt.
 
@@ -31,6 +50,10 @@ class Launch:
         private: what it runs must not be named in messages, which go into the task's record.
         secrets: file names and contents, given to the process in the directory that SPINETTA_SECRETS names: in memory,
             for it alone, gone with it. Never written to disk, nor part of any record, argument or message.
+        log_bytes_max: of each of its two logs; what comes after is thrown away. 0: no limit.
+        disk_bytes_max: of its scratch directory; it is ended when it has more. 0: no limit.
+        keep_scratch: when the attempt is forgotten its scratch directory is kept aside instead of removed.
+        container: None for a plain process.
     """
 
     key: AttemptKey
@@ -47,6 +70,10 @@ class Launch:
     stop_wait_s: float = 10.0
     private: bool = False
     secrets: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
+    log_bytes_max: int = 0
+    disk_bytes_max: int = 0
+    keep_scratch: bool = False
+    container: ContainerLaunch | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

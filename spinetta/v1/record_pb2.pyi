@@ -238,6 +238,8 @@ class TaskSpec(_message.Message):
     SECRETS_FIELD_NUMBER: _builtins.int
     OVERLAP_FIELD_NUMBER: _builtins.int
     LOSSES_ALLOWED_FIELD_NUMBER: _builtins.int
+    CONTAINER_FIELD_NUMBER: _builtins.int
+    KEEP_SCRATCH_S_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID version 7, canonical form"""
     name: _builtins.str
@@ -260,6 +262,8 @@ class TaskSpec(_message.Message):
     """two attempts at once do no harm: put back on suspicion, never killed for silence"""
     losses_allowed: _builtins.int
     """nodes it may lose while it executes; absent: the default"""
+    keep_scratch_s: _builtins.float
+    """how long its scratch directory stays on its node after its end"""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -284,6 +288,10 @@ class TaskSpec(_message.Message):
 
     @_builtins.property
     def secrets(self) -> _containers.RepeatedCompositeFieldContainer[Global___SecretRef]: ...
+    @_builtins.property
+    def container(self) -> Global___ContainerSpec:
+        """absent: a plain process"""
+
     def __init__(
         self,
         *,
@@ -308,10 +316,12 @@ class TaskSpec(_message.Message):
         secrets: _abc.Iterable[Global___SecretRef] | None = ...,
         overlap: _builtins.bool = ...,
         losses_allowed: _builtins.int | None = ...,
+        container: Global___ContainerSpec | None = ...,
+        keep_scratch_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "losses_allowed", b"losses_allowed", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "sealed", b"sealed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "container", b"container", "losses_allowed", b"losses_allowed", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "clearance", b"clearance", "command", b"command", "env", b"env", "grace_s", b"grace_s", "id", b"id", "labels", b"labels", "losses_allowed", b"losses_allowed", "name", b"name", "overlap", b"overlap", "owner", b"owner", "priority", b"priority", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "retries", b"retries", "retry_backoff_s", b"retry_backoff_s", "sealed", b"sealed", "secrets", b"secrets", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required", "walltime_s", b"walltime_s", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "clearance", b"clearance", "command", b"command", "container", b"container", "env", b"env", "grace_s", b"grace_s", "id", b"id", "keep_scratch_s", b"keep_scratch_s", "labels", b"labels", "losses_allowed", b"losses_allowed", "name", b"name", "overlap", b"overlap", "owner", b"owner", "priority", b"priority", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "retries", b"retries", "retry_backoff_s", b"retry_backoff_s", "sealed", b"sealed", "secrets", b"secrets", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required", "walltime_s", b"walltime_s", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__losses_allowed: _TypeAlias = _typing.Literal["losses_allowed"]  # noqa: Y015
     _WhichOneofArgType__losses_allowed: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed"]  # noqa: Y015
@@ -323,6 +333,83 @@ class TaskSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__restart_on_node_failure) -> _WhichOneofReturnType__restart_on_node_failure | None: ...
 
 Global___TaskSpec: _TypeAlias = TaskSpec  # noqa: Y015
+
+@_typing.final
+class ContainerSpec(_message.Message):
+    """How a task is isolated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
+    WRITABLE_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    MOUNTS_FIELD_NUMBER: _builtins.int
+    TMP_BYTES_FIELD_NUMBER: _builtins.int
+    image: _builtins.str
+    """docker://HOST/NAME:TAG, an image that the node has, or a path of the node's"""
+    network: _builtins.str
+    """empty: none; host, bridge"""
+    writable: _builtins.bool
+    """the root file system may be written to; what is written is gone with the attempt"""
+    user: _builtins.str
+    """UID, UID:GID, root; empty: the image's own, unless that is root"""
+    tmp_bytes: _builtins.int
+    """size of /tmp; 0: the node's default"""
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """without CAP_"""
+
+    @_builtins.property
+    def mounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mount]: ...
+    def __init__(
+        self,
+        *,
+        image: _builtins.str = ...,
+        network: _builtins.str = ...,
+        writable: _builtins.bool = ...,
+        user: _builtins.str = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        mounts: _abc.Iterable[Global___Mount] | None = ...,
+        tmp_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "image", b"image", "mounts", b"mounts", "network", b"network", "tmp_bytes", b"tmp_bytes", "user", b"user", "writable", b"writable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContainerSpec: _TypeAlias = ContainerSpec  # noqa: Y015
+
+@_typing.final
+class Mount(_message.Message):
+    """A file or folder of the node that a container sees."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    WRITABLE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """absolute path on the node"""
+    target: _builtins.str
+    """absolute path in the container"""
+    writable: _builtins.bool
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        target: _builtins.str = ...,
+        writable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "target", b"target", "writable", b"writable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Mount: _TypeAlias = Mount  # noqa: Y015
 
 @_typing.final
 class SecretRef(_message.Message):
@@ -488,19 +575,30 @@ class Usage(_message.Message):
     CPU_USER_S_FIELD_NUMBER: _builtins.int
     CPU_SYSTEM_S_FIELD_NUMBER: _builtins.int
     MEMORY_PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    IO_READ_BYTES_FIELD_NUMBER: _builtins.int
+    IO_WRITE_BYTES_FIELD_NUMBER: _builtins.int
+    PIDS_PEAK_FIELD_NUMBER: _builtins.int
     cpu_user_s: _builtins.float
     cpu_system_s: _builtins.float
     memory_peak_bytes: _builtins.int
+    io_read_bytes: _builtins.int
+    """of block devices"""
+    io_write_bytes: _builtins.int
+    pids_peak: _builtins.int
+    """most processes and threads at once"""
     def __init__(
         self,
         *,
         cpu_user_s: _builtins.float = ...,
         cpu_system_s: _builtins.float = ...,
         memory_peak_bytes: _builtins.int = ...,
+        io_read_bytes: _builtins.int = ...,
+        io_write_bytes: _builtins.int = ...,
+        pids_peak: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_system_s", b"cpu_system_s", "cpu_user_s", b"cpu_user_s", "memory_peak_bytes", b"memory_peak_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_system_s", b"cpu_system_s", "cpu_user_s", b"cpu_user_s", "io_read_bytes", b"io_read_bytes", "io_write_bytes", b"io_write_bytes", "memory_peak_bytes", b"memory_peak_bytes", "pids_peak", b"pids_peak"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -641,9 +739,12 @@ class QueueHint(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     DELAY_S_FIELD_NUMBER: _builtins.int
     CLEARANCE_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     delay_s: _builtins.float
     """claim no sooner than this after first seeing the key (back-off of a retry)"""
+    image: _builtins.str
     @_builtins.property
     def resources(self) -> Global___Resources: ...
     @_builtins.property
@@ -652,6 +753,10 @@ class QueueHint(_message.Message):
     def tags_forbidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def clearance(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what a node must allow for it, see docs/containers.md; none: a plain process"""
+
     def __init__(
         self,
         *,
@@ -661,10 +766,12 @@ class QueueHint(_message.Message):
         priority: _builtins.int = ...,
         delay_s: _builtins.float = ...,
         clearance: _abc.Iterable[_builtins.str] | None = ...,
+        needs: _abc.Iterable[_builtins.str] | None = ...,
+        image: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clearance", b"clearance", "delay_s", b"delay_s", "priority", b"priority", "resources", b"resources", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clearance", b"clearance", "delay_s", b"delay_s", "image", b"image", "needs", b"needs", "priority", b"priority", "resources", b"resources", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -788,6 +895,9 @@ class Node(_message.Message):
     ETCD_TRUST_GENERATION_FIELD_NUMBER: _builtins.int
     ETCD_AUTHORITY_SIGNED_FIELD_NUMBER: _builtins.int
     BRAKE_FIELD_NUMBER: _builtins.int
+    ALLOWS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    IMAGES_COMING_FIELD_NUMBER: _builtins.int
     UNFIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
@@ -832,6 +942,18 @@ class Node(_message.Message):
     def clearances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """for people; what counts is /acl/node/NODE"""
 
+    @_builtins.property
+    def allows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what its administrator allows tasks; none: plain processes"""
+
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """digests of those it has"""
+
+    @_builtins.property
+    def images_coming(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """… and is getting"""
+
     def __init__(
         self,
         *,
@@ -860,11 +982,14 @@ class Node(_message.Message):
         etcd_trust_generation: _builtins.int = ...,
         etcd_authority_signed: _builtins.int = ...,
         brake: _builtins.str = ...,
+        allows: _abc.Iterable[_builtins.str] | None = ...,
+        images: _abc.Iterable[_builtins.str] | None = ...,
+        images_coming: _abc.Iterable[_builtins.str] | None = ...,
         unfit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "unfit", b"unfit", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allows", b"allows", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "images", b"images", "images_coming", b"images_coming", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "unfit", b"unfit", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
