@@ -128,8 +128,8 @@ def _become(spawn: Spawn, stage: list[str]) -> NoReturn:
         sysapi.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != spawn.parent:
             os._exit(127)  # it died before we asked
-    _reset_signals()
-    _reset_priority(spawn.oom_score_adj)
+    reset_signals()
+    reset_priority(spawn.oom_score_adj)
     with contextlib.suppress(OSError, ValueError):
         restore_limits(spawn.nofile, spawn.core)
     os.umask(0o022)
@@ -147,10 +147,11 @@ def _become(spawn: Spawn, stage: list[str]) -> NoReturn:
         stage[0] = "cwd"
         os.chdir(spawn.cwd)
     stage[0] = "exec"
-    _exec(spawn, stage)
+    become_program(spawn.argv, spawn.env, stage)
 
 
-def _reset_signals() -> None:
+def reset_signals() -> None:
+    """What the shim ignores or blocks its children need not."""
     for number in signal.valid_signals():
         # SIGKILL, SIGSTOP and what libc keeps for itself cannot be set
         with contextlib.suppress(OSError, ValueError):
@@ -158,7 +159,8 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def _reset_priority(oom_score_adj: int) -> None:
+def reset_priority(oom_score_adj: int) -> None:
+    """Ordinary priority, and a place among those that go when memory runs out."""
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     with contextlib.suppress(OSError):
@@ -186,17 +188,18 @@ def _open_streams(spawn: Spawn) -> None:
         os.dup2(fd, number)
 
 
-def _exec(spawn: Spawn, stage: list[str]) -> NoReturn:
-    program = spawn.argv[0]
+def become_program(argv: Sequence[str], env: dict[str, str], stage: list[str]) -> NoReturn:
+    """Exec, looking for the program in the PATH of `env`. OSError: it cannot be; `stage` then tells of what kind."""
+    program = argv[0]
     if "/" in program:
         candidates = [program]
     else:
-        folders = (spawn.env.get("PATH") or DEFAULT_PATH).split(":")
+        folders = (env.get("PATH") or DEFAULT_PATH).split(":")
         candidates = [f"{folder or '.'}/{program}" for folder in folders]
     refused: OSError | None = None
     for path in candidates:
         try:
-            os.execve(path, list(spawn.argv), spawn.env)  # noqa: S606 - a shell is the caller's choice
+            os.execve(path, list(argv), env)  # noqa: S606 - a shell is the caller's choice
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 if os.path.isfile(path):  # noqa: PTH113 - no pathlib between fork and exec
