@@ -89,6 +89,7 @@ missing_packages() {
         has nsenter || echo util-linux
         compgen -G "/usr/lib/*/faketime/libfaketimeMT.so.1" >/dev/null || echo libfaketime
         { has dockerd && has docker; } || echo docker.io # a client alone starts nothing
+        has docker-compose || echo docker-compose
         has docker-registry || echo docker-registry
         has newuidmap || echo uidmap
         # Not only `busybox`: one that needs libraries does not run in an image that has none.
