@@ -69,6 +69,16 @@ class SpinettaStub:
                 request_serializer=spinetta_dot_v1_dot_api__pb2.LogRequest.SerializeToString,
                 response_deserializer=spinetta_dot_v1_dot_api__pb2.LogChunk.FromString,
                 _registered_method=True)
+        self.Exec = channel.stream_stream(
+                '/spinetta.v1.Spinetta/Exec',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.ExecRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.ExecResponse.FromString,
+                _registered_method=True)
+        self.CopyOut = channel.unary_stream(
+                '/spinetta.v1.Spinetta/CopyOut',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.CopyOutRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.CopyOutChunk.FromString,
+                _registered_method=True)
         self.Wait = channel.unary_unary(
                 '/spinetta.v1.Spinetta/Wait',
                 request_serializer=spinetta_dot_v1_dot_api__pb2.WaitRequest.SerializeToString,
@@ -155,6 +165,22 @@ class SpinettaServicer:
 
     def Log(self, request, context):
         """Bytes of a task's log, from whichever node has it. With follow, ends when the task has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Exec(self, request_iterator, context):
+        """Runs a command beside a task that runs, on its node, within its limits, until the command or the task ends or the
+        caller goes. The first request starts it; nothing more is to be sent before the first answer, which says that it
+        runs. The last answer says how it ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CopyOut(self, request, context):
+        """A file or directory of a task's scratch space, while it runs or as long as it is kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,6 +276,16 @@ def add_SpinettaServicer_to_server(servicer, server):
                     servicer.Log,
                     request_deserializer=spinetta_dot_v1_dot_api__pb2.LogRequest.FromString,
                     response_serializer=spinetta_dot_v1_dot_api__pb2.LogChunk.SerializeToString,
+            ),
+            'Exec': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exec,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.ExecRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.ExecResponse.SerializeToString,
+            ),
+            'CopyOut': grpc.unary_stream_rpc_method_handler(
+                    servicer.CopyOut,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.CopyOutRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.CopyOutChunk.SerializeToString,
             ),
             'Wait': grpc.unary_unary_rpc_method_handler(
                     servicer.Wait,
@@ -481,6 +517,60 @@ class Spinetta:
             '/spinetta.v1.Spinetta/Log',
             spinetta_dot_v1_dot_api__pb2.LogRequest.SerializeToString,
             spinetta_dot_v1_dot_api__pb2.LogChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exec(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/spinetta.v1.Spinetta/Exec',
+            spinetta_dot_v1_dot_api__pb2.ExecRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.ExecResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CopyOut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/CopyOut',
+            spinetta_dot_v1_dot_api__pb2.CopyOutRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.CopyOutChunk.FromString,
             options,
             channel_credentials,
             insecure,

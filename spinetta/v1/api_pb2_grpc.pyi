@@ -47,6 +47,13 @@ class SpinettaStub:
     """Changes of tasks, from a revision on. Sends the present state first when no revision is given."""
     Log: _grpc.UnaryStreamMultiCallable[_api_pb2.LogRequest, _api_pb2.LogChunk]
     """Bytes of a task's log, from whichever node has it. With follow, ends when the task has ended."""
+    Exec: _grpc.StreamStreamMultiCallable[_api_pb2.ExecRequest, _api_pb2.ExecResponse]
+    """Runs a command beside a task that runs, on its node, within its limits, until the command or the task ends or the
+    caller goes. The first request starts it; nothing more is to be sent before the first answer, which says that it
+    runs. The last answer says how it ended.
+    """
+    CopyOut: _grpc.UnaryStreamMultiCallable[_api_pb2.CopyOutRequest, _api_pb2.CopyOutChunk]
+    """A file or directory of a task's scratch space, while it runs or as long as it is kept."""
     Wait: _grpc.UnaryUnaryMultiCallable[_api_pb2.WaitRequest, _api_pb2.WaitResponse]
     """Answers when all (or any) of the tasks are complete, or the time is over."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_api_pb2.ListNodesRequest, _api_pb2.ListNodesResponse]
@@ -75,6 +82,13 @@ class SpinettaAsyncStub(SpinettaStub):
     """Changes of tasks, from a revision on. Sends the present state first when no revision is given."""
     Log: _aio.UnaryStreamMultiCallable[_api_pb2.LogRequest, _api_pb2.LogChunk]  # type: ignore[assignment]
     """Bytes of a task's log, from whichever node has it. With follow, ends when the task has ended."""
+    Exec: _aio.StreamStreamMultiCallable[_api_pb2.ExecRequest, _api_pb2.ExecResponse]  # type: ignore[assignment]
+    """Runs a command beside a task that runs, on its node, within its limits, until the command or the task ends or the
+    caller goes. The first request starts it; nothing more is to be sent before the first answer, which says that it
+    runs. The last answer says how it ended.
+    """
+    CopyOut: _aio.UnaryStreamMultiCallable[_api_pb2.CopyOutRequest, _api_pb2.CopyOutChunk]  # type: ignore[assignment]
+    """A file or directory of a task's scratch space, while it runs or as long as it is kept."""
     Wait: _aio.UnaryUnaryMultiCallable[_api_pb2.WaitRequest, _api_pb2.WaitResponse]  # type: ignore[assignment]
     """Answers when all (or any) of the tasks are complete, or the time is over."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_api_pb2.ListNodesRequest, _api_pb2.ListNodesResponse]  # type: ignore[assignment]
@@ -142,6 +156,25 @@ class SpinettaServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_api_pb2.LogChunk], _abc.AsyncIterator[_api_pb2.LogChunk]]:
         """Bytes of a task's log, from whichever node has it. With follow, ends when the task has ended."""
+
+    @_abc_1.abstractmethod
+    def Exec(
+        self,
+        request_iterator: _MaybeAsyncIterator[_api_pb2.ExecRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_api_pb2.ExecResponse], _abc.AsyncIterator[_api_pb2.ExecResponse]]:
+        """Runs a command beside a task that runs, on its node, within its limits, until the command or the task ends or the
+        caller goes. The first request starts it; nothing more is to be sent before the first answer, which says that it
+        runs. The last answer says how it ended.
+        """
+
+    @_abc_1.abstractmethod
+    def CopyOut(
+        self,
+        request: _api_pb2.CopyOutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_api_pb2.CopyOutChunk], _abc.AsyncIterator[_api_pb2.CopyOutChunk]]:
+        """A file or directory of a task's scratch space, while it runs or as long as it is kept."""
 
     @_abc_1.abstractmethod
     def Wait(
