@@ -79,6 +79,7 @@ missing_packages() {
     [ -e /usr/share/doc/bowtie2/examples/reads/reads_1.fq.gz ] || echo bowtie2-examples
     has samtools || echo samtools
     has bcftools || echo bcftools
+    has busybox || echo busybox-static # for the image of the demonstration
     usable_python "${PYTHON:-python3}" || echo python3-venv
     if [ -n "$extras" ]; then
         has shellcheck || echo shellcheck
