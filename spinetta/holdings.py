@@ -310,10 +310,14 @@ class Holdings:
                 self.wanted |= {h.token}
             elif may_start and self._retry_at_s is None:
                 h.step = Step.RUNNING
-                self._runtime.start(h.key)
+                self._runtime.start(h.key, prepares=h.task.spec.container is not None)
                 grace_s = math.inf if h.holding.overlap else h.holding.grace_s  # never killed for silence
                 return [Start(h.task.spec, h.holding.attempt, h.token, h.holding.incarnation, grace_s)]
-        elif h.step is Step.RUNNING and why is not None and h.key in self._runtime.tokens:
+        elif (
+            h.step is Step.RUNNING
+            and why is not None
+            and (h.key in self._runtime.tokens or self._runtime.is_preparing(h.key))
+        ):
             return self._runtime.stop(h.key, why, now)
         return []
 

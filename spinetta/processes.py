@@ -36,6 +36,7 @@ class Processes:
         self._past: dict[str, Exit] = {}  # of attempts that are forgotten: a listing that was under way may show them
         self._stopped: dict[str, float] = {}  # when the runtime was last asked to end it
         self._asked: dict[str, int] = {}  # starts that are to be answered
+        self._preparing: set[str] = set()  # of these, those that may take long before anything of them runs
         self._unsure: set[str] = set()  # starts that were not answered: they may run
         self._list_at_s: float | None = None  # when to ask the runtime what it holds
 
@@ -58,6 +59,10 @@ class Processes:
     def is_asked(self, key: str) -> bool:
         """Whether a start of it is to be answered."""
         return key in self._asked
+
+    def is_preparing(self, key: str) -> bool:
+        """Whether it may take long before anything of it runs, and it can be ended at once until then."""
+        return key in self._preparing
 
     def may_run(self, key: str) -> bool:
         """Whether a start of it is to be answered, or was not: it must neither be started nor called "not started"."""
@@ -96,6 +101,8 @@ class Processes:
         left = self._asked.pop(done.key, 1) - 1
         if left:
             self._asked[done.key] = left
+        else:
+            self._preparing.discard(done.key)
         if isinstance(done.exit, NoAnswer):
             # It may run, so nothing is decided on it until the runtime has said what it holds.
             self._unsure.add(done.key)
@@ -123,9 +130,11 @@ class Processes:
         self._list_at_s = now + STOP_AGAIN_S
         return [ListRuntime()]
 
-    def start(self, key: str) -> None:
-        """It is being started."""
+    def start(self, key: str, *, prepares: bool) -> None:
+        """It is being started; `prepares`: an image may have to be brought in first."""
         self._asked[key] = self._asked.get(key, 0) + 1
+        if prepares:
+            self._preparing.add(key)
 
     def stop(self, key: str, why: Reason, now: float) -> list[Effect]:
         """Ask for its end, again only after a while."""
@@ -148,7 +157,10 @@ class Processes:
                 effects += self._forget(key)
             else:
                 effects += self.stop(key, Reason.FENCED, now)
-        for key in [k for k in self._stopped if k not in self.tokens or k in self.ends]:
+        for key in self._preparing - set(ours) - set(self.tokens):
+            effects += self.stop(key, Reason.FENCED, now)
+        over = (k for k in self._stopped if k not in self._preparing and (k not in self.tokens or k in self.ends))
+        for key in list(over):
             del self._stopped[key]
         return effects
 

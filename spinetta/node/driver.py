@@ -94,6 +94,7 @@ class LaunchSettings:
     node: str
     pids_max: int
     api_address: str
+    log_bytes_max: int = 0
 
 
 def task_environment(spec: TaskSpec, attempt: int, settings: LaunchSettings) -> dict[str, str]:
@@ -127,7 +128,19 @@ def launch_of(start: Start, settings: LaunchSettings, opened: Opened | None = No
         incarnation=start.incarnation,
         private=opened.private,
         secrets=opened.secrets,
+        log_bytes_max=settings.log_bytes_max,
+        disk_bytes_max=spec.resources.disk_bytes,
+        keep_scratch=spec.keep_scratch_s > 0,
+        wants=spec.container,
     )
+
+
+@dataclass(slots=True)
+class Preparing:
+    """What an attempt needs is being brought in. `scope` ends it, for the reason `why`."""
+
+    scope: asyncio.Timeout
+    why: str = ""
 
 
 def entry_of(kv: KeyValue | None) -> Entry | None:
@@ -164,6 +177,7 @@ class Driver:
         self._inbox: asyncio.Queue[Happening] = asyncio.Queue(INBOX_EVENTS_MAX)
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self._preparing: dict[str, Preparing] = {}
         self._changed = asyncio.Condition()
         self._remarked_s: dict[str, float] = {}
         self._teller = Teller(log)
@@ -250,7 +264,7 @@ class Driver:
             case Start():
                 self._spawn(self._start(effect))
             case Stop():
-                self._spawn(self._quietly(self._runtime.stop(effect.key, effect.why)))
+                self._stop(effect)
             case Forget():
                 self._spawn(self._quietly(self._runtime.forget(effect.key)))
             case ListRuntime():
@@ -392,7 +406,8 @@ class Driver:
             await self.tell(Started(key, effect.token, refused))
             return
         try:
-            ended = await self._runtime.start(launch)
+            ready = await self._prepare(launch)
+            ended = ready if isinstance(ready, Exit) else await self._runtime.start(ready)
         except RuntimeUnavailable as e:
             log.warning("%s: the runtime does not answer: %s", launch.key, e)
             await self.tell(Started(launch.key, effect.token, NoAnswer.UNKNOWN))
@@ -401,6 +416,30 @@ class Driver:
             await self.tell(Started(launch.key, effect.token, refused))
         else:
             await self.tell(Started(launch.key, effect.token, ended))
+
+    async def _prepare(self, launch: Launch) -> Launch | Exit:
+        """Bring in what a container needs, which may take long: until then a stop ends it at once."""
+        if launch.wants is None:
+            return launch
+        preparing = Preparing(asyncio.timeout(None))
+        self._preparing[launch.key] = preparing
+        try:
+            async with preparing.scope:
+                return await self._runtime.prepare(launch)
+        except TimeoutError:
+            if not preparing.scope.expired():
+                raise
+            return Exit(Reason(preparing.why), message="before it was started", ended_ms=wall_ms())
+        finally:
+            del self._preparing[launch.key]
+
+    def _stop(self, effect: Stop) -> None:
+        preparing = self._preparing.get(effect.key)
+        if preparing is None:
+            self._spawn(self._quietly(self._runtime.stop(effect.key, effect.why)))
+        elif not preparing.why:
+            preparing.why = effect.why
+            preparing.scope.reschedule(asyncio.get_running_loop().time())
 
     async def _open(self, spec: TaskSpec) -> Opened:
         if spec.sealed is None and not spec.secrets:

@@ -103,6 +103,12 @@ class ProcessRuntime:
         """Names of what is enforced here; `warnings` tells why others are missing."""
         return self._hello.capabilities if self._hello else ()
 
+    async def prepare(self, launch: Launch) -> Launch | Exit:
+        """A plain process needs nothing; containers are not for this runtime."""
+        if launch.wants is None:
+            return launch
+        return Exit(Reason.NODE_UNFIT, message="this node runs no containers", ended_ms=time.time_ns() // 1_000_000)
+
     async def start(self, launch: Launch) -> Exit | None:
         """Start an attempt; see `protocol.Runtime.start`."""
         if not KEY.match(launch.key):
@@ -121,6 +127,14 @@ class ProcessRuntime:
             more["private"] = True
         if launch.secrets:
             more["secrets"] = {name: base64.b64encode(data).decode() for name, data in launch.secrets}
+        if (contained := launch.container) is not None:
+            more["container"] = {
+                "program": contained.program,
+                "config": contained.config,
+                "lower": list(contained.lower),
+                "writable": contained.writable,
+                "owner": list(contained.owner),
+            }
         answer = await self._ask(
             "start",
             START_LIMIT_S,
@@ -134,6 +148,8 @@ class ProcessRuntime:
             walltime_s=launch.walltime_s,
             grace_s=_finite(launch.grace_s),
             stop_wait_s=_finite(launch.stop_wait_s),
+            log_bytes_max=launch.log_bytes_max,
+            disk_bytes_max=launch.disk_bytes_max,
             token=launch.token,
             incarnation=launch.incarnation,
             **more,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from spinetta.model import Exit, Usage
+from spinetta.model import ContainerSpec, Exit, Usage
 
 AttemptKey = str
 """Names one attempt on this node for ever: ``TASKID.ATTEMPT``. Also the name of its directory and cgroup."""
@@ -53,7 +53,8 @@ class Launch:
         log_bytes_max: of each of its two logs; what comes after is thrown away. 0: no limit.
         disk_bytes_max: of its scratch directory; it is ended when it has more. 0: no limit.
         keep_scratch: when the attempt is forgotten its scratch directory is kept aside instead of removed.
-        container: None for a plain process.
+        wants: the container that was asked for; None: a plain process.
+        container: how it is contained: what `Runtime.prepare` makes of `wants`.
     """
 
     key: AttemptKey
@@ -73,6 +74,7 @@ class Launch:
     log_bytes_max: int = 0
     disk_bytes_max: int = 0
     keep_scratch: bool = False
+    wants: ContainerSpec | None = field(default=None, repr=False)
     container: ContainerLaunch | None = field(default=None, repr=False)
 
 
@@ -105,6 +107,12 @@ class Runtime(Protocol):
 
     def capabilities(self) -> tuple[str, ...]:
         """Names of what this runtime enforces, e.g. ``process``, ``memory-limit``, ``cpu-limit``, ``pid-namespace``."""
+        ...
+
+    async def prepare(self, launch: Launch) -> Launch | Exit:
+        """Bring in what an attempt needs before it can start, such as its image; the launch to start, or why there is
+        none. May take long, and may be cancelled; then nothing of it is kept. A plain process needs nothing.
+        """
         ...
 
     async def start(self, launch: Launch) -> Exit | None:

@@ -75,6 +75,9 @@ class Played:
             self.ended[key] = (launch, how)
             self.news.put_nowait(Exited(key, how))
 
+    async def prepare(self, launch: Launch) -> Launch:
+        return launch
+
     async def stop(self, key: str, why: str) -> None:
         self.end(key, Exit(Reason(why), signal=15, started_ms=10, ended_ms=20))
 
