@@ -96,7 +96,7 @@ V1_FILES: Mapping[str, Mapping[str, str]] = {
         "memory.max_usage_in_bytes": "4096\n",
         "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n",
     },
-    "cpu": {"cpu.cfs_period_us": "0\n", "cpu.cfs_quota_us": "-1\n"},
+    "cpu": {"cpu.cfs_period_us": "0\n", "cpu.cfs_quota_us": "-1\n", "cpu.shares": "1024\n"},
     "cpuacct": {"cpuacct.usage_user": "1500000000\n", "cpuacct.usage_sys": "250000000\n"},
     "pids": {"pids.max": "max\n"},
     "freezer": {"freezer.state": "THAWED\n"},
@@ -109,6 +109,7 @@ V2_BASIC = {
 }
 V2_BASIC |= {"cpu.stat": "usage_usec 3\nuser_usec 2000000\nsystem_usec 500000\n"}
 V2_LIMITS = {"memory.max": "max\n", "memory.swap.max": "max\n", "memory.peak": "8192\n", "cpu.max": "max 100000\n"}
+V2_LIMITS |= {"cpu.weight": "100\n"}
 V2_LIMITS |= {"memory.events": "low 0\noom 3\noom_kill 2\n", "pids.max": "max\n"}
 
 
@@ -198,7 +199,12 @@ def test_version_2_limits_and_counters(machine: Machine) -> None:
     assert group.populated()
     group.kill()
     assert (folder / "cgroup.kill").read_text() == "1"
-    assert set((machine.root / "unified/cgroup.subtree_control").read_text().split()) == {"+memory", "+cpu", "+pids"}
+    assert set((machine.root / "unified/cgroup.subtree_control").read_text().split()) == {
+        "+memory",
+        "+cpu",
+        "+pids",
+        "+io",
+    }
 
 
 def test_hybrid_takes_each_where_it_is(machine: Machine) -> None:

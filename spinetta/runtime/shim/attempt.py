@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .cgroup import Group, Limits
+from .counters import Counters
 from .loop import Timer
 from .wire import MESSAGE_CHARS_MAX
 
 ExitDict = dict[str, Any]
+NOTHING_USED = Counters()
 
 
 class Phase(enum.IntEnum):
@@ -42,6 +44,9 @@ class Held:
         secrets: content of files by name, until it has been started; never in a record.
         secret_names: of those files.
         spawn_unfit: it was this node's fault that it could not be started.
+        disk_bytes_max: of the scratch directory; 0: no limit.
+        disk_used_bytes: what it held when it was found to hold more than that.
+        log_bytes_max: of each stream's log, the rest is discarded; 0: no limit.
     """
 
     key: str
@@ -75,6 +80,9 @@ class Held:
     spawn_error: str = ""
     spawn_unfit: bool = False
     private: bool = False
+    disk_bytes_max: int = 0
+    disk_used_bytes: int = 0
+    log_bytes_max: int = 0
     secrets: dict[str, bytes] = field(default_factory=dict, repr=False)
     secret_names: tuple[str, ...] = ()
     group: Group | None = None
@@ -141,9 +149,7 @@ def make_exit(
     message: str = "",
     started_ms: int = 0,
     ended_ms: int = 0,
-    user_s: float = 0.0,
-    system_s: float = 0.0,
-    peak_bytes: int = 0,
+    used: Counters = NOTHING_USED,
 ) -> ExitDict:
     """How a process ended, as it is stored and sent."""
     return {
@@ -153,7 +159,17 @@ def make_exit(
         "message": message[:MESSAGE_CHARS_MAX],
         "started_ms": started_ms,
         "ended_ms": ended_ms or now_ms(),
-        "cpu_user_s": user_s,
-        "cpu_system_s": system_s,
-        "memory_peak_bytes": peak_bytes,
+        **usage_dict(used),
+    }
+
+
+def usage_dict(used: Counters) -> dict[str, float]:
+    """What was used, as it is stored and sent; 0 where the machine does not say."""
+    return {
+        "cpu_user_s": used.cpu_user_s or 0.0,
+        "cpu_system_s": used.cpu_system_s or 0.0,
+        "memory_peak_bytes": used.memory_peak_bytes or 0,
+        "io_read_bytes": used.io_read_bytes or 0,
+        "io_write_bytes": used.io_write_bytes or 0,
+        "pids_peak": used.pids_peak or 0,
     }

@@ -12,13 +12,16 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .counters import Counters, Now, flat, processes_io, read_counters, read_now
 from .hierarchy import Hierarchy, base_v2, read_text, write_text
 
 CPU_PERIOD_US = 100_000
 CPU_QUOTA_US_MIN = 1_000  # the kernel takes no less: a hundredth of a core
+SHARES_PER_CORE, SHARES_MIN, SHARES_MAX = 1024, 2, 1 << 18  # version 1: 256 cores and more count the same
+WEIGHT_PER_CORE, WEIGHT_MAX = 100, 10_000  # version 2: 100 cores and more
 CAPABILITIES = (
     "memory-limit",
     "swap-limit",
@@ -41,33 +44,6 @@ class Limits:
     cpu_millis: int = 0
     memory_bytes: int = 0
     pids_max: int = 0
-
-
-@dataclass(frozen=True)
-class Counters:
-    """What a group's processes have used; None where the machine does not say."""
-
-    cpu_user_s: float | None = None
-    cpu_system_s: float | None = None
-    memory_peak_bytes: int | None = None
-    oom_kills: int = 0
-
-
-def _flat(path: Path) -> dict[str, int]:
-    """A file of ``name number`` lines; empty when it cannot be read."""
-    values = {}
-    with contextlib.suppress(OSError):
-        for line in read_text(path).splitlines():
-            name, _, value = line.partition(" ")
-            if value.isdigit():
-                values[name] = int(value)
-    return values
-
-
-def _number(path: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int(read_text(path))
-    return None
 
 
 def _below(group: Path, depth: int = 0) -> Iterator[Path]:
@@ -111,6 +87,8 @@ class Group:
         self._v1 = v1
         paths = ([v2] if v2 else []) + list(v1.values())
         self.paths: list[Path] = list(dict.fromkeys(paths))
+        self._io_most = (0, 0)
+        self._pids_most = 0
 
     @property
     def kills(self) -> bool:
@@ -125,6 +103,7 @@ class Group:
         if limits.memory_bytes:
             self._limit_memory(limits.memory_bytes)
         if limits.cpu_millis:
+            self._share_cpu(limits.cpu_millis)
             self._limit_cpu(limits.cpu_millis)
         if limits.pids_max and (pids := self._for("pids")):
             write_text(pids / "pids.max", str(limits.pids_max))
@@ -171,26 +150,25 @@ class Group:
         return any(members(path) for path in self.paths)
 
     def counters(self) -> Counters:
-        """Use so far."""
-        user: float | None = None
-        system: float | None = None
-        peak: int | None = None
-        oom_kills = 0
-        if self._v2:
-            stat = _flat(self._v2 / "cpu.stat")  # there with or without the cpu controller
-            if "user_usec" in stat:
-                user, system = stat["user_usec"] / 1e6, stat.get("system_usec", 0) / 1e6
-        elif path := self._v1.get("cpuacct"):
-            user_ns, system_ns = _number(path / "cpuacct.usage_user"), _number(path / "cpuacct.usage_sys")
-            if user_ns is not None and system_ns is not None:
-                user, system = user_ns / 1e9, system_ns / 1e9
-        if path := self._v1.get("memory"):
-            peak = _number(path / "memory.max_usage_in_bytes")
-            oom_kills = _flat(path / "memory.oom_control").get("oom_kill", 0)
-        elif self._v2 and "memory" in self._v2_controllers:
-            peak = _number(self._v2 / "memory.peak")
-            oom_kills = _flat(self._v2 / "memory.events").get("oom_kill", 0)
-        return Counters(user, system, peak, oom_kills)
+        """Use so far, and the most that was ever seen by `sample`."""
+        counters = read_counters(self._v2, self._v2_controllers, self._v1)
+        if not self._pids_most:
+            return counters
+        return replace(
+            counters,
+            io_read_bytes=max(counters.io_read_bytes or 0, self._io_most[0]),
+            io_write_bytes=max(counters.io_write_bytes or 0, self._io_most[1]),
+            pids_peak=self._pids_most if counters.pids_peak is None else counters.pids_peak,
+        )
+
+    def sample(self) -> tuple[Counters, Now]:
+        """Use so far and at this moment, while it runs: what a kernel does not count is asked of the processes."""
+        now = read_now(self._v2, self._v2_controllers, self._v1)
+        pids = [pid for path in self.paths[:1] for pid in members(path)]
+        self._pids_most = max(self._pids_most, now.pids or len(pids))
+        read, write = processes_io(pids)
+        self._io_most = max(self._io_most[0], read), max(self._io_most[1], write)
+        return self.counters(), replace(now, pids=len(pids) if now.pids is None else now.pids)
 
     def remove(self) -> bool:
         """Remove the groups; False when one is not empty yet. May be repeated."""
@@ -214,6 +192,15 @@ class Group:
             write_text(self._v2 / "memory.max", str(limit_bytes))
             with contextlib.suppress(OSError):
                 write_text(self._v2 / "memory.swap.max", "0")
+
+    def _share_cpu(self, cpu_millis: int) -> None:
+        """In proportion to what it asked for when the machine has less than all want; a core's worth is the default."""
+        if path := self._v1.get("cpu"):
+            shares = min(max(cpu_millis * SHARES_PER_CORE // 1000, SHARES_MIN), SHARES_MAX)
+            write_text(path / "cpu.shares", str(shares))
+        elif self._v2 and "cpu" in self._v2_controllers:
+            weight = min(max(cpu_millis * WEIGHT_PER_CORE // 1000, 1), WEIGHT_MAX)
+            write_text(self._v2 / "cpu.weight", str(weight))
 
     def _limit_cpu(self, cpu_millis: int) -> None:
         quota_us = max(CPU_QUOTA_US_MIN, cpu_millis * CPU_PERIOD_US // 1000)
@@ -297,6 +284,8 @@ class Cgroups:
         controllers = tree.controllers - self._v2_controllers
         if self._v2:
             controllers -= {"freezer", "cpuacct"}  # cgroup.kill and cpu.stat do it better
+        if "io" in self._v2_controllers:
+            controllers -= {"blkio"}  # its name there
         if not controllers:
             return
         folder = tree.own / self._name
@@ -342,7 +331,7 @@ class Cgroups:
 
     @staticmethod
     def _says_oom(memory: Path) -> bool:
-        return "oom_kill" in _flat(memory / "memory.oom_control") or "oom_kill" in _flat(memory / "memory.events")
+        return "oom_kill" in flat(memory / "memory.oom_control") or "oom_kill" in flat(memory / "memory.events")
 
 
 def sweep(folders: Sequence[Path], limit_s: float) -> list[Path]:

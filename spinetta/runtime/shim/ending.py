@@ -11,8 +11,9 @@ from pathlib import Path
 
 from . import proctable, sysapi
 from .attempt import Held, Phase, make_exit, now_ms
-from .cgroup import Counters
+from .counters import Counters, with_ended
 from .disk import Writer
+from .judging import judge
 from .loop import Loop, now_s
 from .spawn import read_report
 
@@ -23,6 +24,7 @@ MARKS_MAX = 1024  # logs that are to be marked as cut once the disk has room
 MARK_TRIES_MAX = 17280  # a day
 REMOVE_TRIES_MAX = 100
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+_STUCK = "some of its processes are stuck in the kernel and could not be killed"
 _DELAYS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
@@ -32,6 +34,7 @@ class Ending:
     Attributes:
         unreaped: pids of main processes that are ours to reap, in time.
         helpers: gives the pids of the shim's own children.
+        companions: gives the pids of commands that were started beside an attempt.
     """
 
     def __init__(self, loop: Loop, writer: Writer, log: Callable[[str], None], ended: Callable[[Held], None]) -> None:
@@ -41,6 +44,7 @@ class Ending:
         self._ended = ended
         self.unreaped: set[int] = set()
         self.helpers: Callable[[], set[int]] = set
+        self.companions: Callable[[Held], set[int]] = lambda _held: set()
         self._marks = 0
 
     def noticed(self, held: Held) -> bool:
@@ -92,8 +96,12 @@ class Ending:
 
     def _kill_family(self, held: Held) -> bool:
         """Without cgroups an orphan cannot be told to be this one's, unless there is no other that it could be of."""
-        others = (self.unreaped | self.helpers()) - {held.pid}
-        return proctable.kill_family(held.pid, others, strays=self.unreaped == {held.pid})
+        beside = self.companions(held)
+        others = (self.unreaped | self.helpers()) - {held.pid} - beside
+        left = proctable.kill_family(held.pid, others, strays=self.unreaped - beside == {held.pid})
+        for pid in beside:
+            left = proctable.kill_family(pid, others, strays=False) or left
+        return left
 
     def finish(self, held: Held) -> None:
         """Record the end (`held.exit`) if anything was recorded before, then report it."""
@@ -132,29 +140,18 @@ class Ending:
 
     def _judge(self, held: Held, *, stuck: bool) -> None:
         """Decide what to call the end."""
-        counters = held.group.counters() if held.group else Counters()
-        usage = sysapi.ended_usage(held.pidfd) or (0.0, 0.0, 0)
+        counters = with_ended(held.group.counters() if held.group else Counters(), sysapi.ended_usage(held.pidfd))
         exited, number = held.status or (True, 0)
-        message = "some of its processes are stuck in the kernel and could not be killed" if stuck else ""
-        if held.spawn_error:
-            reason, message = "node-unfit" if held.spawn_unfit else "spawn-failed", held.spawn_error
-        elif held.stop_why and held.signalled:
-            reason, message = held.stop_why, message or _why_stopped(held)
-        elif counters.oom_kills:
-            reason, message = "out-of-memory", _why_out_of_memory(held.limits.memory_bytes, counters)
-        else:
-            reason = "exit" if exited else "signal"
         failed = bool(held.spawn_error)
+        reason, message = judge(held, counters, succeeded=exited and number == 0)
         held.exit = make_exit(
             reason,
             exit_code=number if exited and not failed else None,
             signal=0 if exited else number,
-            message=message,
+            message=message or (_STUCK if stuck else ""),
             started_ms=held.started_ms,
             ended_ms=held.ended_ms,
-            user_s=usage[0] if counters.cpu_user_s is None else counters.cpu_user_s,
-            system_s=usage[1] if counters.cpu_system_s is None else counters.cpu_system_s,
-            peak_bytes=usage[2] if counters.memory_peak_bytes is None else counters.memory_peak_bytes,
+            used=counters,
         )
         self._remove_group(held, 0)
 
@@ -220,23 +217,3 @@ class Ending:
                 os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG)
             self.unreaped.discard(held.pid)
         held.close()
-
-
-def _why_stopped(held: Held) -> str:
-    match held.stop_why:
-        case "walltime":
-            return f"ran longer than its wall time of {held.walltime_s:g} s"
-        case "fenced":
-            # The daemon asks for it when the others have given the node up; else our own deadline has passed.
-            without = f"had no contact for the grace of {held.grace_s:g} s, less the kill margin"
-            return f"killed: its node was given up by the others, or {without}"
-        case _:
-            return ""
-
-
-def _why_out_of_memory(limit_bytes: int, counters: Counters) -> str:
-    """Its own limit or the machine's: the kernel counts both alike, but it was near its own only in the first case."""
-    peak = counters.memory_peak_bytes
-    if limit_bytes and (peak is None or peak > limit_bytes - limit_bytes // 10):
-        return f"killed for exceeding its memory limit of {limit_bytes} bytes"
-    return "killed because memory ran out around it: the machine's, or that of a group above the task's"

@@ -1,6 +1,7 @@
 """Where this machine's control groups are: version 1, version 2, or both at once (hybrid).
 
-`detect` is a function of the texts of ``/proc/self/mountinfo`` and ``/proc/self/cgroup``; only `prepare` touches files.
+`detect` and `everywhere` are functions of the texts of ``/proc/self/mountinfo`` and ``/proc/self/cgroup``; `base_v2`
+touches files.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import errno
 import os
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-WANTED = ("memory", "cpu", "cpuacct", "pids", "freezer")
+WANTED = ("memory", "cpu", "cpuacct", "pids", "freezer", "blkio")
+OPTIONAL_V2 = ("io",)  # counts only: often not handed on to services and users, and no reason to look higher up for it
 LEAF = "spinetta-self"  # where we move ourselves in a delegated cgroup2, whose inner groups may hold no processes
 
 
@@ -23,7 +26,7 @@ class Hierarchy:
 
     Attributes:
         version: 1 or 2.
-        controllers: those of WANTED that it has (version 2: filled by `prepare`).
+        controllers: those of WANTED that it has, or all (version 2: none, see `base_v2`).
         mount: where it is mounted.
         own: the group that we are in.
     """
@@ -51,6 +54,18 @@ def _own_paths(cgroup: str) -> dict[str, str]:
 
 def detect(mountinfo: str, cgroup: str) -> tuple[list[Hierarchy], list[str]]:
     """The hierarchies of use to us, and what is wrong with others, in words."""
+    return _find(mountinfo, cgroup, frozenset(WANTED))
+
+
+def everywhere(mountinfo: str, cgroup: str) -> list[Hierarchy]:
+    """All hierarchies in which groups can be made, also those of no use to us: devices, cpuset, net_cls, name=systemd.
+
+    A container runtime makes groups in each of them, under the same relative path below our own group there.
+    """
+    return _find(mountinfo, cgroup, None)[0]
+
+
+def _find(mountinfo: str, cgroup: str, wanted: AbstractSet[str] | None) -> tuple[list[Hierarchy], list[str]]:
     own_paths = _own_paths(cgroup)
     found: list[Hierarchy] = []
     problems: list[str] = []
@@ -64,7 +79,7 @@ def detect(mountinfo: str, cgroup: str) -> tuple[list[Hierarchy], list[str]]:
         if kind not in ("cgroup", "cgroup2"):
             continue
         root, mount = _unescape(fields[3]), Path(_unescape(fields[4]))
-        names = [""] if kind == "cgroup2" else [name for name in options if name in WANTED]
+        names = [""] if kind == "cgroup2" else [name for name in options if wanted is None or name in wanted]
         names = [name for name in names if name in own_paths and name not in taken]
         if not names:
             continue
@@ -125,6 +140,19 @@ def _enable(group: Path, wanted: Sequence[str]) -> None:
         write_text(group / "cgroup.subtree_control", " ".join(f"+{name}" for name in missing))
 
 
+def _pass_on(group: Path, offered: Sequence[str]) -> frozenset[str]:
+    """Enable them for the groups inside, and what else is of use; what is enabled then."""
+    optional = [name for name in OPTIONAL_V2 if name in _words(group / "cgroup.controllers")]
+    try:
+        _enable(group, [*offered, *optional])
+        return frozenset([*offered, *optional])
+    except OSError:
+        if not optional:
+            raise
+    _enable(group, offered)
+    return frozenset(offered)
+
+
 def _move_into_leaf(group: Path) -> None:
     """Empty a delegated group of its processes (the daemon and ourselves), so that it may have groups with limits."""
     leaf = group / LEAF
@@ -149,18 +177,17 @@ def base_v2(tree: Hierarchy) -> tuple[Path, frozenset[str], list[str]]:
         try:
             if set(offered) <= _words(group / "cgroup.controllers"):
                 try:
-                    _enable(group, offered)
+                    return group, _pass_on(group, offered), []
                 except OSError as error:
                     if error.errno != errno.EBUSY or group != own or not _delegated(group):
                         raise
                     _move_into_leaf(group)
-                    _enable(group, offered)
-                return group, frozenset(offered), []
+                return group, _pass_on(group, offered), []
         except OSError as error:
             why = "it holds processes and is not delegated" if error.errno == errno.EBUSY else error.strerror
             problems.append(f"{group} cannot pass on its controllers: {why}")
         if group == tree.mount or group.parent == group:
             break
         group = group.parent
-    passed = _words(own / "cgroup.subtree_control") & set(offered)
+    passed = _words(own / "cgroup.subtree_control") & {*offered, *OPTIONAL_V2}
     return own, frozenset(passed), problems or [f"{own} lacks controllers"]

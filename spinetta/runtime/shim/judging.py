@@ -1,0 +1,59 @@
+"""What to call an end: which limit it was, told apart by the kernel's counters and by what we did ourselves."""
+
+from __future__ import annotations
+
+from .attempt import Held
+from .counters import Counters
+
+
+def judge(held: Held, counters: Counters, *, succeeded: bool) -> tuple[str, str]:
+    """The reason of an end and what is to be said of it.
+
+    `succeeded`: its main process ended by itself with exit code 0. What we did comes first, then what the kernel did;
+    a process that could not be made explains a failure, of a success it is only worth a remark.
+    """
+    exited, _number = held.status or (True, 0)
+    refused = counters.pids_refused
+    if held.spawn_error:
+        return "node-unfit" if held.spawn_unfit else "spawn-failed", held.spawn_error
+    if held.stop_why and held.signalled:
+        reason, message = held.stop_why, _why_stopped(held)
+    elif counters.oom_kills:
+        reason, message = "out-of-memory", _why_out_of_memory(held.limits.memory_bytes, counters)
+    elif refused and not succeeded:
+        return "out-of-pids", _why_out_of_pids(held.limits.pids_max, refused)
+    else:
+        reason, message = "exit" if exited else "signal", ""
+    remark = _why_out_of_pids(held.limits.pids_max, refused) if refused else ""
+    return reason, "; ".join(part for part in (message, remark) if part)
+
+
+def _why_stopped(held: Held) -> str:
+    match held.stop_why:
+        case "walltime":
+            return f"ran longer than its wall time of {held.walltime_s:g} s"
+        case "disk-limit":
+            return (
+                f"its scratch directory held {held.disk_used_bytes} bytes, more than its disk limit of "
+                f"{held.disk_bytes_max} bytes"
+            )
+        case "fenced":
+            # The daemon asks for it when the others have given the node up; else our own deadline has passed.
+            without = f"had no contact for the grace of {held.grace_s:g} s, less the kill margin"
+            return f"killed: its node was given up by the others, or {without}"
+        case _:
+            return ""
+
+
+def _why_out_of_memory(limit_bytes: int, counters: Counters) -> str:
+    """Its own limit or the machine's: the kernel counts both alike, but it was near its own only in the first case."""
+    peak = counters.memory_peak_bytes
+    if limit_bytes and (peak is None or peak > limit_bytes - limit_bytes // 10):
+        return f"killed for exceeding its memory limit of {limit_bytes} bytes"
+    return "killed because memory ran out around it: the machine's, or that of a group above the task's"
+
+
+def _why_out_of_pids(limit: int, refused: int) -> str:
+    times = "once" if refused == 1 else f"{refused} times"
+    whose = f"its limit is {limit}" if limit else "the limit is that of a group above the task's"
+    return f"it could not make another process or thread, {times}: {whose}"
