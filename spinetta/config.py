@@ -35,7 +35,12 @@ class Settings:
         tags: what this node is; tasks may require or forbid them.
         cpu_millis, memory_bytes, disk_bytes: what to offer; 0: what is detected.
         countables: further things to offer, sorted by name.
-        runtimes: how tasks may be run here; each must be installed.
+        runtimes: how tasks may be run here: ``process``, ``container``; each must be installed.
+        allow: what containers may have here beyond the usual, in the words of `container.check_allowance`, sorted.
+        devices: by countable, the device files of a container that has some of it.
+        container_program: ``auto``, ``runc``, ``crun``, or the absolute path of one of them.
+        container_ids: the first of 65536 user and group ids of this machine that containers have; 0: found out.
+        tmp_bytes: size of /tmp in a container that asks for none; it is memory, and counted as the task's.
         etcd_client_port, etcd_peer_port: 0: choose free ones.
         etcd_quota_bytes: of etcd's database; past it etcd takes nothing. The same on all voters.
         etcd_program: path or name on PATH.
@@ -51,7 +56,9 @@ class Settings:
         on_terminate: what a daemon that gets SIGTERM does with its tasks: ``keep`` them for the next daemon, ``drain``
             (wait for them, then give them back) or ``release`` (give them back).
         log_level: debug, info, warning or error.
+        log_max_bytes: of what an attempt writes to one of its two outputs; what comes after is not kept. 0: any.
         log_keep_bytes, log_keep_s: task logs beyond this, oldest first, are removed; 0: no limit.
+        scratch_keep_bytes: kept scratch directories beyond this are removed, oldest first; 0: no limit.
         collect_after_s: finished tasks leave the store for the archives after this time; 0: not by age.
         collect_keep: at most so many of them stay in it, whatever their age; 0: any number. Both count on the leader.
         archive_keep_bytes: what this node's archive may take, the oldest go first; 0: any amount.
@@ -71,7 +78,12 @@ class Settings:
     memory_bytes: int = 0
     disk_bytes: int = 0
     countables: tuple[tuple[str, int], ...] = ()
-    runtimes: tuple[str, ...] = ("process", "runc")
+    runtimes: tuple[str, ...] = ("process", "container")
+    allow: tuple[str, ...] = ()
+    devices: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    container_program: str = "auto"
+    container_ids: int = 0
+    tmp_bytes: int = 1 << 30  # what sorting and unpacking in it take; it is memory, so no more unless one asks
     etcd_client_port: int = ETCD_CLIENT_PORT
     etcd_peer_port: int = ETCD_PEER_PORT
     etcd_quota_bytes: int = 2 << 30  # etcd's own default
@@ -86,8 +98,10 @@ class Settings:
     drain_timeout_s: float = 3600.0
     on_terminate: str = "keep"
     log_level: str = "info"
+    log_max_bytes: int = 1 << 30  # a tenth of all that are kept: one that never ends leaves the others
     log_keep_bytes: int = 10 << 30
     log_keep_s: float = 30 * 86400.0
+    scratch_keep_bytes: int = 10 << 30
     collect_after_s: float = 7 * 86400.0
     collect_keep: int = 100_000
     archive_keep_bytes: int = 1 << 30

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spinetta import names, units
+from spinetta import container, names, units
 from spinetta.errors import UserError
 
 PEERS_MAX = 64  # one that answers is enough; more than this is a mistake
@@ -16,6 +16,10 @@ COUNT_MAX = 1_000_000
 KEEP_MAX = 10_000_000  # finished tasks in the store: ten times what etcd holds well
 COLLECT_MIN_S = 1.0  # less would be a slip; nothing leaves before those who wait for it have seen it anyway
 PATH_MAX = 4096  # the kernel's own limit
+DEVICES_MAX = 64  # of one countable; each is a mount at every start
+TMP_BYTES_MIN = 1 << 20  # less would hold nothing that anybody puts there
+CONTAINER_IDS = 65536  # how many a node's containers have
+CONTAINER_IDS_LAST = (1 << 32) - 2 * CONTAINER_IDS  # the highest id of all is none
 NEVER = "never"
 NO_CREDENTIALS = "none"  # plain text, although the usual credentials file is there
 
@@ -90,16 +94,76 @@ def _tags(value: Any, where: str) -> tuple[str, ...]:
     return tuple(sorted({names.check_tag(tag, where) for tag in _items(value, where, NODE_TAGS_MAX)}))
 
 
-RUNTIMES = ("process", "runc")
+RUNTIMES = (container.PROCESS, container.CONTAINER)
+_RUNTIMES_BEFORE = {"runc": container.CONTAINER}  # what settings have said before there were containers
 
 
 def _runtimes(value: Any, where: str) -> tuple[str, ...]:
-    found = _items(value, where, len(RUNTIMES))
+    found = [_RUNTIMES_BEFORE.get(r, r) for r in _items(value, where, len(RUNTIMES) + len(_RUNTIMES_BEFORE))]
     unknown = [r for r in found if r not in RUNTIMES]
-    if unknown or "process" not in found:
-        what = f"unknown runtime {names.quoted(unknown[0])}" if unknown else "process is always among the runtimes"
+    if unknown or not found:
+        what = f"unknown runtime {names.quoted(unknown[0])}" if unknown else "names no runtime"
         raise UserError(what, field=where, hint=f"a list of {', '.join(RUNTIMES)}")
-    return tuple(sorted(set(found)))
+    return tuple(r for r in RUNTIMES if r in found)
+
+
+def _allow(value: Any, where: str) -> tuple[str, ...]:
+    words = _items(value, where, container.ALLOWS_MAX)
+    return tuple(sorted({container.check_allowance(word, where) for word in words}))
+
+
+def _container_program(value: Any, where: str) -> str:
+    program = _text(value, where)
+    if program in ("auto", "runc", "crun"):
+        return program
+    if not program.startswith("/"):
+        raise UserError(
+            f"no program for containers: {names.quoted(program)}",
+            field=where,
+            hint="auto, runc, crun, or the absolute path of one of them",
+        )
+    return str(_path(program, where))
+
+
+def _container_ids(value: Any, where: str) -> int:
+    first: int = _whole(0, CONTAINER_IDS_LAST)(value, where)
+    if 0 < first < CONTAINER_IDS:
+        raise UserError(
+            f"{first} is among the ids that the machine's own users have",
+            field=where,
+            hint=f"0: automatic; else {CONTAINER_IDS} to {CONTAINER_IDS_LAST}, the first of {CONTAINER_IDS} unused ones",
+        )
+    return first
+
+
+def parse_devices(value: Any, where: str = "") -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Devices of countables from ``gpu=/dev/nvidia0,/dev/nvidiactl,fpga=/dev/fpga0`` or a table, sorted by countable.
+
+    Raises:
+        UserError: a bad name, or a path that is none of a device.
+    """
+    found: dict[str, list[str]] = {}
+    if isinstance(value, Mapping):
+        if len(value) > COUNTABLES_MAX:
+            raise UserError(f"{len(value)} countables, at most {COUNTABLES_MAX}", field=where, reason="too-large")
+        found = {str(name): _items(paths, where, DEVICES_MAX) for name, paths in value.items()}
+    else:
+        for item in _items(value, where, COUNTABLES_MAX * DEVICES_MAX):
+            name, equals, path = item.partition("=") if not item.startswith("/") else ("", "", item)
+            if equals:
+                found.setdefault(name.strip(), [])
+            elif not found or name:
+                raise UserError(f"not NAME=PATH: {names.quoted(item)}", field=where, hint="e.g. gpu=/dev/nvidia0")
+            found[name.strip() if equals else next(reversed(found))].append(path.strip())
+    for name, paths in found.items():
+        names.check_countable_name(name, where)
+        for path in paths:
+            container.check_path(path, where)
+            if not path.startswith("/dev/"):
+                raise UserError(f"not a device: {names.quoted(path)}", field=where, hint="a path below /dev")
+        if not 0 < len(paths) <= DEVICES_MAX:
+            raise UserError(f"{len(paths)} devices of {name}", field=where, hint=f"1 to {DEVICES_MAX}")
+    return tuple(sorted((name, tuple(dict.fromkeys(paths))) for name, paths in found.items()))
 
 
 def _addresses(value: Any, where: str) -> tuple[str, ...]:
@@ -274,7 +338,14 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("memory", "memory_bytes", units.parse_bytes, "Memory to offer (0: as detected).", "SIZE"),
     Option("disk", "disk_bytes", units.parse_bytes, "Scratch space to offer (0: as detected).", "SIZE"),
     Option("countables", "countables", parse_countables, "Further things to offer, e.g. gpu=2.", "NAME=N,…"),
-    Option("runtimes", "runtimes", _runtimes, "How tasks may be run here: process, runc.", "NAME,…"),
+    Option("runtimes", "runtimes", _runtimes, "How tasks may be run here: process, container.", "NAME,…"),
+    Option("allow", "allow", _allow, "What containers may have here, e.g. network:host, mount:/data.", "WORD,…"),
+    Option("devices", "devices", parse_devices, "What a countable is, e.g. gpu=/dev/nvidia0.", "NAME=PATH,…"),
+    Option("container_program", "container_program", _container_program, "What runs them.", "auto|runc|crun|PATH"),
+    Option("container_ids", "container_ids", _container_ids, "First of their 65536 user ids (0: automatic).", "ID"),
+    Option(
+        "tmp_size", "tmp_bytes", _size(TMP_BYTES_MIN, container.TMP_BYTES_MAX), "Size of /tmp in a container.", "SIZE"
+    ),
     Option("etcd_client_port", "etcd_client_port", _PORT, "etcd's port for clients (0: any free one).", "PORT"),
     Option("etcd_peer_port", "etcd_peer_port", _PORT, "etcd's port for its peers (0: any free one).", "PORT"),
     Option("etcd_quota", "etcd_quota_bytes", _size(16 << 20, 64 << 30), "How large etcd's file may be.", "SIZE"),
@@ -297,8 +368,10 @@ NODE_OPTIONS: tuple[Option, ...] = (
     ),
     Option("on_terminate", "on_terminate", _one_of(*_ENDS), "What SIGTERM does with the tasks.", "|".join(_ENDS)),
     Option("log_level", "log_level", _one_of("debug", "info", "warning", "error"), "How much to say.", "LEVEL"),
+    Option("log_max", "log_max_bytes", units.parse_bytes, "Size of one log of an attempt (0: any).", "SIZE"),
     Option("log_keep", "log_keep_bytes", units.parse_bytes, "Bytes of task logs to keep (0: all).", "SIZE"),
     Option("log_keep_time", "log_keep_s", units.parse_duration, "How long to keep task logs (0: for ever).", "TIME"),
+    Option("scratch_keep", "scratch_keep_bytes", units.parse_bytes, "Kept scratch directories (0: all).", "SIZE"),
     Option("collect_after", "collect_after_s", _keep_time, "When finished tasks leave the store (0: never).", "TIME"),
     Option("collect_keep", "collect_keep", _whole(0, KEEP_MAX), "Finished tasks to keep in it (0: any).", "N"),
     Option("archive_keep", "archive_keep_bytes", units.parse_bytes, "Archived tasks to keep here (0: all).", "SIZE"),

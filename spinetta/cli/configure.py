@@ -78,7 +78,7 @@ def _documents(options: Sequence[Option], settings: object, origins: Mapping[str
             value = HIDDEN
         origin = origins[option.attribute]
         found[option.attribute] = {
-            "value": dict(value) if option.key == "countables" else value,
+            "value": dict(value) if option.key in ("countables", "devices") else value,
             "origin": origin.kind,
             "from": origin.where,
         }
@@ -108,6 +108,8 @@ def _text(option: Option, value: Any) -> str:
         return units.format_duration_exact(value)
     if option.key == "countables":
         return ",".join(f"{name}={n}" for name, n in value)
+    if option.key == "devices":
+        return ",".join(f"{name}={','.join(paths)}" for name, paths in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):

@@ -287,10 +287,12 @@ async def _etcd(settings: Settings, *, needed: bool) -> tuple[str, tuple[int, in
 
 
 def _runc(settings: Settings) -> tuple[str, ...]:
-    if "runc" in settings.runtimes and shutil.which("runc") is None:
+    program = settings.container_program
+    wanted = ("crun", "runc") if program == "auto" else (program,)
+    if "container" in settings.runtimes and not any(map(shutil.which, wanted)):
         raise UserError(
-            "there is no program 'runc'",
-            field="node.runtimes",
+            f"there is no program {wanted[-1]!r}",
+            field="node.runtimes" if program == "auto" else "node.container_program",
             hint="on Debian: apt install runc; or offer plain processes only, with --runtimes process",
             reason="no-runc",
         )

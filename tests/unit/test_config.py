@@ -159,7 +159,7 @@ def test_refused(flags: dict[str, str], field: str, message: str) -> None:
     ("table", "field", "message"),
     [
         ({"memroy": "1G"}, "node.memroy", "unknown setting 'memroy' in [node] (did you mean 'memory'?)"),
-        ({"quux": 1}, "node.quux", "unknown setting 'quux' in [node] (known: address, archive_keep"),
+        ({"quux": 1}, "node.quux", "unknown setting 'quux' in [node] (known: address, allow, archive_keep"),
         ({"memory": ["1G"]}, "node.memory", "[node] memory: a size must be text or a number, not list"),
         ({"name": 3}, "node.name", "[node] name: must be text, not a number"),
         ({"voters_wanted": True}, "node.voters_wanted", "must be a whole number, not a boolean"),
