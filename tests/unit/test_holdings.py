@@ -26,7 +26,19 @@ from spinetta.events import (
 )
 from spinetta.holdings import RETRY_S, Holdings
 from spinetta.mirror import Delta
-from spinetta.model import Exit, Holding, IncarnationId, NodeId, Outcome, Reason, Resources, Revision, State, Task
+from spinetta.model import (
+    ContainerSpec,
+    Exit,
+    Holding,
+    IncarnationId,
+    NodeId,
+    Outcome,
+    Reason,
+    Resources,
+    Revision,
+    State,
+    Task,
+)
 from spinetta.processes import STOP_AGAIN_S
 from tests.builders import cpus, entry, exit_code, holding, key_of, queued, task_id
 
@@ -288,6 +300,40 @@ def test_a_request_to_cancel() -> None:
     assert poll(held) == []
     held.attempt_ended(AttemptEnded(key_of(1), Exit(Reason.CANCELLED, signal=15)))
     assert written(poll(held))[0].outcome is Outcome.CANCELLED
+
+
+def test_what_is_being_prepared_is_told_to_end_at_once() -> None:
+    """Its image may take an hour; the runtime knows nothing of it yet."""
+    held = claimed(container=ContainerSpec("docker://here/tool:1"))
+    (start,) = poll(held)
+    assert isinstance(start, Start)
+    held.follow([appeared(modified=8, cancel_requested=True)])
+    assert poll(held) == [Stop(key_of(1), "cancelled")]
+    assert poll(held, NOW + 1) == []
+    assert poll(held, NOW + STOP_AGAIN_S) == [Stop(key_of(1), "cancelled")]
+    held.started(Started(key_of(1), Revision(5), Exit(Reason.CANCELLED)), NOW + STOP_AGAIN_S)
+    (ended,) = written(poll(held, NOW + STOP_AGAIN_S))
+    assert ended.outcome is Outcome.CANCELLED
+
+
+def test_a_process_that_is_being_started_is_told_to_end_once_it_runs() -> None:
+    held = claimed()
+    poll(held)
+    held.follow([appeared(modified=8, cancel_requested=True)])
+    assert poll(held) == []
+    held.started(Started(key_of(1), Revision(5), None), NOW)
+    assert poll(held) == [Stop(key_of(1), "cancelled")]
+
+
+def test_what_is_being_prepared_and_no_longer_ours_is_told_to_end() -> None:
+    held = claimed(container=ContainerSpec("docker://here/tool:1"))
+    poll(held)
+    held.follow([vanished()])
+    assert poll(held) == [Stop(key_of(1), "fenced")]
+    assert not held.nothing_runs
+    held.started(Started(key_of(1), Revision(5), Exit(Reason.FENCED)), NOW)
+    assert poll(held) == [Forget(key_of(1))]
+    assert held.nothing_runs
 
 
 def test_a_request_to_cancel_before_the_start() -> None:
