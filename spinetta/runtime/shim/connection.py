@@ -5,11 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from .loop import READ, WRITE
-from .wire import CONNECTIONS_MAX, OUTPUT_BYTES_MAX, SOCKET_NAME, BadMessage, Lines, Message, decode, encode
+from .wire import (
+    CONNECTIONS_MAX,
+    DESCRIPTORS_MAX,
+    OUTPUT_BYTES_MAX,
+    SOCKET_NAME,
+    BadMessage,
+    Lines,
+    Message,
+    decode,
+    encode,
+)
 
 _SOCKET_BYTES = 8 << 20  # more than a socket's buffer ever holds (net.core.wmem_max is 208 KiB by default)
 _RECEIVE_BYTES = 1 << 16  # what one client may ask before timers and others have their turn
@@ -44,13 +55,19 @@ def listen(state_dir: Path) -> socket.socket:
 
 
 class Connection:
-    """One client."""
+    """One client.
+
+    Attributes:
+        on_close: called once when the connection is over.
+    """
 
     def __init__(self, server: Owner, sock: socket.socket) -> None:
         self._server = server
         self._sock = sock
         self._lines = Lines()
         self._out = bytearray()
+        self._descriptors: list[int] = []
+        self.on_close: Callable[[], None] = lambda: None
         self.greeted = False
         self.subscribed = False
         self.open = True
@@ -96,6 +113,15 @@ class Connection:
         """Close the socket."""
         self.open = False
         self._sock.close()
+        for fd in self.take_descriptors():
+            os.close(fd)
+        on_close, self.on_close = self.on_close, lambda: None
+        on_close()
+
+    def take_descriptors(self) -> list[int]:
+        """Those that have come with messages and were not taken yet: the caller's to close."""
+        taken, self._descriptors = self._descriptors, []
+        return taken
 
     def hear_out(self) -> None:
         """Take in all that this client has sent so far, at most what a socket holds."""
@@ -106,11 +132,15 @@ class Connection:
     def _receive(self) -> bool:
         """Take in some; False when there was nothing."""
         try:
-            data = self._sock.recv(_RECEIVE_BYTES)
+            data, fds, flags, _ = socket.recv_fds(self._sock, _RECEIVE_BYTES, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
+            self._descriptors += fds
         except BlockingIOError:
             return False
         except OSError:
-            data = b""
+            data, flags = b"", 0
+        if len(self._descriptors) > DESCRIPTORS_MAX or flags & socket.MSG_CTRUNC:
+            self._server.cut(self, "it sends more descriptors than any request takes")
+            return False
         if not data:
             self._server.cut(self, "")
             return False

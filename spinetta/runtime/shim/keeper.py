@@ -137,6 +137,11 @@ class Keeper:
             self._arm_fence()
 
     @property
+    def around(self) -> Surroundings:
+        """What all children share."""
+        return self._around
+
+    @property
     def kill_margin_s(self) -> float:
         """The margin in force."""
         return self._kill_margin_s

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import secretfiles
-from .attempt import Held, Phase
+from .attempt import Held, Phase, usage_dict
 from .cgroup import Limits
 from .connection import Connection
 from .disk import Layout
+from .execs import Execs
 from .keeper import Keeper, Refused
 from .loop import READ, Loop, now_s
 from .wire import (
@@ -70,6 +71,7 @@ class Server:
         self._identity = identity
         self._log = log
         self._connections: set[Connection] = set()
+        execs = Execs(loop, keeper, log)
         self._operations: dict[str, Callable[[Connection, Message], None]] = {
             "start": self._start,
             "stop": self._stop,
@@ -82,6 +84,8 @@ class Server:
             "services": self._services,
             "subscribe": self._subscribe,
             "shutdown": self._shutdown,
+            "exec": execs.start,
+            "exec_signal": execs.signal,
         }
         self.quiet_since_s: float | None = now_s()
         keeper.on_end = self._on_end
@@ -208,6 +212,8 @@ class Server:
             stop_wait_s=number(message, "stop_wait_s", 10.0),
             token=integer(message, "token", 0),
             incarnation=text(message, "incarnation", ""),
+            disk_bytes_max=integer(message, "disk_bytes_max", 0),
+            log_bytes_max=integer(message, "log_bytes_max", 0),
             private=message.get("private") is True,
             secrets=secrets,
             secret_names=tuple(secrets),
@@ -246,12 +252,8 @@ class Server:
         held = self._keeper.attempts.get(key(message))
         usage = None
         if held is not None and held.alive and held.group is not None and held.group.kills:
-            counters = held.group.counters()
-            usage = {
-                "cpu_user_s": counters.cpu_user_s or 0.0,
-                "cpu_system_s": counters.cpu_system_s or 0.0,
-                "memory_peak_bytes": counters.memory_peak_bytes or 0,
-            }
+            counters, now = held.group.sample()
+            usage = {**usage_dict(counters), "memory_bytes": now.memory_bytes or 0, "pids": now.pids or 0}
         connection.send({"id": message["id"], "ok": True, "usage": usage})
 
     def _start_service(self, connection: Connection, message: Message) -> None:

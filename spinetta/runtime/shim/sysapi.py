@@ -13,7 +13,7 @@ CLONE_NEWPID = 0x2000_0000
 CLOCK_BOOTTIME = 7
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
-_MS_REC, _MS_SLAVE = 16384, 1 << 19
+_MS_BIND, _MS_REC, _MS_SLAVE = 4096, 16384, 1 << 19
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 4, 15, 36
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _TFD_NONBLOCK, _TFD_CLOEXEC, _TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
@@ -64,6 +64,20 @@ def remount_read_only(path: str) -> None:
     """Nothing can be written there any more."""
     flags = ctypes.c_ulong(_MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     _check(_libc.mount(None, os.fsencode(path), None, flags, None), f"remount {path}")
+
+
+def bind_read_only(source: str, where: str) -> None:
+    """`source` appears at `where` too, and cannot be written to there, nor devices in it used."""
+    target = os.fsencode(where)
+    _check(_libc.mount(os.fsencode(source), target, None, ctypes.c_ulong(_MS_BIND), None), f"bind {source}")
+    flags = ctypes.c_ulong(_MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NODEV)
+    _check(_libc.mount(None, target, None, flags, None), f"remount {where}")
+
+
+def mount_overlay(where: str, options: str, *, read_only: bool) -> None:
+    """Mount an overlay, in which devices cannot be used."""
+    flags = ctypes.c_ulong(_MS_NODEV | (_MS_RDONLY if read_only else 0))
+    _check(_libc.mount(b"overlay", os.fsencode(where), b"overlay", flags, os.fsencode(options)), f"mount {where}")
 
 
 def set_child_subreaper() -> None:

@@ -1,0 +1,275 @@
+"""Commands beside a running attempt: in its groups, with its environment, for as long as somebody listens.
+
+Each belongs to the connection that asked for it, by which its standard streams came as descriptors: when that ends, as
+it does when the daemon dies, the command is hung up, then killed. It is no part of any record, and never keeps its
+attempt from ending: it is in the attempt's groups, and where there are none it is killed by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import termios
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from . import child, proctable, secretfiles, sysapi
+from .attempt import Held, Phase
+from .connection import Connection
+from .keeper import Keeper, Refused
+from .loop import READ, Loop
+from .spawn import TASK_OOM_SCORE_ADJ, Surroundings
+from .wire import EXECS_MAX, EXECS_PER_ATTEMPT_MAX, Message, integer, key, text, text_map, texts
+
+HANGUP_WAIT_S = 2.0  # between HUP and KILL, for a shell to write its history
+KILL_AGAIN_S = 0.2
+KILL_TRIES_MAX = 50
+REPORT_BYTES_MAX = 4096
+
+
+@dataclass
+class Exec:
+    """One such command.
+
+    Attributes:
+        waits: the request's id, until it has been answered.
+        report_fd: what goes wrong before the program runs comes from here; its end says that it runs.
+    """
+
+    held: Held
+    connection: Connection
+    waits: int
+    pid: int
+    pidfd: int
+    report_fd: int
+    program: str
+    cwd: str
+    report: bytes = b""
+    hung_up: bool = False
+    tries: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the new process needs."""
+
+    argv: Sequence[str]
+    env: dict[str, str] = field(repr=False)
+    cwd: str
+    fds: Sequence[int]
+    join: Sequence[str]
+    mounts: str  # of a process whose mounts it is to see; empty: ours
+    around: Surroundings
+    parent: int
+
+
+class Execs:
+    """All commands of this node that run beside attempts."""
+
+    def __init__(self, loop: Loop, keeper: Keeper, log: Callable[[str], None]) -> None:
+        self._loop = loop
+        self._keeper = keeper
+        self._around = keeper.around
+        self._log = log
+        self._all: dict[int, Exec] = {}  # by pid
+        keeper.ending.companions = lambda held: {one.pid for one in self._all.values() if one.held is held}
+
+    def start(self, connection: Connection, message: Message) -> None:
+        """Start one; it is answered when the program runs, or cannot.
+
+        Its descriptors come with the message: one of a terminal, or three.
+        """
+        fds = connection.take_descriptors()
+        try:
+            self._start(connection, message, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def signal(self, connection: Connection, message: Message) -> None:
+        """A signal to the process group of the command that belongs to this connection."""
+        number = integer(message, "signal")
+        if not 1 <= number <= 64:
+            raise Refused("bad-request", "signal must be 1 to 64")
+        for one in self._all.values():
+            if one.connection is connection:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(one.pid, number)
+        connection.send({"id": message["id"], "ok": True})
+
+    def _start(self, connection: Connection, message: Message, fds: Sequence[int]) -> None:
+        held = self._keeper.attempts.get(key(message))
+        argv, more, cwd = texts(message, "argv"), text_map(message, "env"), text(message, "cwd", "")
+        if len(fds) not in (1, 3):
+            raise Refused("bad-request", "one descriptor of a terminal must come along, or three others")
+        if held is None or held.phase is not Phase.RUNNING or held.stop_why:
+            raise Refused("not-running", "the attempt does not run" if held is None else "the attempt is ending")
+        if sum(1 for one in self._all.values() if one.held is held) >= EXECS_PER_ATTEMPT_MAX:
+            raise Refused("full", f"{EXECS_PER_ATTEMPT_MAX} commands run beside this attempt already")
+        if len(self._all) >= EXECS_MAX:
+            raise Refused("full", f"{EXECS_MAX} commands run beside attempts of this node already")
+        if any(one.connection is connection for one in self._all.values()):
+            raise Refused("bad-request", "one command for each connection")
+        plan = self._plan(held, argv, more, cwd, fds)
+        if problem := child.unusable(plan.argv, plan.env):
+            raise Refused("cannot-start", problem)
+        try:
+            one = self._fork(plan, held, connection, integer(message, "id"))
+        except OSError as error:
+            raise Refused("full", f"cannot fork: {error.strerror}") from None
+        self._all[one.pid] = one
+        self._keeper.ending.unreaped.add(one.pid)
+        self._loop.watch(one.report_fd, READ, lambda _mask: self._reported(one))
+        self._loop.watch(one.pidfd, READ, lambda _mask: self._ended(one))
+        connection.on_close = lambda: self._hang_up(one)
+
+    def _plan(self, held: Held, argv: list[str], more: dict[str, str], cwd: str, fds: Sequence[int]) -> Plan:
+        env = {**held.env, **self._around.mark, **more}
+        if held.secret_names:
+            env[secretfiles.VARIABLE] = self._around.place.of(held.key)
+        base = held.cwd or str(held.scratch or "/")
+        return Plan(
+            argv=argv,
+            env=env,
+            cwd=os.path.join(base, cwd),  # noqa: PTH118 - as text: an absolute one stands for itself
+            fds=fds,
+            join=held.group.join_files() if held.group else [],
+            mounts=f"/proc/{held.pid}/ns/mnt" if held.secret_names and self._around.place.mount else "",
+            around=self._around,
+            parent=os.getpid(),
+        )
+
+    def _fork(self, plan: Plan, held: Held, connection: Connection, number: int) -> Exec:
+        receive, send = os.pipe2(os.O_CLOEXEC)
+        try:
+            os.set_blocking(receive, False)
+            pid = os.fork()
+        except OSError:
+            os.close(receive)
+            os.close(send)
+            raise
+        if pid == 0:
+            _run(plan, send)
+        os.close(send)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.close(receive)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        return Exec(held, connection, number, pid, pidfd, receive, plan.argv[0], plan.cwd)
+
+    def _reported(self, one: Exec) -> None:
+        """The program has taken over, or could not."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(one.report_fd, REPORT_BYTES_MAX):
+                one.report += data
+            self._loop.unwatch(one.report_fd)
+            os.close(one.report_fd)
+            one.report_fd = -1
+            number, one.waits = one.waits, 0
+            if not one.report:
+                one.connection.send({"id": number, "ok": True})
+                return
+            failure = json.loads(one.report)
+            why = child.explain(failure["stage"], failure["errno"], one.program, one.cwd)
+            one.connection.send({"id": number, "error": "cannot-start", "message": why})
+
+    def _ended(self, one: Exec) -> None:
+        if one.report_fd >= 0:
+            self._reported(one)  # all has been said by now
+        result = os.waitid(os.P_PIDFD, one.pidfd, os.WEXITED | os.WNOHANG)
+        if result is None:
+            return
+        del self._all[one.pid]
+        self._keeper.ending.unreaped.discard(one.pid)
+        self._loop.unwatch(one.pidfd)
+        os.close(one.pidfd)
+        one.connection.on_close = lambda: None
+        if one.report:
+            return  # told already
+        exited = result.si_code == os.CLD_EXITED
+        # That the attempt's end ended it can be seen only while the attempt has not been forgotten.
+        with_it = not exited and one.held.phase >= Phase.ENDING
+        one.connection.send(
+            {
+                "event": "exec-ended",
+                "exit_code": result.si_status if exited else None,
+                "signal": 0 if exited else result.si_status,
+                "message": "the task has ended" if with_it else "",
+            }
+        )
+
+    # Ending by force ---------------------------------------------------------------------------------------------
+
+    def _hang_up(self, one: Exec) -> None:
+        """Nobody listens any more."""
+        if one.pid not in self._all or one.hung_up:
+            return
+        one.hung_up = True
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(one.pid, signal.SIGHUP)
+            os.killpg(one.pid, signal.SIGCONT)
+        self._loop.call_in(HANGUP_WAIT_S, lambda: self._kill(one))
+
+    def _kill(self, one: Exec) -> None:
+        """All of its session, until it is gone. Not reaped yet, so its number is not another's."""
+        if one.pid not in self._all or one.tries >= KILL_TRIES_MAX:
+            return
+        one.tries += 1
+        proctable.kill_session(one.pid)
+        with contextlib.suppress(ProcessLookupError):  # before it has a session of its own
+            os.kill(one.pid, signal.SIGKILL)
+        self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(one))
+
+
+# --- in the new process -------------------------------------------------------------------------------------------
+
+
+def _run(plan: Plan, report: int) -> NoReturn:
+    """Become the program. Never returns, whatever happens."""
+    stage = ["setup"]
+    try:
+        _become(plan, stage)
+    except OSError as error:
+        os.write(report, json.dumps({"stage": stage[0], "errno": error.errno or 0}).encode())
+    finally:
+        os._exit(127)
+
+
+def _become(plan: Plan, stage: list[str]) -> NoReturn:
+    os.setsid()
+    stage[0] = "cgroup"
+    for path in plan.join:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, b"0")
+        os.close(fd)
+    stage[0] = "setup"
+    if not plan.around.isolated:
+        sysapi.set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != plan.parent:
+            os._exit(127)
+    child.reset_signals()
+    child.reset_priority(TASK_OOM_SCORE_ADJ)
+    with contextlib.suppress(OSError, ValueError):
+        child.restore_limits(plan.around.nofile, plan.around.core)
+    os.umask(0o022)
+    if plan.mounts:
+        fd = os.open(plan.mounts, os.O_RDONLY | os.O_CLOEXEC)
+        sysapi.setns(fd, sysapi.CLONE_NEWNS)
+        os.close(fd)
+    stage[0] = "terminal"
+    if len(plan.fds) == 1:
+        fcntl.ioctl(plan.fds[0], termios.TIOCSCTTY, 0)
+    stage[0] = "cwd"
+    os.chdir(plan.cwd)
+    stage[0] = "setup"
+    for number, fd in enumerate(plan.fds if len(plan.fds) == 3 else [plan.fds[0]] * 3):
+        os.dup2(fd, number)
+    stage[0] = "exec"
+    child.become_program(plan.argv, plan.env, stage)
