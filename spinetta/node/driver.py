@@ -99,9 +99,9 @@ class LaunchSettings:
 
 def task_environment(spec: TaskSpec, attempt: int, settings: LaunchSettings) -> dict[str, str]:
     """The whole environment of a task: nothing of the daemon's own gets in."""
+    usual = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8"} if spec.container is None else {}  # else its image says
     return {
-        "PATH": DEFAULT_PATH,
-        "LANG": "C.UTF-8",
+        **usual,
         "SPINETTA_TASK_ID": spec.id,
         "SPINETTA_ATTEMPT": str(attempt),
         "SPINETTA_NODE_NAME": settings.node,
@@ -131,6 +131,7 @@ def launch_of(start: Start, settings: LaunchSettings, opened: Opened | None = No
         log_bytes_max=settings.log_bytes_max,
         disk_bytes_max=spec.resources.disk_bytes,
         keep_scratch=spec.keep_scratch_s > 0,
+        countables=spec.resources.countables,
         wants=spec.container,
     )
 

@@ -201,6 +201,11 @@ class ProcessRuntime:
         return feed
 
     @property
+    def state_dir(self) -> Path:
+        """Where the shim keeps everything."""
+        return self._state_dir
+
+    @property
     def logs_dir(self) -> Path:
         """Holds one directory of logs for each attempt, by key."""
         return self._state_dir / "logs"
