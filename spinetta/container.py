@@ -37,8 +37,6 @@ CAPABILITIES = frozenset(
     }
 )
 # fmt: on
-# What every container has of its own; a mount over it would hide what isolates.
-RESERVED = ("/proc", "/sys", "/dev", "/.spinetta", "/run/secrets/spinetta")
 _PATHS = ("mount", "mount-rw", "image")
 _USER = re.compile(r"[0-9]{1,5}(:[0-9]{1,5})?", re.ASCII)
 _ID_MAX = 65534  # 65535 means "no change" to some calls
@@ -164,12 +162,6 @@ def check_container(asked: ContainerSpec, field: str) -> None:
         here = f"{field}.mounts[{i}]"
         check_path(mount.source, f"{here}.source")
         check_path(mount.target, f"{here}.target")
-        if hidden := [top for top in RESERVED if _below(mount.target, top) or _below(top, mount.target)]:
-            raise UserError(
-                f"a mount at {names.quoted(mount.target)} would hide {hidden[0]}, which isolates the container",
-                field=f"{here}.target",
-                hint="choose another place, e.g. /data",
-            )
         if mount.target in targets:
             raise UserError(f"two mounts at {names.quoted(mount.target)}", field=f"{here}.target", hint="give it once")
         targets.add(mount.target)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from spinetta import confidential, container, names
+from spinetta import confidential, container, names, ociconfig
 from spinetta.errors import UserError
 from spinetta.model import Resources, TaskSpec
 from spinetta.options import COUNT_MAX, COUNTABLES_MAX, PATH_MAX
@@ -180,6 +180,8 @@ def check_spec(spec: TaskSpec, field: str, *, grace_min_s: float = GRACE_MIN_S, 
             )
     if spec.container is not None:
         container.check_container(spec.container, dot + "container")
+        for words in ociconfig.mount_refusals(spec.container.mounts):
+            raise UserError(words, field=dot + "container.mounts", hint="choose other places, e.g. /data")
     _check_seconds(spec.keep_scratch_s, 0, container.KEEP_SCRATCH_MAX_S, dot + "keep_scratch_s", "a time to keep files")
     _check_range(spec.losses_allowed, 0, LOSSES_ALLOWED_MAX, dot + "losses_allowed", "a number of lost nodes")
     _check_range(spec.priority, -PRIORITY_MAX, PRIORITY_MAX, dot + "priority", "a priority")
@@ -291,6 +293,8 @@ def _check_words(spec: TaskSpec, dot: str) -> None:
                 reason="too-large",
             )
         names.check_printable(directory, "the working directory", field)
+        if spec.container is not None and (words := ociconfig.cwd_refusal(directory)):
+            raise UserError(words, field=field, hint="leave it away for the scratch directory, /work")
 
 
 def _check_resources(r: Resources, field: str) -> None:
