@@ -56,8 +56,15 @@ def parse_exit(value: Any) -> Exit | None:
 
 
 def parse_usage(value: Any) -> Usage:
-    """The three counters of an exit or a usage answer."""
-    return Usage(value["cpu_user_s"], value["cpu_system_s"], value["memory_peak_bytes"])
+    """The counters of an exit or a usage answer. Shims and records of earlier versions have three of them."""
+    return Usage(
+        cpu_user_s=value["cpu_user_s"],
+        cpu_system_s=value["cpu_system_s"],
+        memory_peak_bytes=value["memory_peak_bytes"],
+        io_read_bytes=value.get("io_read_bytes", 0),
+        io_write_bytes=value.get("io_write_bytes", 0),
+        pids_peak=value.get("pids_peak", 0),
+    )
 
 
 class ShimClient:

@@ -12,13 +12,14 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from . import sysapi
+from .logcap import cut_all
 from .records import put_file, seal, sync_folder
-from .wire import BadMessage, Lines, Message, decode, encode
+from .wire import MESSAGE_CHARS_MAX, BadMessage, Lines, Message, decode, encode
 
 TO_TRASH = "moved to the trash"  # the answer to a `discard` that leaves work
 CUT = b"\n[spinetta: the disk was full; some of what was written here or to the other stream may be missing]\n"
@@ -63,11 +64,20 @@ class _Log:
                 log.write(text)
 
 
+def _cut_logs(message: Message) -> str:
+    """Nothing is written to them any more: for the last time, and to be said in the record of the end."""
+    remark = cut_all(message["logs"], message["log_bytes_max"])
+    end = message["record"]["exit"]
+    if remark and remark not in end["message"]:
+        end["message"] = "; ".join(part for part in (end["message"], remark) if part)[:MESSAGE_CHARS_MAX]
+    return remark
+
+
 def _do(message: Message, dirty: set[Path]) -> str:
     path = Path(message["path"])
     match message["op"]:
         case "put":
-            put_file(path, message["data"].encode())
+            put_file(path, json.dumps(seal(message["record"])).encode())
             dirty.add(path.parent)
         case "remove":
             path.unlink(missing_ok=True)
@@ -98,6 +108,7 @@ def _serve(sock: socket.socket, log: _Log) -> None:
     lines = Lines(64 << 20)
     while data := sock.recv(1 << 18):
         answers: dict[int, str] = {}
+        remarks: dict[int, str] = {}
         folders: dict[int, Path] = {}
         dirty: set[Path] = set()
         # All that has gathered shares one sync of each folder.
@@ -109,6 +120,8 @@ def _serve(sock: socket.socket, log: _Log) -> None:
             number = message["n"]
             answers[number] = ""
             folders[number] = Path(message["path"]).parent
+            if "logs" in message:
+                remarks[number] = _cut_logs(message)
             try:
                 answers[number] = _do(message, dirty)
             except OSError as error:
@@ -121,7 +134,9 @@ def _serve(sock: socket.socket, log: _Log) -> None:
                     if folders[number] == folder:
                         answers[number] = answers[number] or error.strerror or str(error)
         if answers:
-            sock.sendall(b"".join(encode({"n": n, "error": e}) for n, e in answers.items()))
+            sock.sendall(
+                b"".join(encode({"n": n, "error": e, "remark": remarks.get(n, "")}) for n, e in answers.items())
+            )
 
 
 def _writer_main(sock: socket.socket, lock_fd: int, log_path: Path) -> NoReturn:
@@ -156,7 +171,7 @@ class Writer:
         """`lock_fd`: the shim's lock, which the process holds with us. OSError: it could not be started."""
         self._layout = layout
         self._lock_fd = lock_fd
-        self._waiting: dict[int, tuple[Message, Ack]] = {}
+        self._waiting: dict[int, tuple[Message, Ack, Ack | None]] = {}
         self._next = 1
         self._out = bytearray()
         self.pid = 0
@@ -183,7 +198,7 @@ class Writer:
         self.pid = pid
         self._lines = Lines()
         self._out = bytearray()
-        for message, _ in list(self._waiting.values()):
+        for message, _, _ in list(self._waiting.values()):
             self._out += encode(message)
         self.up = True
 
@@ -200,7 +215,17 @@ class Writer:
 
     def put(self, path: Path, record: Message, ack: Ack) -> None:
         """Make `record` durable at `path`."""
-        self._ask({"op": "put", "path": str(path), "data": json.dumps(seal(record))}, ack)
+        self._ask({"op": "put", "path": str(path), "record": record}, ack)
+
+    def put_end(
+        self, path: Path, record: Message, logs: Sequence[str], log_bytes_max: int, noted: Ack, ack: Ack
+    ) -> None:
+        """Make the record of an end durable, once its logs are no longer than that.
+
+        If one was cut, now or before, `noted` is called first with what the record's message says of it.
+        """
+        message = {"op": "put", "path": str(path), "record": record, "logs": list(logs), "log_bytes_max": log_bytes_max}
+        self._ask(message, ack, noted)
 
     def remove(self, path: Path, ack: Ack) -> None:
         """Remove a file durably."""
@@ -242,13 +267,15 @@ class Writer:
             message = decode(line)
             waiting = self._waiting.pop(message["n"], None)
             if waiting is not None:
+                if message["remark"] and waiting[2] is not None:
+                    waiting[2](message["remark"])
                 done.append((waiting[1], message["error"]))
         return done
 
-    def _ask(self, message: Message, ack: Ack) -> None:
+    def _ask(self, message: Message, ack: Ack, noted: Ack | None = None) -> None:
         number = self._next
         self._next += 1
         message["n"] = number
-        self._waiting[number] = (message, ack)
+        self._waiting[number] = (message, ack, noted)
         self._out += encode(message)
         self.flush()

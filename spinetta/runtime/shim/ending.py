@@ -16,6 +16,7 @@ from .disk import Writer
 from .judging import judge
 from .loop import Loop, now_s
 from .spawn import read_report
+from .wire import MESSAGE_CHARS_MAX
 
 LEFTOVER_WAIT_S = 10.0  # for killed processes to go; past it (stuck in the kernel) the end is reported all the same
 RECORD_WAIT_S = 5.0  # for the disk; past it the end is reported unrecorded, and the writing goes on
@@ -114,6 +115,16 @@ class Ending:
 
     def record(self, held: Held) -> None:
         """Write the exit record, until it is written or forgotten."""
+        if held.log_bytes_max and held.phase is not Phase.ENDED:
+            self._writer.put_end(
+                held.record_path,
+                held.ended(),
+                [held.stdout, held.stderr],
+                held.log_bytes_max,
+                lambda remark: self._remark(held, remark),
+                lambda error: self._recorded(held, error),
+            )
+            return
         self._writer.put(held.record_path, held.ended(), lambda error: self._recorded(held, error))
 
     def drop(self, held: Held) -> None:
@@ -207,9 +218,14 @@ class Ending:
         if held.phase is Phase.ENDED:
             return
         held.phase = Phase.ENDED
-        if remark and held.exit is not None:
-            held.exit["message"] = "; ".join(part for part in (held.exit["message"], remark) if part)
+        self._remark(held, remark)
         self._ended(held)
+
+    @staticmethod
+    def _remark(held: Held, remark: str) -> None:
+        if remark and held.exit is not None and remark not in held.exit["message"]:
+            parts = (held.exit["message"], remark)
+            held.exit["message"] = "; ".join(part for part in parts if part)[:MESSAGE_CHARS_MAX]
 
     def _reap(self, held: Held) -> None:
         if held.pidfd >= 0:

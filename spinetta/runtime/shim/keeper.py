@@ -15,10 +15,13 @@ from .disk import TO_TRASH, Layout, Writer
 from .ending import Ending
 from .loop import READ, Loop, Timer, now_s
 from .spawn import Surroundings, read_report, spawn
+from .watcher import Watcher
 from .wire import ATTEMPTS_MAX, SERVICES_MAX
 
 FORGOTTEN_MAX = 1024  # ends still known after `forget`, for a start that comes late and again
 KILL_AGAIN_S = 0.2
+DISK_LIMIT = "disk-limit"
+DISK_OVER_MIN_BYTES = 64 << 20  # so much more than it may have, or a quarter, and it gets no time to tidy up
 UNFIT = "node-unfit"  # the node's fault, not the task's: it may run elsewhere
 NEVER = float("inf")
 
@@ -66,6 +69,7 @@ class Keeper:
         self.trash_waits = False
         self.on_end: Callable[[Held], None] = lambda _held: None
         self.ending = Ending(loop, writer, log, self._ended)
+        self.watcher = Watcher(loop, log, self._over_disk)
 
     # Asked for by clients ----------------------------------------------------------------------------------------
 
@@ -251,6 +255,7 @@ class Keeper:
         self._arm_fence(held)
         if not self._around.isolated:
             self._note_pid(held)
+        self.watcher.watch(held)
 
     def _note_pid(self, held: Held) -> None:
         """Without a pid namespace a later shim may have to find it: pid and start time name it for ever."""
@@ -287,7 +292,20 @@ class Keeper:
         self.ending.kill_all(held, thoroughly=again)
         held.set_timer("kill", self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(held, again=True)))
 
+    def _over_disk(self, key: str, used_bytes: int) -> None:
+        """Its scratch holds more than it may: ended as others are, and at once if it goes on filling the disk."""
+        held = self.attempts.get(key)
+        if held is None or not held.alive:
+            return
+        if not held.stop_why:
+            held.disk_used_bytes = used_bytes
+            self.stop(held, DISK_LIMIT)
+        most_bytes = held.disk_bytes_max + max(held.disk_bytes_max // 4, DISK_OVER_MIN_BYTES)
+        if held.stop_why == DISK_LIMIT and used_bytes > most_bytes:
+            self._kill(held)
+
     def _ended(self, held: Held) -> None:
+        self.watcher.unwatch(held.key)
         held.secrets = {}
         if held.secret_names and not secretfiles.remove(self._around.place, held.key, held.secret_names):
             self._log(f"{held.key}: it left more than its secrets in {self._around.place.of(held.key)}")

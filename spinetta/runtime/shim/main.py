@@ -117,7 +117,7 @@ class Shim:
         self._server = Server(self._loop, self._listening, self._keeper, layout, self.identity, self._log)
         self._idle_end_s = float(str(config["idle_end_s"]))
         self._janitor = 0
-        self._keeper.ending.helpers = lambda: {self._writer.pid, self._janitor}
+        self._keeper.ending.helpers = lambda: {self._writer.pid, self._janitor, self._keeper.watcher.pid}
         self._orphans_later = False
 
     def run(self) -> None:
