@@ -8,7 +8,6 @@ All of this runs before we enter namespaces of our own, where we could not see t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -24,6 +23,15 @@ from .disk import Layout
 from .hierarchy import Hierarchy, detect
 from .records import overwrite, put_file, read_records, seal, unseal
 from .wire import IDENTITY_NAME
+
+# Without hashlib, which brings all of OpenSSL: a megabyte of each of our processes, for one name.
+try:
+    from _sha2 import sha256  # type: ignore[import-not-found, unused-ignore]
+except ImportError:
+    try:
+        from _sha256 import sha256  # type: ignore[import-not-found, unused-ignore]  # before Python 3.12
+    except ImportError:
+        from hashlib import sha256
 
 SWEEP_LIMIT_S = 10.0
 MOVED_MAX = 10_000  # leftover folders at one start; the rest the next time
@@ -60,7 +68,7 @@ def place_of(root: Path) -> str:
 def name_of(root: Path, node: str) -> str:
     """The name of all that the shim of `root` makes outside of it."""
     clean = "".join(c if c.isalnum() and c.isascii() else "-" for c in node)[:40]
-    return f"{PREFIX}{clean}-{hashlib.sha256(place_of(root).encode()).hexdigest()[:12]}"
+    return f"{PREFIX}{clean}-{sha256(place_of(root).encode()).hexdigest()[:12]}"
 
 
 def read_identity(root: Path) -> dict[str, Any]:
