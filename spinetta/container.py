@@ -2,8 +2,9 @@
 
 Both are lists of words, so that they travel in a queue hint and in a node's record, and compare without either side's
 configuration. A task's `needs`: ``container``, ``network:host``, ``capability:SYS_PTRACE``, ``user:root``,
-``mount:/data/x``, ``mount-rw:/scratch/y``, ``image:/srv/images/a.tar``. A node's `allows`: the same words, where a path
-stands for all that lies below it, and ``process`` and ``container`` for what it runs.
+``mount:/data/x``, ``mount-rw:/scratch/y``, ``image:/srv/images/a.tar``, ``image:docker://HOST/REPOSITORY``. A node's
+`allows`: the same words, where a path stands for all that lies below it, and ``process`` and ``container`` for what it
+runs.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from spinetta import names
+from spinetta import imageref, names
 from spinetta.errors import UserError
 
 PROCESS, CONTAINER = "process", "container"
 NETWORKS = ("none", "host", "bridge")
 MOUNTS_MAX = 64  # each is a mount at every start
 CAPABILITIES_MAX = 41  # as many as the kernel knows
-IMAGE_CHARS_MAX = 1024
+IMAGE_CHARS_MAX = 1024  # it is in the queue hint, which every hungry node reads
 PATH_CHARS_MAX = 4096  # the kernel's own limit
 KEEP_SCRATCH_MAX_S = 30 * 86400.0  # a month: it is the node's disk
 ALLOWS_MAX = 128  # they travel with every heartbeat of the node's record
@@ -37,7 +38,7 @@ CAPABILITIES = frozenset(
     }
 )
 # fmt: on
-_PATHS = ("mount", "mount-rw", "image")
+_PATHS = ("mount", "mount-rw")
 _USER = re.compile(r"[0-9]{1,5}(:[0-9]{1,5})?", re.ASCII)
 _ID_MAX = 65534  # 65535 means "no change" to some calls
 
@@ -88,17 +89,16 @@ def needs(asked: ContainerSpec | None) -> tuple[str, ...]:
     if asked.user.split(":")[0] in ("0", "root"):
         wanted.add("user:root")
     wanted |= {f"{'mount-rw' if m.writable else 'mount'}:{m.source}" for m in asked.mounts}
-    if path := local_path(asked.image):
-        wanted.add(f"image:{path}")
+    if need := _image_need(asked.image):
+        wanted.add(need)
     return tuple(sorted(wanted))
 
 
-def local_path(image: str) -> str:
-    """The file or folder of the node that an image reference names; empty when it names none."""
-    scheme, colon, rest = image.partition(":")
-    if image.startswith("/"):
-        return image
-    return rest if colon and scheme in ("oci", "oci-archive", "docker-archive", "rootfs") else ""
+def _image_need(image: str) -> str:
+    try:
+        return imageref.need(imageref.parse(image))
+    except UserError:
+        return f"{imageref.ALLOWANCE}{image}"  # not written by any client of ours: nobody allows it
 
 
 def refusals(wanted: Iterable[str], allows: Collection[str]) -> list[str]:
@@ -116,6 +116,8 @@ def refusals(wanted: Iterable[str], allows: Collection[str]) -> list[str]:
 def _granted(need: str, granted: Collection[str]) -> bool:
     if need in granted:
         return True
+    if need.startswith(imageref.ALLOWANCE):
+        return imageref.refusal(need, granted) is None
     kind, colon, path = need.partition(":")
     if not colon or kind not in _PATHS:
         return False
@@ -134,7 +136,16 @@ def _below(path: str, top: str) -> bool:
 
 def check_container(asked: ContainerSpec, field: str) -> None:
     """Raise UserError, naming ``FIELD.part``, unless the container can be asked for."""
-    _check_image(asked.image, f"{field}.image")
+    if not asked.image:
+        raise UserError("a container needs an image", field=f"{field}.image", hint=imageref.FORMS)
+    if len(asked.image) > IMAGE_CHARS_MAX:
+        raise UserError(
+            f"the image's reference has {len(asked.image)} characters",
+            field=f"{field}.image",
+            hint=f"at most {IMAGE_CHARS_MAX}",
+            reason="too-large",
+        )
+    imageref.parse(asked.image, f"{field}.image")
     if asked.network not in NETWORKS:
         raise UserError(
             f"no network is called {names.quoted(asked.network)}", field=f"{field}.network", hint=", ".join(NETWORKS)
@@ -188,16 +199,6 @@ def check_path(path: str, field: str) -> None:
         raise UserError(f"the path has {len(path)} characters", field=field, hint=f"at most {PATH_CHARS_MAX}")
 
 
-def _check_image(image: str, field: str) -> None:
-    if not image:
-        raise UserError("a container needs an image", field=field, hint="e.g. docker://registry.example/tools:1.2")
-    if len(image) > IMAGE_CHARS_MAX:
-        raise UserError(f"the image's reference has {len(image)} characters", field=field, hint=f"{IMAGE_CHARS_MAX}")
-    names.check_printable(image, "the image's reference", field)
-    if any(c.isspace() for c in image) or image.startswith("-"):
-        raise UserError(f"not a reference of an image: {names.quoted(image)}", field=field, hint="see docs/images.md")
-
-
 def check_allowance(word: str, field: str = "") -> str:
     """One of a node's allowances, as an administrator writes it.
 
@@ -205,7 +206,7 @@ def check_allowance(word: str, field: str = "") -> str:
         UserError: it is none.
     """
     kind, _, what = word.partition(":")
-    hint = "network:host, network:bridge, capability:NAME, user:root, mount:/PATH, mount-rw:/PATH or image:/PATH"
+    hint = "network:host, network:bridge, capability:NAME, user:root, mount:/PATH, mount-rw:/PATH, image:/PATH or image:docker://HOST"
     if kind == "network" and what in NETWORKS[1:]:
         return word
     if kind == "capability":
@@ -213,7 +214,11 @@ def check_allowance(word: str, field: str = "") -> str:
         return word
     if word == "user:root":
         return word
-    if kind in _PATHS:
+    if kind == "image" and what.startswith("docker://"):
+        what = what.rstrip("/")
+        imageref.parse(what if "/" in what.removeprefix("docker://") else f"{what}/any", field)
+        return word.rstrip("/")
+    if kind in (*_PATHS, "image"):
         check_path(what, field)
         return word
     raise UserError(f"not an allowance: {names.quoted(word)}", field=field, hint=hint)
