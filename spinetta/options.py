@@ -131,7 +131,7 @@ def _container_ids(value: Any, where: str) -> int:
         raise UserError(
             f"{first} is among the ids that the machine's own users have",
             field=where,
-            hint=f"0: automatic; else {CONTAINER_IDS} to {CONTAINER_IDS_LAST}, the first of {CONTAINER_IDS} unused ones",
+            hint=f"0: automatic; else {CONTAINER_IDS} to {CONTAINER_IDS_LAST}, the first of {CONTAINER_IDS} free ones",
         )
     return first
 

@@ -197,7 +197,7 @@ FILES = [
         "entry 2 (line 2): unknown key 'memroy' (did you mean 'memory'?)",
         "tasks[1].memroy",
     ),
-    File("- command: a\n  7: b", "unknown key '7' (known: backoff, clearance, command", "tasks[0].7"),
+    File("- command: a\n  7: b", "unknown key '7' (known: backoff, capabilities, clearance", "tasks[0].7"),
     File("- command: 7", "entry 1 (line 1): command must be text or a list of text, not a number", "tasks[0].command"),
     File(
         "- command: [a, 7]",

@@ -33,6 +33,7 @@ OURS = 125
 NOT_STARTED = 126
 ENDED_OTHERWISE = 127
 SIGNAL_BASE = 128
+DISK_LIMIT = SIGNAL_BASE + 25  # SIGXFSZ, with which the kernel ends who writes too much; ours had to be KILL
 
 HELP = """\b
 Exit codes:
@@ -54,7 +55,7 @@ Exit codes:
   125    Spinetta failed, whatever the code would have been otherwise
   126    its program could not be started
   127    it was cancelled or lost
-  128+N  signal N ended it (137: out of memory)
+  128+N  signal N ended it (137: out of memory; 153: more than --disk in its scratch directory)
 """
 
 

@@ -207,6 +207,7 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
 
     found = with_client(work, node, timeout, config_file)
     from spinetta.cli import show as shown
+    from spinetta.cli.contained import allowed_words
 
     if as_json:
         output.put_json(shown.node_document(found))
@@ -226,6 +227,9 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
         ("Heartbeat", f"{found.beat_age_ms / 1000:.1f} s ago" if found.beat_age_ms >= 0 else ""),
         ("etcd", r.etcd_client_url + (" (leader)" if found.etcd_leader else "")),
         ("Runtimes", ", ".join(r.runtimes)),
+        ("Allows", ", ".join(allowed_words(r.allows))),
+        *(("Image", digest) for digest in r.images),
+        *(("Image", f"{digest} (on its way)") for digest in r.images_coming),
         ("Certificate", f"until {shown.moment(r.certificate_expires_ms)}" if r.certificate_expires_ms else ""),
         ("Incarnation", r.incarnation),
         ("Version", r.version),

@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Any
 
 from spinetta import units
+from spinetta.cli.contained import advice, container_document, container_lines
 from spinetta.client.views import NodeInfo, NodeList, TaskInfo
-from spinetta.match import why_never, why_not_now
+from spinetta.match import Obstacle, why_never, why_not_now
 from spinetta.model import LOSSES_ALLOWED, Attempt, Outcome, QueueHint, Reason, Resources, State, Task, TaskSpec, Usage
 
 SEALED = "(sealed)"
@@ -51,6 +52,8 @@ def spec_document(s: TaskSpec) -> dict[str, Any]:
         "clearance": list(s.clearance),
         "sealed": s.sealed is not None,
         "secrets": [{"name": name, "file": file} for name, file in s.secrets],
+        "container": container_document(s.container) if s.container is not None else None,
+        "keep_scratch_s": s.keep_scratch_s,
     }
 
 
@@ -60,6 +63,9 @@ def usage_document(u: Usage) -> dict[str, Any]:
         "cpu_user_s": u.cpu_user_s,
         "cpu_system_s": u.cpu_system_s,
         "memory_peak_bytes": u.memory_peak_bytes,
+        "io_read_bytes": u.io_read_bytes,
+        "io_write_bytes": u.io_write_bytes,
+        "pids_peak": u.pids_peak,
     }
 
 
@@ -135,6 +141,9 @@ def node_document(n: NodeInfo) -> dict[str, Any]:
         "etcd_peer_url": r.etcd_peer_url,
         "etcd_member_id": f"{r.etcd_member_id:x}" if r.etcd_member_id else "",
         "runtimes": list(r.runtimes),
+        "allows": list(r.allows),
+        "images": list(r.images),
+        "images_coming": list(r.images_coming),
         "clearances": list(r.clearances),
         "certificate_expires_ms": r.certificate_expires_ms or None,
         "warnings": list(r.warnings),
@@ -249,12 +258,18 @@ def resources_words(r: Resources) -> str:
 
 
 def usage_words(u: Usage) -> str:
-    """E.g. ``1.25s CPU, 12MiB peak``; empty when nothing is known."""
+    """E.g. ``1.25s CPU, 12MiB peak, 3MiB read, 1MiB written, 7 processes``; empty when nothing is known."""
     parts = []
     if u.cpu_user_s or u.cpu_system_s:
         parts.append(f"{units.format_duration(u.cpu_user_s + u.cpu_system_s)} CPU")
     if u.memory_peak_bytes:
         parts.append(f"{units.format_bytes(u.memory_peak_bytes)} peak")
+    if u.io_read_bytes:
+        parts.append(f"{units.format_bytes(u.io_read_bytes)} read")
+    if u.io_write_bytes:
+        parts.append(f"{units.format_bytes(u.io_write_bytes)} written")
+    if u.pids_peak:
+        parts.append(f"{u.pids_peak} process{'' if u.pids_peak == 1 else 'es'}")
     return ", ".join(parts)
 
 
@@ -273,6 +288,7 @@ def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
         ("Labels", ", ".join(f"{k}={v}" for k, v in s.labels)),
         ("Environment", ", ".join(f"{k}={shlex.quote(v)}" for k, v in s.env)),
         ("Directory", s.working_directory),
+        *container_lines(s),
         ("Resources", resources_words(s.resources)),
         ("Time limit", units.format_duration(s.walltime_s) if s.walltime_s else ""),
         ("Needs tags", ", ".join(s.tags_required)),
@@ -333,6 +349,8 @@ def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
         hopeless = hopeless and never is not None
         if never is not None:
             reason = never.detail
+            if never.obstacle is Obstacle.NOT_ALLOWED:
+                reason += advice(hint, r.allows)
         elif n.status != "ready":
             reason = f"the node is {n.status}"
         elif now is not None:

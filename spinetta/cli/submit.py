@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from spinetta.cli import exits, output
 from spinetta.cli.base import Finished, client_options, is_somebody, json_option, with_client
@@ -18,7 +19,55 @@ if TYPE_CHECKING:
     from spinetta.client.views import TaskInfo
     from spinetta.model import TaskSpec
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 EPILOG = exits.HELP
+NETWORKS = ("none", "host", "bridge")  # `container.NETWORKS`, without the import that --help would wait for
+
+
+def _capability_names(_ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    from spinetta.container import CAPABILITIES
+
+    return sorted(name for name in CAPABILITIES if name.startswith(begun.upper()))
+
+
+def _paths(_ctx: click.Context, _param: click.Parameter, begun: str) -> list[CompletionItem]:
+    return [CompletionItem(begun, type="file")]  # the shell completes it: nodes often have the same paths as we
+
+
+def container_options(command: F) -> F:
+    """How a task is contained. All but the last are refused without an image."""
+    for decorate in (
+        click.option("--keep-scratch", metavar="TIME", help="How long its scratch directory stays after its end."),
+        click.option("--tmp", metavar="SIZE", help="Size of /tmp in the container; it is memory."),
+        click.option(
+            "--mount",
+            "mounts",
+            multiple=True,
+            metavar="SOURCE[:TARGET][:rw]",
+            shell_complete=_paths,
+            help="A path of the node that it sees, read-only; may be repeated.",
+        ),
+        click.option(
+            "--cap-add",
+            "capabilities",
+            multiple=True,
+            metavar="NAME",
+            shell_complete=_capability_names,
+            help="A Linux capability, e.g. SYS_PTRACE; may be repeated.",
+        ),
+        click.option("--user", metavar="UID[:GID]|root", help="Who it is in the container."),
+        click.option("--writable", is_flag=True, help="It may write to its root file system, too."),
+        click.option("--network", type=click.Choice(NETWORKS), help="Else none: its own loopback only."),
+        click.option(
+            "--image",
+            metavar="REF",
+            shell_complete=_paths,
+            help="Run it in a container: docker://HOST/NAME:TAG, a name, or a path of the node.",
+        ),
+    ):
+        command = decorate(command)
+    return command
 
 
 @click.command(epilog=EPILOG, context_settings={"ignore_unknown_options": False})
@@ -47,6 +96,7 @@ EPILOG = exits.HELP
     "--clearance", "-c", multiple=True, metavar="LABEL,…", help="Only nodes cleared for it may see and run it."
 )
 @click.option("--secret", "secrets", multiple=True, metavar="NAME[=FILE]", help="Given as a file in $SPINETTA_SECRETS.")
+@container_options
 @click.option("--id", "task_id", metavar="UUID", help="A UUID of version 7; the same again changes nothing.")
 @click.option(
     "--file", "file", metavar="FILE", help="Tasks from a YAML, JSON or JSON lines file; - for standard input."
@@ -84,6 +134,7 @@ def submit(
       spinetta submit -- sleep 10
       spinetta submit --follow --cpus 2 --memory 4GiB --time 1h -- samtools sort -@2 /data/a.bam -o /data/b.bam
       spinetta submit --wait --env HOME --workdir "$PWD" -- make test
+      spinetta submit --image docker://registry.example/tools:1.2 --mount /data -- samtools flagstat /data/a.bam
       spinetta submit --file tasks.yaml --label run=7 --wait
       for i in 1 2 3; do echo "{\\"command\\": [\\"echo\\", \\"$i\\"]}"; done | spinetta submit --file - --format jsonl
     """
@@ -141,6 +192,11 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
             "backoff",
             "grace",
             "losses_allowed",
+            "image",
+            "network",
+            "user",
+            "tmp",
+            "keep_scratch",
         )
         if options[name] is not None
     }
@@ -154,13 +210,15 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         found["clearance"] = [w.strip() for text in options["clearance"] for w in text.split(",") if w.strip()]
     if options["secrets"]:
         found["secrets"] = dict(_secret(text) for text in options["secrets"])
-    for name in ("tags", "not_tags"):
+    for name in ("tags", "not_tags", "capabilities", "mounts"):
         if options[name]:
             found[name] = list(options[name])
     if options["no_restart"]:
         found["restart"] = False
     if options["overlap"]:
         found["overlap"] = True
+    if options["writable"]:
+        found["writable"] = True
     if options["task_id"] is not None:
         found["id"] = options["task_id"]
     if options["owner"] is not None:
@@ -311,6 +369,8 @@ def exit_code_of(info: TaskInfo) -> int:
         return exits.NOT_STARTED
     if t.reason == Reason.OUT_OF_MEMORY:
         return exits.SIGNAL_BASE + 9
+    if t.reason == Reason.DISK_LIMIT:
+        return exits.DISK_LIMIT
     if t.outcome is Outcome.FAILED and last is not None:
         if last.exit_code:
             return last.exit_code & 0xFF

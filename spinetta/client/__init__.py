@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spinetta.client.admin import Access, AsyncAdmin, AuthorityInfo, NewToken, Rotated, WhoAmI
     from spinetta.client.aio import AsyncClient, AsyncTaskHandle
+    from spinetta.client.containers import Mount
     from spinetta.client.specs import TaskOptions, make_spec, new_id
     from spinetta.client.sync import Client, TaskHandle
     from spinetta.client.syncadmin import Admin
@@ -52,6 +53,7 @@ _HOMES = {
     "AsyncTaskHandle": "aio",
     "Client": "sync",
     "TaskHandle": "sync",
+    "Mount": "containers",
     "TaskOptions": "specs",
     "make_spec": "specs",
     "new_id": "specs",
@@ -81,6 +83,7 @@ __all__ = [
     "ClusterInfo",
     "LeaveStep",
     "LogChunk",
+    "Mount",
     "NewToken",
     "NodeInfo",
     "NodeList",

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import uuid6
 
 from spinetta import names, options, units, validate
+from spinetta.client.containers import Mounts, container_spec, words
 from spinetta.errors import UserError
 from spinetta.model import LOSSES_ALLOWED, Resources, TaskId, TaskSpec
 
@@ -40,6 +41,14 @@ class TaskOptions(TypedDict, total=False):
     owner: str
     clearance: str | Sequence[str]
     secrets: str | Sequence[str] | Mapping[str, str]
+    image: str
+    network: str
+    writable: bool
+    user: str
+    capabilities: str | Sequence[str]
+    mounts: Mounts
+    tmp: int | str
+    keep_scratch: float | str
 
 
 def new_id() -> TaskId:
@@ -73,6 +82,14 @@ def make_spec(
     owner: str = "",
     clearance: str | Sequence[str] = (),
     secrets: str | Sequence[str] | Mapping[str, str] = (),
+    image: str = "",
+    network: str = "",
+    writable: bool = False,
+    user: str = "",
+    capabilities: str | Sequence[str] = (),
+    mounts: Mounts = (),
+    tmp: int | str = 0,
+    keep_scratch: float | str = 0,
 ) -> TaskSpec:
     """A checked task specification.
 
@@ -101,6 +118,15 @@ def make_spec(
         clearance: labels; only nodes cleared for all of them run it, and what it runs is sealed for them.
         secrets: of its owner, given to it as files in the directory that ``$SPINETTA_SECRETS`` names; ``"token"``,
             ``"token=file"``, several, or a mapping from name to file.
+        image: of a container to run in: ``docker://HOST/NAME:TAG``, one that the nodes have, or an absolute path on
+            the node; empty: a plain process. All up to `tmp` need an image.
+        network: ``none`` (loopback only, as when nothing is said), ``host`` or ``bridge``.
+        writable: the root file system may be written to; what is written is gone with the attempt.
+        user: ``UID``, ``UID:GID`` or ``root``, as the container counts; empty: the image's, unless that is root.
+        capabilities: names of Linux capabilities, e.g. ``"SYS_PTRACE"``; in text with commas between.
+        mounts: files and directories of the node: `Mount`, or ``"SOURCE[:TARGET][:rw]"``, read-only without ``rw``.
+        tmp: size of /tmp, e.g. ``"4GiB"``; 0: the node's default.
+        keep_scratch: how long its scratch directory stays on its node after its end, seconds or e.g. ``"2h"``.
 
     Raises:
         UserError: names the argument.
@@ -108,6 +134,7 @@ def make_spec(
     given: dict[str, object] = {"name": name, "workdir": workdir, "owner": owner, "id": id, "restart": restart}
     given |= {"gpu": gpu, "priority": priority, "retries": retries}
     given |= {"overlap": overlap, "losses_allowed": losses_allowed}
+    given |= {"image": image, "network": network, "writable": writable, "user": user}
     for key, value in given.items():
         if value is not None or key != "id":
             _checked(key, value)
@@ -139,6 +166,16 @@ def make_spec(
         secrets=_secrets(secrets),
         overlap=overlap,
         losses_allowed=losses_allowed,
+        container=container_spec(
+            image,
+            network=network,
+            writable=writable,
+            user=user,
+            capabilities=_checked("capabilities", words(capabilities)),
+            mounts=mounts,
+            tmp=tmp,
+        ),
+        keep_scratch_s=units.parse_duration(keep_scratch, "keep_scratch"),
     )
     try:
         validate.check_spec(spec, "", to_be_sealed=True)
@@ -177,7 +214,7 @@ def _pairs(key: str, given: Mapping[str, str] | Iterable[tuple[str, str]]) -> tu
 
 def _tags(key: str, given: str | Sequence[str]) -> tuple[str, ...]:
     # Text is a sequence of text, too: "ssd" must not become s, s and d.
-    found = _checked(key, given if isinstance(given, str | list) or not isinstance(given, Iterable) else list(given))
+    found = _checked(key, words(given))
     return tuple(sorted(set(found)))
 
 
@@ -185,8 +222,7 @@ def _secrets(given: str | Sequence[str] | Mapping[str, str]) -> tuple[tuple[str,
     if isinstance(given, Mapping):
         return tuple(sorted(_text_table("secrets", given).items()))
     refs = []
-    as_list = given if isinstance(given, str | list) or not isinstance(given, Iterable) else list(given)
-    for text in _checked("secrets", as_list):
+    for text in _checked("secrets", words(given)):
         name, _, file = text.partition("=")
         refs.append((name, file or name))
     return tuple(refs)
@@ -205,6 +241,9 @@ _NAMES = {
     "retry_backoff_s": "backoff",
     "restart_on_node_failure": "restart",
     "grace_s": "grace",
+    "keep_scratch_s": "keep_scratch",
+    "container.tmp_bytes": "tmp",
+    **{f"container.{part}": part for part in ("image", "network", "user", "capabilities", "mounts")},
 }
 
 
@@ -217,10 +256,11 @@ def _our_name(field: str) -> str:
 
 # --- tasks from a mapping (an entry of a task file) --------------------------------------------------------------
 
-_TEXT, _LIST, _LIST_OR_TABLE, _WHOLE, _AMOUNT, _BOOL, _TABLE = (
+_TEXT, _LIST, _LIST_OR_TABLE, _MOUNTS, _WHOLE, _AMOUNT, _BOOL, _TABLE = (
     "text",
     "a list of text",
     "a list of text or a table",
+    "a list of text or tables",
     "a whole number",
     "an amount",
     "yes or no",
@@ -251,6 +291,14 @@ ENTRY_KEYS: Mapping[str, str] = {
     "owner": _TEXT,
     "clearance": _LIST,
     "secrets": _LIST_OR_TABLE,
+    "image": _TEXT,
+    "network": _TEXT,
+    "writable": _BOOL,
+    "user": _TEXT,
+    "capabilities": _LIST,
+    "mounts": _MOUNTS,
+    "tmp": _AMOUNT,
+    "keep_scratch": _AMOUNT,
 }
 
 
@@ -295,6 +343,8 @@ def _checked(key: str, value: Any) -> Any:
         if isinstance(value, str):
             return [word.strip() for word in value.split(",") if word.strip()]
         good = _is_list_of_text(value)
+    elif kind == _MOUNTS:
+        good = isinstance(value, str | list)
     elif kind == _WHOLE:
         good = isinstance(value, int) and not isinstance(value, bool)
     elif kind == _BOOL:
@@ -306,7 +356,9 @@ def _checked(key: str, value: Any) -> Any:
     else:
         good = True
     if not good:
-        raise UserError(f"{key} must be {kind}, not {_kind(value)}", field=key, hint=_quote_hint(value))
+        # 1000:50 is a number, too, in YAML, and another one.
+        hint = 'write it in quotes, e.g. user: "1000:1000"' if key == "user" else _quote_hint(value)
+        raise UserError(f"{key} must be {kind}, not {_kind(value)}", field=key, hint=hint)
     return value
 
 
