@@ -93,6 +93,7 @@ missing_packages() {
         has docker-compose || echo docker-compose
         has docker-registry || echo docker-registry
         has newuidmap || echo uidmap
+        [ -e /usr/share/gocode/src/github.com/opencontainers/runtime-spec/schema ] || echo golang-github-opencontainers-specs-dev
         # Not only `busybox`: one that needs libraries does not run in an image that has none.
         [ "$(dpkg-query --show --showformat='${db:Status-Status}' busybox-static 2>/dev/null)" = installed ] || echo busybox-static
     fi

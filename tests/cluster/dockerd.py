@@ -120,15 +120,24 @@ def _clean_up(top: Path, name: str) -> None:
 
     And one that did not: its containerd, whose processes name our directory.
     """
-    for proc in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if proc.name.isdigit() and os.fsencode(f"{top}/") in (proc / "cmdline").read_bytes():
-                os.kill(int(proc.name), signal.SIGKILL)
+    for pid in processes_naming(f"{top}/"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for path in sorted((p for p in mounted if p.startswith(f"{top}/")), reverse=True):
         subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
     for group in (CGROUPS / name, *(folder / name for folder in CGROUPS.iterdir())):
         _remove_empty(group)
+
+
+def processes_naming(text: str) -> list[int]:
+    """Those with this in their command lines."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.fsencode(text) in (proc / "cmdline").read_bytes():
+                found.append(int(proc.name))
+    return found
 
 
 def _remove_empty(top: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.cluster import nodeimage
-from tests.cluster.dockerd import Docker, NoDocker, engine
+from tests.cluster.dockerd import Docker, NoDocker, engine, processes_naming
 from tests.cluster.harness import API_PORT, eventually
 
 pytestmark = pytest.mark.cluster
@@ -242,5 +242,4 @@ def test_an_engine_of_our_own_leaves_nothing() -> None:
     assert not folder.exists()
     assert folder.name not in Path("/proc/self/mountinfo").read_text()
     assert list(Path("/sys/fs/cgroup").glob(f"**/{folder.name}")) == []
-    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
-    assert not any(folder.name.encode() in command for command in commands)
+    assert processes_naming(folder.name) == []

@@ -1,0 +1,387 @@
+"""Containers a second and how soon they start, beside others: ``python -m bench.containers``, as root.
+
+All run the same programs of the same image with the same limits, isolated alike: user (not Docker's), pid, mount, ipc,
+uts, cgroup and network namespaces of their own without a network, no capabilities, a list of allowed system calls, a
+read-only root, a small init as process 1 (ours and bare runc's).
+
+- ``runc run``: the program alone, with a bundle that lies ready. What it takes is the kernel's and runc's.
+- ``shim``: ours, through the shim's protocol: records, log files, a scratch directory, deadline, counters, clean-up.
+- ``process``: a plain process through the same, for comparison.
+- ``docker run --rm``: with an engine of our own, client and all.
+
+*wall ms* is the time of one container from the request to its end being known and everything of it removed, as each one
+of the workers sees it; *a second* is what all workers together get done; of ``/bin/true``. *start ms* is from the
+request until the program in the container (bash) tells the time. Each run goes over all of them, each time with another
+first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from bench.common import ROOT, machine, median, quantile, report
+from spinetta import ociconfig, ocirequest
+from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.protocol import ContainerLaunch, Exited, Launch
+from tests.cluster.dockerd import Docker, NoDocker, engine
+
+MEMORY_BYTES, CPU_MILLIS, PIDS = 256 << 20, 1000, 64
+FIRST_ID, IDS = 1_000_000, 65536
+UID = 1000
+TRUE = ("/bin/true",)
+CLOCK = ("/bin/bash", "-c", "echo $EPOCHREALTIME")  # the one program in the image that tells microseconds
+LIMIT_S = 60.0
+
+
+class Way(Protocol):
+    """How containers are run."""
+
+    name: str
+
+    async def run(self, worker: int, command: Sequence[str]) -> str:
+        """Run a command to its end, as the only one of this worker; what it printed."""
+
+
+@dataclasses.dataclass
+class Image:
+    """An unpacked image, its ids shifted."""
+
+    tar: Path
+    rootfs: Path
+
+
+def unpack(folder: Path) -> Image:
+    """The image of the demonstration, with the places where a container's own things appear."""
+    image = Image(folder / "image.tar", folder / "rootfs")
+    subprocess.run([str(ROOT / "scripts" / "demo-image.sh"), str(image.tar)], check=True, capture_output=True)
+    image.rootfs.mkdir()
+    subprocess.run(["tar", "-C", str(image.rootfs), "-xf", str(image.tar)], check=True)
+    for name in ocirequest.MOUNT_POINT_DIRECTORIES:
+        (image.rootfs / name.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    for name in ocirequest.MOUNT_POINT_FILES:
+        path = image.rootfs / name.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for top, folders, files in os.walk(image.rootfs):
+        for name in (".", *folders, *files):
+            os.chown(Path(top, name), FIRST_ID, FIRST_ID, follow_symlinks=False)
+    folder.chmod(0o755)  # root of a user namespace is nobody to whom it belongs
+    return image
+
+
+def config(command: Sequence[str], scratch: Path) -> dict[str, Any]:
+    """What the product makes of a task that asks for nothing special."""
+    ids = (ocirequest.IdRange(0, FIRST_ID, IDS),)
+    init = shutil.which("tini-static")
+    assert init is not None, "tini-static is not installed (scripts/setup.sh does)"
+    return ociconfig.runtime_config(
+        ocirequest.Request(
+            command=tuple(command), scratch_path=str(scratch), uids=ids, gids=ids, uid=UID, gid=UID, init_path=init
+        )
+    )
+
+
+def runc_program() -> str:
+    """Its absolute path."""
+    found = shutil.which("runc", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    assert found is not None, "runc is not installed (scripts/setup.sh does)"
+    return found
+
+
+async def program(*argv: str) -> str:
+    """Run one; its standard output."""
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(LIMIT_S):
+        out, errors = await process.communicate()
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(argv)} ended with {process.returncode}: {errors.decode(errors='replace')}")
+    return out.decode()
+
+
+class BareRunc:
+    """One bundle for each worker and command, which lies ready."""
+
+    name = "runc run"
+
+    def __init__(self, folder: Path, image: Image) -> None:
+        self._folder = folder / "bare"
+        self._image = image
+        self._runc = runc_program()
+        self._tag = f"spinetta-bench-{secrets.token_hex(4)}"
+        self._bundles: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+    def prepare(self, worker: int, command: Sequence[str]) -> None:
+        """Make the bundle."""
+        bundle = self._folder / f"{worker}-{len(self._bundles)}"
+        scratch = bundle / "scratch"
+        scratch.mkdir(parents=True)
+        os.chown(scratch, FIRST_ID + UID, FIRST_ID + UID)
+        made = config(command, scratch)
+        made["root"]["path"] = str(self._image.rootfs)
+        made["linux"]["cgroupsPath"] = f"{self._tag}/{bundle.name}"
+        made["linux"]["resources"] |= {
+            "memory": {"limit": MEMORY_BYTES, "swap": MEMORY_BYTES},
+            "cpu": {"quota": CPU_MILLIS * 100, "period": 100_000},
+            "pids": {"limit": PIDS},
+        }
+        (bundle / "config.json").write_text(json.dumps(made))
+        self._bundles[worker, tuple(command)] = bundle
+
+    async def run(self, worker: int, command: Sequence[str]) -> str:
+        """One `runc run`."""
+        bundle = self._bundles[worker, tuple(command)]
+        root = str(self._folder / "state")
+        return await program(self._runc, "--root", root, "run", "--bundle", str(bundle), f"{self._tag}-{bundle.name}")
+
+    def close(self) -> None:
+        """Remove the control groups above those of the containers."""
+        for folder in Path("/sys/fs/cgroup").glob(f"**/{self._tag}"):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+class DockerRun:
+    """The client, which asks the engine."""
+
+    name = "docker run"
+
+    def __init__(self, docker: Docker, image: Image) -> None:
+        self._docker = docker
+        self._tag = f"spinetta-bench-{secrets.token_hex(4)}"
+        docker("import", str(image.tar), self._tag)
+
+    async def run(self, worker: int, command: Sequence[str]) -> str:  # noqa: ARG002 - all workers are alike
+        """One `docker run --rm`."""
+        return await program(
+            *("docker", "--host", self._docker.host, "run", "--rm", "--network", "none", "--read-only"),
+            *("--user", f"{UID}:{UID}", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+            *("--memory", str(MEMORY_BYTES), "--memory-swap", str(MEMORY_BYTES), "--pids-limit", str(PIDS)),
+            *("--cpus", str(CPU_MILLIS / 1000), "--tmpfs", "/tmp", self._tag, *command),  # noqa: S108 - inside
+        )
+
+    def close(self) -> None:
+        """Remove the image."""
+        self._docker("image", "rm", "--force", self._tag)
+
+
+class Shim:
+    """Ours. One client of the shim for all workers, as a daemon is."""
+
+    def __init__(self, runtime: ProcessRuntime, state: Path, image: Image | None) -> None:
+        self.name = "shim" if image else "process"
+        self._runtime = runtime
+        self._state = state
+        self._image = image
+        self._runc = runc_program()
+        self._count = 0
+
+    async def run(self, worker: int, command: Sequence[str]) -> str:  # noqa: ARG002 - all workers are alike
+        """Start, wait for the end, read the log, forget."""
+        self._count += 1
+        key = f"{self.name}.{self._count}"
+        contained = None
+        if self._image is not None:
+            scratch = self._state / "scratch" / key
+            owner = (FIRST_ID + UID, FIRST_ID + UID)
+            made = config(command, scratch)
+            contained = ContainerLaunch(self._runc, made, (str(self._image.rootfs),), False, owner)
+        events = self._runtime.events()
+        async with asyncio.timeout(LIMIT_S):
+            ended = await self._runtime.start(attempt(key, command, contained))
+            if ended is None:
+                async for event in events:
+                    if isinstance(event, Exited) and event.key == key:
+                        ended = event.exit
+                        break
+        assert ended is not None
+        if ended.exit_code != 0:
+            raise SystemExit(f"{self.name} {command}: {ended}")
+        said = self._runtime.log_path(key, "stdout").read_text()
+        await self._runtime.forget(key)
+        return said
+
+
+def attempt(key: str, command: Sequence[str], contained: ContainerLaunch | None) -> Launch:
+    """With the limits that all have."""
+    return Launch(
+        key=key,
+        argv=tuple(command),
+        env={},
+        working_directory="",
+        cpu_millis=CPU_MILLIS,
+        memory_bytes=MEMORY_BYTES,
+        pids_max=PIDS,
+        walltime_s=0.0,
+        grace_s=600.0,
+        token=1,
+        incarnation="bench",
+        container=contained,
+    )
+
+
+@dataclasses.dataclass
+class Numbers:
+    """Of one way at one concurrency."""
+
+    walls_s: list[float] = dataclasses.field(default_factory=list)
+    rates: list[float] = dataclasses.field(default_factory=list)
+    starts_s: list[float] = dataclasses.field(default_factory=list)
+    shim_cpu_s: list[float] = dataclasses.field(default_factory=list)
+    run_walls_s: list[float] = dataclasses.field(default_factory=list)  # the median of each run
+
+
+async def measure(way: Way, at_once: int, count: int, shim: Callable[[], float], into: Numbers) -> None:
+    """One run: `count` of /bin/true by `at_once` workers, then a quarter as many that tell when they started."""
+    walls: list[float] = []
+
+    async def work(worker: int) -> None:
+        for _ in range(count // at_once):
+            began_s = time.perf_counter()
+            await way.run(worker, TRUE)
+            walls.append(time.perf_counter() - began_s)
+
+    async def look(worker: int) -> None:
+        for _ in range(max(count // 4 // at_once, 1)):
+            began_s = time.time()
+            into.starts_s.append(float(await way.run(worker, CLOCK)) - began_s)
+
+    cpu_s, began_s = shim(), time.perf_counter()
+    async with asyncio.TaskGroup() as tasks:
+        for worker in range(at_once):
+            tasks.create_task(work(worker))
+    into.rates.append(len(walls) / (time.perf_counter() - began_s))
+    into.shim_cpu_s.append((shim() - cpu_s) / len(walls))
+    into.walls_s += walls
+    into.run_walls_s.append(median(walls))
+    async with asyncio.TaskGroup() as tasks:
+        for worker in range(at_once):
+            tasks.create_task(look(worker))
+
+
+@contextlib.asynccontextmanager
+async def ways(folder: Path, wanted: Sequence[str], most: int) -> AsyncIterator[tuple[list[Way], Callable[[], float]]]:
+    """All of them, and the CPU time of the shim and its writer so far."""
+    image = unpack(folder)
+    found: list[Way] = []
+    with contextlib.ExitStack() as stack:
+        if "runc" in wanted:
+            bare = BareRunc(folder, image)
+            stack.callback(bare.close)
+            for worker in range(most):
+                for command in (TRUE, CLOCK):
+                    bare.prepare(worker, command)
+            found.append(bare)
+        if "docker" in wanted:
+            try:
+                docker = stack.enter_context(engine(own=True))
+            except NoDocker as e:
+                raise SystemExit(f"no Docker to compare with: {e}") from None
+            run = DockerRun(docker, image)
+            stack.callback(run.close)
+            found.append(run)
+        if not {"shim", "process"} & set(wanted):
+            yield found, lambda: 0.0
+            return
+        state = folder / "shim"
+        async with ProcessRuntime.connect(state, node="bench", kill_margin_s=1.0) as runtime:
+            await runtime.renew(time.clock_gettime(time.CLOCK_BOOTTIME))
+            if "shim" in wanted:
+                found.append(Shim(runtime, state, image))
+            if "process" in wanted:
+                found.append(Shim(runtime, state, None))
+            shim = psutil.Process(runtime.shim_pid())
+            writers = [p for p in shim.children() if p.name() == "spinetta-writer"]
+
+            def cpu_s() -> float:
+                return sum(t.user + t.system for t in (p.cpu_times() for p in (shim, *writers)))
+
+            try:
+                yield found, cpu_s
+            finally:
+                await runtime.shutdown_shim()
+
+
+async def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the table."""
+    folder = Path(tempfile.mkdtemp(prefix="spinetta-bench-", dir="/var/tmp"))
+    numbers: dict[tuple[int, str], Numbers] = {}
+    try:
+        async with ways(folder, args.ways, max(args.at_once)) as (found, cpu_s):
+            for way in found:  # what is slow only once
+                for worker in range(max(args.at_once)):
+                    await way.run(worker, TRUE)
+            for run in range(args.runs):
+                for at_once in args.at_once:
+                    first = run % len(found)
+                    for way in [*found[first:], *found[:first]]:
+                        into = numbers.setdefault((at_once, way.name), Numbers())
+                        await measure(way, at_once, args.count, cpu_s, into)
+            names = [way.name for way in found]
+    finally:
+        shutil.rmtree(folder)
+    return [row(numbers, at_once, name) for at_once in args.at_once for name in names]
+
+
+def row(numbers: dict[tuple[int, str], Numbers], at_once: int, name: str) -> dict[str, Any]:
+    """Medians over the runs; ratios are medians of each run's ratio."""
+    mine = numbers[at_once, name]
+    columns: dict[str, Any] = {
+        "at once": at_once,
+        "way": name,
+        "a second": median(mine.rates),
+        "wall ms p50": median(mine.walls_s) * 1e3,
+        "p99": quantile(mine.walls_s, 0.99) * 1e3,
+        "start ms p50": median(mine.starts_s) * 1e3,
+        "start p99": quantile(mine.starts_s, 0.99) * 1e3,
+    }
+    if (runc := numbers.get((at_once, "runc run"))) is not None:
+        columns["wall x runc"] = median([a / b for a, b in zip(mine.run_walls_s, runc.run_walls_s, strict=True)])
+        # As the throughput sees it: the time of the machine for one container.
+        columns["time x runc"] = median([b / a for a, b in zip(mine.rates, runc.rates, strict=True)])
+    if (docker := numbers.get((at_once, "docker run"))) is not None:
+        columns["rate x docker"] = median([a / b for a, b in zip(mine.rates, docker.rates, strict=True)])
+    if name in ("shim", "process"):
+        columns["shim CPU ms"] = median(mine.shim_cpu_s) * 1e3
+    return columns
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=40, help="containers a run, for each way (40)")
+    parser.add_argument("--runs", type=int, default=3, help="how often (3)")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4], help="workers (1 2 4)")
+    parser.add_argument(
+        "--ways", nargs="+", choices=("runc", "shim", "process", "docker"), help="which of them (all)",
+        default=["runc", "shim", "process", "docker"],
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the numbers as JSON")
+    args = parser.parse_args()
+    if os.geteuid() != 0:
+        raise SystemExit("containers of a node are started by root")
+    on = machine()
+    runc = subprocess.run([runc_program(), "--version"], capture_output=True, text=True, check=False).stdout
+    on["runc"] = runc.splitlines()[0].rpartition(" ")[2] if runc else "?"
+    rows = asyncio.run(bench(args))
+    report(f"containers: {args.count} of /bin/true, medians of {args.runs} runs", rows, args.json, on)
+
+
+if __name__ == "__main__":
+    main()
