@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 from spinetta import validate
 from spinetta.errors import UserError
 from spinetta.node.services import limits
+from spinetta.runtime.shim import logcap
 
 T = TypeVar("T")
 
@@ -66,13 +67,18 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
     Raises:
         NoLog: it does not exist, and nobody will create it.
         UserError: it cannot be read (``log-unreadable``), ends before the offset (``out-of-range``), or became shorter
-            while it was read (``log-truncated``).
+            while it was read (``log-truncated``) and that not because it was cut at its limit: then the line that says
+            so comes last, whatever was read before of what was cut away.
     """
     fd = await _open(path, progress, name)
     try:
         size = _size(fd)
         position = max(size - span.tail_bytes, 0) if span.tail_bytes else span.offset
         while position > size:
+            if (last := _cut_end(fd, size)) is not None:
+                yield last
+                await _over(progress)
+                return
             if progress is None or progress.over:
                 raise UserError(
                     f"{name()} has {size} bytes", field="offset", reason="out-of-range", hint=f"at most {size}"
@@ -83,13 +89,32 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
         if progress is None:  # a writer that is faster than the reader must not keep the call from ending
             left = min(left or size, size - position)
         delay_s = limits.LOG_POLL_MIN_S
+        seen = b""  # the end of what came last, for a marker in two parts
+        shorter = -1  # what it was found to be
         while left is None or left > 0:
             # Looked at before reading: what was written before the end is then read after it was seen.
             over = progress is None or progress.over
             want = validate.LOG_CHUNK_BYTES if left is None else min(left, validate.LOG_CHUNK_BYTES)
-            data = await _in_thread(partial(_read, fd, position, want, name))
+            data, size = await _in_thread(partial(_read, fd, position, want, name))
+            if size < position:
+                if (last := _cut_end(fd, size)) is not None:
+                    yield last
+                    await _over(progress)
+                    return
+                if progress is None or size == shorter:
+                    raise _truncated(name, size, position)
+                shorter = size  # written to again since it was cut, perhaps: then it is cut again in a moment
+                await progress.moved(limits.LOG_POLL_MAX_S)
+                continue
             if data:
+                end = logcap.end_of_cut(seen + data, position - len(seen)) - len(seen)
+                if end >= 0:
+                    data = data[:end]
                 yield Part(position, data)
+                if end >= 0:
+                    await _over(progress)
+                    return
+                seen = (seen + data)[-logcap.MARKER_BYTES_MAX :]
                 position += len(data)
                 left = None if left is None else left - len(data)
                 delay_s = limits.LOG_POLL_MIN_S
@@ -143,17 +168,35 @@ def _size(fd: int) -> int:
     return os.fstat(fd).st_size
 
 
-def _read(fd: int, position: int, want: int, name: Callable[[], str]) -> bytes:
+def _read(fd: int, position: int, want: int, name: Callable[[], str]) -> tuple[bytes, int]:
+    """What is there, and at least how long the file is then."""
     try:
         data = os.pread(fd, want, position)
-        size = position + len(data) if data else _size(fd)
+        return data, position + len(data) if data else _size(fd)
     except OSError as e:
         raise _unreadable(name, e.strerror or str(e)) from e
-    if size < position:
-        raise UserError(
-            f"{name()} became shorter while it was read: {size} bytes, {position} had been read",
-            field="id",
-            reason="log-truncated",
-            hint="start again from offset 0",
-        )
-    return data
+
+
+def _cut_end(fd: int, size: int) -> Part | None:
+    """The line that says that a log is cut, if it ends with one."""
+    offset = max(size - logcap.MARKER_BYTES_MAX, 0)
+    data = os.pread(fd, size - offset, offset)
+    begin = data.rfind(logcap.MARKER_BEGINS)
+    if begin < 0 or logcap.end_of_cut(data, offset) != len(data):
+        return None
+    return Part(offset + begin, data[begin:])
+
+
+async def _over(progress: Progress | None) -> None:
+    """Of a log that is cut nothing more is to come, but who follows waits for the end of the task."""
+    while progress is not None and not progress.over:
+        await progress.moved(limits.LOG_POLL_MAX_S)
+
+
+def _truncated(name: Callable[[], str], size: int, position: int) -> UserError:
+    return UserError(
+        f"{name()} became shorter while it was read: {size} bytes, {position} had been read",
+        field="id",
+        reason="log-truncated",
+        hint="start again from offset 0",
+    )

@@ -6,12 +6,15 @@ The task goes on, and goes on writing: whoever looks again cuts again.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 MARKER_BEGINS = b"\n[spinetta: this log is cut here: its limit is "
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+_MARKER = re.compile(re.escape(MARKER_BEGINS) + rb"(\d{1,19})(GiB|MiB|KiB| bytes)\]\n")
+MARKER_BYTES_MAX = len(MARKER_BEGINS) + 19 + len(b" bytes]\n")
 
 
 def marker(bytes_max: int) -> bytes:
@@ -20,6 +23,19 @@ def marker(bytes_max: int) -> bytes:
         if bytes_max and bytes_max % size == 0:
             return MARKER_BEGINS + f"{bytes_max // size}{name}]\n".encode()
     return MARKER_BEGINS + f"{bytes_max} bytes]\n".encode()
+
+
+def end_of_cut(data: bytes, offset: int) -> int:
+    """Where in `data`, which begins at `offset` of a log, a cut log ends; -1: no cut is in it.
+
+    A marker counts where a log of the size that it names ends. What comes after it is about to be discarded.
+    """
+    for found in _MARKER.finditer(data):
+        units = {name.encode(): size for name, size in _UNITS}
+        limit = int(found[1]) * units.get(found[2], 1)
+        if offset + found.end() == max(limit, len(found[0])):
+            return found.end()
+    return -1
 
 
 def cut(path: str, bytes_max: int) -> bool:
