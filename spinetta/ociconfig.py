@@ -19,10 +19,35 @@ from spinetta.ocirequest import (
     SECRETS,
     TMP,
     Device,
+    Hardening,
+    Host,
     IdRange,
     Request,
+    cwd_refusal,
+    hardening,
+    mount_refusals,
+    paths_to_check,
     refusals,
 )
+
+__all__ = [
+    "INIT",
+    "PATH_DEFAULT",
+    "SCRATCH",
+    "SECRETS",
+    "Device",
+    "Hardening",
+    "Host",
+    "IdRange",
+    "Request",
+    "cwd_refusal",
+    "hardening",
+    "hosts_text",
+    "mount_refusals",
+    "paths_to_check",
+    "refusals",
+    "runtime_config",
+]
 
 OCI_VERSION = "1.0.2"
 TMP_BYTES_DEFAULT = 1 << 30  # it counts as the task's memory, so that this only bounds a mistake
@@ -54,7 +79,6 @@ MASKED = (
     "/sys/kernel/debug",
     "/sys/kernel/security",
     "/sys/kernel/tracing",
-    "/sys/module",
 )
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 

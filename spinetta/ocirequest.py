@@ -14,8 +14,9 @@ from spinetta import container
 SCRATCH, TMP, SECRETS, INIT = "/work", "/tmp", "/run/secrets/spinetta", "/.spinetta/init"  # noqa: S108 - inside
 HOSTS_FILE, RESOLV_FILE, HOSTNAME_FILE = "/etc/hosts", "/etc/resolv.conf", "/etc/hostname"
 
-# What every unpacked image must have before a container is made of it read-only.
-MOUNT_POINT_DIRECTORIES = ("/proc", "/dev", "/sys", TMP, SCRATCH, "/run", SECRETS)
+# What every unpacked image must have before a container is made of it read-only. runc gives its /tmp the permissions of
+# the directory that it covers.
+MOUNT_POINT_DIRECTORIES = {"/proc": 0o755, "/dev": 0o755, "/sys": 0o755, TMP: 0o1777, SCRATCH: 0o755, SECRETS: 0o755}
 MOUNT_POINT_FILES = (INIT, HOSTS_FILE, RESOLV_FILE, HOSTNAME_FILE)
 
 # No mount of a task may be one of these, above, or below them.
