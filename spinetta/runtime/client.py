@@ -19,6 +19,7 @@ from spinetta.runtime.launch import open_socket
 from spinetta.runtime.shim.wire import (
     MESSAGE_BYTES_MAX,
     OUTPUT_BYTES_MAX,
+    PROTOCOL_OLDEST,
     PROTOCOL_VERSION,
     BadMessage,
     Message,
@@ -31,13 +32,14 @@ REQUEST_LIMIT_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a shim says of itself."""
+    """What a shim says of itself. `version`: of the protocol, the highest that both know."""
 
     shim: str
     pid: int
     kill_margin_s: float
     capabilities: tuple[str, ...]
     warnings: tuple[str, ...]
+    version: int = PROTOCOL_VERSION
 
 
 def parse_exit(value: Any) -> Exit | None:
@@ -128,7 +130,7 @@ class ShimClient:
 
     async def hello(self, kill_margin_s: float) -> Hello:
         """Say who we are; must come first."""
-        answer = await self.request("hello", version=PROTOCOL_VERSION, kill_margin_s=kill_margin_s)
+        answer = await self._greet(kill_margin_s)
         # Credentials of the listening side, in our own pid namespace.
         peer = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return Hello(
@@ -137,7 +139,18 @@ class ShimClient:
             kill_margin_s=answer["kill_margin_s"],
             capabilities=tuple(answer["capabilities"]),
             warnings=tuple(answer["warnings"]),
+            version=answer["version"],
         )
+
+    async def _greet(self, kill_margin_s: float) -> Message:
+        """In the highest version that the shim takes. One that is newer answers with ours, an older one refuses it."""
+        for version in range(PROTOCOL_VERSION, PROTOCOL_OLDEST, -1):
+            try:
+                return await self.request("hello", version=version, kill_margin_s=kill_margin_s)
+            except UserError as error:
+                if error.reason != "shim-version":
+                    raise
+        return await self.request("hello", version=PROTOCOL_OLDEST, kill_margin_s=kill_margin_s)
 
     async def close(self) -> None:
         """Close the connection; the shim and all it holds go on."""

@@ -20,8 +20,9 @@ from spinetta.runtime.client import REQUEST_LIMIT_S, Hello, ShimClient, open_cli
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import IDLE_END_S, launch
 from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
+from spinetta.runtime.shim.container import CAPABILITY as CONTAINERS
 from spinetta.runtime.shim.secretfiles import CAPABILITY as SECRET_FILES
-from spinetta.runtime.shim.wire import KEY, Message
+from spinetta.runtime.shim.wire import CONTAINERS_SINCE, KEY, Message
 
 START_LIMIT_S = 30.0  # includes writing the intent, on a slow disk
 RETRY_FIRST_S = 0.02
@@ -116,12 +117,8 @@ class ProcessRuntime:
         if problem := _unusable(launch):
             # Not for the shim to refuse: to be told again and again that a request is malformed would help nobody.
             return Exit(Reason.SPAWN_FAILED, message=problem, ended_ms=time.time_ns() // 1_000_000)
-        if launch.secrets and self._hello is not None and SECRET_FILES not in self._hello.capabilities:
-            return Exit(
-                Reason.NODE_UNFIT,
-                message="this node cannot give secrets to tasks: see its warnings",
-                ended_ms=time.time_ns() // 1_000_000,
-            )
+        if self._hello is not None and (lacking := _lacking(launch, self._hello)):
+            return Exit(Reason.NODE_UNFIT, message=lacking, ended_ms=time.time_ns() // 1_000_000)
         more: dict[str, object] = {}
         if launch.private:
             more["private"] = True
@@ -370,6 +367,17 @@ class ProcessRuntime:
 def _finite(seconds: float) -> float | None:
     """JSON has no infinity; null stands for it."""
     return None if math.isinf(seconds) else seconds
+
+
+def _lacking(launch: Launch, hello: Hello) -> str:
+    """Why this shim cannot start it; empty when it can."""
+    if launch.container is not None:
+        if hello.version < CONTAINERS_SINCE:
+            return "the shim of this node is of a version that runs no containers: it must end and be started anew"
+        return "" if CONTAINERS in hello.capabilities else "this node cannot run containers: see its warnings"
+    if launch.secrets and SECRET_FILES not in hello.capabilities:
+        return "this node cannot give secrets to tasks: see its warnings"
+    return ""
 
 
 def _unusable(launch: Launch) -> str:

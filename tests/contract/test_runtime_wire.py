@@ -133,12 +133,21 @@ async def test_what_an_earlier_daemon_asked_for_is_heard_before_the_next_one_is_
 
 
 @asynchronous
-async def test_another_version_is_told_so(state_dir: Path) -> None:
+@pytest.mark.parametrize(("theirs", "both"), [(1, 1), (2, 2), (3, 2), (1000, 2)])
+async def test_the_highest_version_that_both_know_is_spoken(state_dir: Path, theirs: int, both: int) -> None:
     async with runtime(state_dir):
-        with connected(state_dir, {**HELLO, "version": 2}) as sock:
+        with connected(state_dir, {**HELLO, "version": theirs}) as sock:
             (answer,) = answers(sock)
-    assert answer["error"] == "version"
-    assert "speaks version 1" in answer["message"]
+        assert answer["version"] == both
+
+
+@asynchronous
+async def test_a_version_that_is_too_old_is_told_so(state_dir: Path) -> None:
+    async with runtime(state_dir):
+        with connected(state_dir, {**HELLO, "version": 0}) as sock:
+            (answer,) = answers(sock)
+        assert answer["error"] == "version"
+        assert "1 to 2" in answer["message"]
 
 
 @asynchronous

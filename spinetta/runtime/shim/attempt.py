@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .cgroup import Group, Limits
+from .container import Container
 from .counters import Counters
 from .loop import Timer
 from .wire import MESSAGE_CHARS_MAX
@@ -44,6 +45,7 @@ class Held:
         secrets: content of files by name, until it has been started; never in a record.
         secret_names: of those files.
         spawn_unfit: it was this node's fault that it could not be started.
+        container: None for a plain process. Until it is created `pid` is that of the runtime which does it.
         disk_bytes_max: of the scratch directory; 0: no limit.
         disk_used_bytes: what it held when it was found to hold more than that.
         log_bytes_max: of each stream's log, the rest is discarded; 0: no limit.
@@ -86,6 +88,7 @@ class Held:
     secrets: dict[str, bytes] = field(default_factory=dict, repr=False)
     secret_names: tuple[str, ...] = ()
     group: Group | None = None
+    container: Container | None = None
     exit: ExitDict | None = None
     recorded: bool = False
     has_intent: bool = False
@@ -130,9 +133,12 @@ class Held:
     def close(self) -> None:
         """Close what is open; no timer fires any more."""
         self.cancel_timer(*list(self.timers))
-        for fd in (self.pidfd, self.report_fd):
+        fifo_fd = -1 if self.container is None else self.container.fifo_fd
+        for fd in (self.pidfd, self.report_fd, fifo_fd):
             if fd >= 0:
                 os.close(fd)
+        if self.container is not None:
+            self.container.fifo_fd = -1
         self.pidfd = self.report_fd = -1
 
 

@@ -91,6 +91,11 @@ class Group:
         self._pids_most = 0
 
     @property
+    def v2(self) -> Path | None:
+        """The group of version 2, with or without controllers."""
+        return self._v2
+
+    @property
     def kills(self) -> bool:
         """Whether there is any group to find the attempt's processes by."""
         return bool(self.paths)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from . import secretfiles, sysapi
+from . import bundle, secretfiles, sysapi
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -34,6 +34,7 @@ class Spawn:
         parent: the shim's pid.
         nofile, core: limits to give back.
         secrets: files to provide at `place`.
+        bundle: of a container, whose runtime is started instead of `argv`.
     """
 
     argv: Sequence[str]
@@ -51,6 +52,7 @@ class Spawn:
     key: str
     secrets: dict[str, bytes] = field(repr=False)
     place: secretfiles.Place
+    bundle: bundle.Plan | None = None
 
 
 def unusable(argv: Sequence[str], env: dict[str, str]) -> str:
@@ -96,6 +98,12 @@ def explain(stage: str, number: int, program: str, cwd: str) -> str:
             return f"cannot open the log files: {why}"
         case "secrets":
             return f"cannot provide the secrets' files: {why}"
+        case "bundle":
+            return f"cannot make the mounts of a container: {why}"
+        case "root":
+            return f"cannot mount the root file system: {why}"
+        case "runtime":
+            return f"cannot execute the container runtime {program}: {why}"
         case "cgroup":
             return f"cannot enter the cgroup: {why}"
         case _:
@@ -108,7 +116,7 @@ def run(spawn: Spawn, report: int, outer_proc: int) -> NoReturn:
     try:
         with contextlib.suppress(OSError):
             os.write(report, os.readlink("self", dir_fd=outer_proc).encode() + b"\n")
-        _become(spawn, stage)
+        _become(spawn, report, stage)
     except OSError as error:
         text = json.dumps({"stage": stage[0], "errno": error.errno or 0})
         os.write(report, text.encode())
@@ -116,7 +124,7 @@ def run(spawn: Spawn, report: int, outer_proc: int) -> NoReturn:
         os._exit(127)
 
 
-def _become(spawn: Spawn, stage: list[str]) -> NoReturn:
+def _become(spawn: Spawn, report: int, stage: list[str]) -> NoReturn:
     os.setsid()
     stage[0] = "cgroup"
     for path in spawn.join:
@@ -135,6 +143,11 @@ def _become(spawn: Spawn, stage: list[str]) -> NoReturn:
     os.umask(0o022)
     stage[0] = "logs"
     _open_streams(spawn)
+    if spawn.bundle:
+        bundle.prepare(spawn.bundle, spawn.secrets, stage)
+        stage[0] = "runtime"
+        os.set_inheritable(report, True)
+        os.execve(spawn.bundle.program, spawn.bundle.command(report), spawn.env)  # noqa: S606 - no shell
     if spawn.secrets:
         stage[0] = "secrets"
         secretfiles.provide(spawn.place, spawn.key, spawn.secrets)

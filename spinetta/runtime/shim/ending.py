@@ -13,7 +13,7 @@ from . import proctable, sysapi
 from .attempt import Held, Phase, make_exit, now_ms
 from .counters import Counters, with_ended
 from .disk import Writer
-from .judging import judge
+from .judging import judge, status_of
 from .loop import Loop, now_s
 from .spawn import read_report
 from .wire import MESSAGE_CHARS_MAX
@@ -36,6 +36,8 @@ class Ending:
         unreaped: pids of main processes that are ours to reap, in time.
         helpers: gives the pids of the shim's own children.
         companions: gives the pids of commands that were started beside an attempt.
+        passed: says whether that the main process has ended so is the end; None: it was a step of a container's start.
+        clear_container: removes what a container runtime has made for an ended attempt.
     """
 
     def __init__(self, loop: Loop, writer: Writer, log: Callable[[str], None], ended: Callable[[Held], None]) -> None:
@@ -46,6 +48,8 @@ class Ending:
         self.unreaped: set[int] = set()
         self.helpers: Callable[[], set[int]] = set
         self.companions: Callable[[Held], set[int]] = lambda _held: set()
+        self.passed: Callable[[Held, tuple[bool, int]], tuple[bool, int] | None] = lambda _held, status: status
+        self.clear_container: Callable[[Held], None] = lambda _held: None
         self._marks = 0
 
     def noticed(self, held: Held) -> bool:
@@ -58,11 +62,15 @@ class Ending:
         result = os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if result is None:
             return False
-        held.status = (result.si_code == os.CLD_EXITED, result.si_status)
+        status = self.passed(held, (result.si_code == os.CLD_EXITED, result.si_status))
+        if status is None:
+            return False
+        held.status = status
         held.ended_ms = now_ms()
         held.phase = Phase.ENDING
-        held.cancel_timer("walltime", "kill")
-        self._loop.unwatch(held.pidfd)
+        held.cancel_timer("walltime", "kill", "create", "begin")
+        if held.pidfd >= 0:
+            self._loop.unwatch(held.pidfd)
         if held.report_fd >= 0:
             read_report(held)
             self._loop.unwatch(held.report_fd)
@@ -152,19 +160,19 @@ class Ending:
     def _judge(self, held: Held, *, stuck: bool) -> None:
         """Decide what to call the end."""
         counters = with_ended(held.group.counters() if held.group else Counters(), sysapi.ended_usage(held.pidfd))
-        exited, number = held.status or (True, 0)
-        failed = bool(held.spawn_error)
-        reason, message = judge(held, counters, succeeded=exited and number == 0)
+        exit_code, number = status_of(held)
+        reason, message = judge(held, counters, succeeded=exit_code == 0)
         held.exit = make_exit(
             reason,
-            exit_code=number if exited and not failed else None,
-            signal=0 if exited else number,
+            exit_code=exit_code,
+            signal=number,
             message=message or (_STUCK if stuck else ""),
             started_ms=held.started_ms,
             ended_ms=held.ended_ms,
             used=counters,
         )
         self._remove_group(held, 0)
+        self.clear_container(held)
 
     def _remove_group(self, held: Held, tries: int) -> None:
         if held.group is None or held.group.remove():

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from .attempt import Held
+from .container import Stage
 from .counters import Counters
+
+SIGNALS = range(1, 65)
+SHOWN_AS = 128  # what is added to a signal's number by a container's first process, whose own end it cannot be
+
+
+def status_of(held: Held) -> tuple[int | None, int]:
+    """Exit code and signal: both of a container's command that ended by a signal; neither if it was never started."""
+    exited, number = held.status or (True, 0)
+    if held.spawn_error:
+        return None, 0 if exited else number
+    if not exited:
+        return None, number
+    started = held.container is not None and held.container.stage is Stage.STARTED
+    return number, number - SHOWN_AS if started and number - SHOWN_AS in SIGNALS else 0
 
 
 def judge(held: Held, counters: Counters, *, succeeded: bool) -> tuple[str, str]:
@@ -12,9 +27,10 @@ def judge(held: Held, counters: Counters, *, succeeded: bool) -> tuple[str, str]
     `succeeded`: its main process ended by itself with exit code 0. What we did comes first, then what the kernel did;
     a process that could not be made explains a failure, of a success it is only worth a remark.
     """
-    exited, _number = held.status or (True, 0)
     refused = counters.pids_refused
-    if held.spawn_error:
+    # A container's own start takes memory and threads, too, and its limits may be too low even for that.
+    too_small = held.container is not None and (counters.oom_kills or refused)
+    if held.spawn_error and not too_small:
         return "node-unfit" if held.spawn_unfit else "spawn-failed", held.spawn_error
     if held.stop_why and held.signalled:
         reason, message = held.stop_why, _why_stopped(held)
@@ -23,7 +39,7 @@ def judge(held: Held, counters: Counters, *, succeeded: bool) -> tuple[str, str]
     elif refused and not succeeded:
         return "out-of-pids", _why_out_of_pids(held.limits.pids_max, refused)
     else:
-        reason, message = "exit" if exited else "signal", ""
+        reason, message = "signal" if status_of(held)[1] else "exit", ""
     remark = _why_out_of_pids(held.limits.pids_max, refused) if refused else ""
     return reason, "; ".join(part for part in (message, remark) if part)
 

@@ -14,7 +14,8 @@ from .cgroup import Cgroups
 from .disk import TO_TRASH, Layout, Writer
 from .ending import Ending
 from .loop import READ, Loop, Timer, now_s
-from .spawn import Surroundings, read_report, spawn
+from .spawn import Surroundings, drain_report, read_report, spawn
+from .starting import Containers
 from .watcher import Watcher
 from .wire import ATTEMPTS_MAX, SERVICES_MAX
 
@@ -69,6 +70,14 @@ class Keeper:
         self.trash_waits = False
         self.on_end: Callable[[Held], None] = lambda _held: None
         self.ending = Ending(loop, writer, log, self._ended)
+        self.containers = Containers(loop, around.containers, around.mark, log)
+        self.containers.unreaped = self.ending.unreaped
+        self.containers.on_pidfd = self.ending.on_pidfd
+        self.containers.may_start = self._may_begin
+        self.containers.kill = self._kill
+        self.containers.running = self._running
+        self.ending.passed = self.containers.passed
+        self.ending.clear_container = self.containers.clear
         self.watcher = Watcher(loop, log, self._over_disk)
 
     # Asked for by clients ----------------------------------------------------------------------------------------
@@ -205,7 +214,9 @@ class Keeper:
     def _prepare(self, held: Held) -> None:
         if problem := child.unusable(held.argv, held.env):
             self._not_started(held, "spawn-failed", problem)
-        elif held.secrets and not self._around.place:
+        elif held.container and (problem := self.containers.place.why):
+            self._not_started(held, UNFIT, f"this node cannot run containers: {problem}")
+        elif held.secrets and not held.container and not self._around.place:
             self._not_started(held, UNFIT, f"this node cannot give secrets to tasks: {self._around.place.why}")
         elif self._overdue(held):
             self._not_started(held, "fenced", self._overdue_message(held))
@@ -244,6 +255,9 @@ class Keeper:
             self._not_started(held, UNFIT, f"cannot fork: {error.strerror}")
             return
         held.secrets = {}  # the new process has them; we have no more use for them
+        if held.container:
+            held.container.config = {}
+            self.containers.begun(held)
         held.phase = Phase.SPAWNING
         held.started_ms = now_ms()
         self.ending.unreaped.add(held.pid)
@@ -253,7 +267,7 @@ class Keeper:
             due_s = now_s() + held.walltime_s
             held.set_timer("walltime", self._loop.call_at(due_s, lambda: self.stop(held, "walltime")))
         self._arm_fence(held)
-        if not self._around.isolated:
+        if not self._around.isolated and not held.container:
             self._note_pid(held)
         self.watcher.watch(held)
 
@@ -265,13 +279,27 @@ class Keeper:
             self._writer.put(held.record_path, {**held.intent(), **where}, lambda _error: None)
 
     def _reported(self, held: Held) -> None:
-        if not read_report(held):
+        if not (drain_report(held) if held.container else read_report(held)):
             return
         self._loop.unwatch(held.report_fd)
         os.close(held.report_fd)
         held.report_fd = -1
-        if held.phase is not Phase.SPAWNING or held.spawn_error:
+        if held.phase is not Phase.SPAWNING or held.spawn_error or held.container:
             return  # its exit tells the rest
+        self._running(held)
+
+    def _may_begin(self, held: Held) -> bool:
+        """Whether a container that was made may be started: wanted and allowed, when it comes to it."""
+        if not held.stop_why and self._overdue(held):
+            held.stop_why = "fenced"
+        return not held.stop_why
+
+    def _running(self, held: Held) -> None:
+        """What the user has asked for runs."""
+        if held.container:
+            held.started_ms = now_ms()
+            if not self._around.isolated:
+                self._note_pid(held)
         held.phase = Phase.RUNNING
         if held.stop_why:
             self._signal(held, held.stop_signal)
@@ -281,6 +309,12 @@ class Keeper:
 
     def _signal(self, held: Held, number: int) -> None:
         held.signalled = True
+        if held.container:
+            # Its first process passes them on to the command and its children.
+            for each in (number, signal.SIGCONT):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(held.pidfd, each)
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(held.pid, number)
             os.killpg(held.pid, signal.SIGCONT)  # a stopped process sees the signal only once it goes on
@@ -307,7 +341,11 @@ class Keeper:
     def _ended(self, held: Held) -> None:
         self.watcher.unwatch(held.key)
         held.secrets = {}
-        if held.secret_names and not secretfiles.remove(self._around.place, held.key, held.secret_names):
+        if (
+            held.secret_names
+            and not held.container
+            and not secretfiles.remove(self._around.place, held.key, held.secret_names)
+        ):
             self._log(f"{held.key}: it left more than its secrets in {self._around.place.of(held.key)}")
         _call_all(held.waiters)
         _call_all(held.end_waiters)

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import detach, proctable, remains, secretfiles, sysapi
+from . import container, detach, proctable, remains, secretfiles, sysapi
 from .attempt import Held, Phase, make_exit
 from .cgroup import Cgroups, Limits, sweep
 from .connection import listen
@@ -82,6 +82,9 @@ class Shim:
         self._write_identity(shim, around, remains.intended_groups(swept))
         self._cgroups = Cgroups(swept.name, swept.trees, swept.problems)
         self._place = secretfiles.find_place(layout.root, swept.name)
+        self._containers = container.find_place(
+            layout.root, swept.name, self._cgroups, swept.all_trees, isolated=around.isolated
+        )
         self._claim_priority()
         leftovers = self._leftovers()
         self.identity = Identity(
@@ -90,7 +93,7 @@ class Shim:
             capabilities=self._capabilities(around),
             warnings=tuple(self._warnings),
         )
-        self._write_identity(shim, around, [*map(str, self._cgroups.folders), *swept.stuck])
+        self._write_identity(shim, around, [*map(str, self._folders()), *swept.stuck])
         os.chdir("/")
         self._listening = listen(layout.root)
         self._loop = Loop(self._log)
@@ -108,6 +111,7 @@ class Shim:
                 core,
                 self._place,
                 {} if around.isolated else {remains.MARK: swept.name},
+                self._containers,
             ),
             kill_margin_s,
             self._log,
@@ -117,7 +121,9 @@ class Shim:
         self._server = Server(self._loop, self._listening, self._keeper, layout, self.identity, self._log)
         self._idle_end_s = float(str(config["idle_end_s"]))
         self._janitor = 0
-        self._keeper.ending.helpers = lambda: {self._writer.pid, self._janitor, self._keeper.watcher.pid}
+        self._keeper.ending.helpers = lambda: (
+            {self._writer.pid, self._janitor, self._keeper.watcher.pid} | self._keeper.containers.helpers
+        )
         self._orphans_later = False
 
     def run(self) -> None:
@@ -134,7 +140,7 @@ class Shim:
         self._log(f"shim {self.identity.shim} of node {self.identity.node} serves; " + "; ".join(self._warnings))
         self._loop.run()
         # Not only the common folders: the group of an attempt that has just ended may have refused to go until now.
-        for folder in sweep(self._cgroups.folders, END_SWEEP_S):
+        for folder in sweep(self._folders(), END_SWEEP_S):
             self._log(f"{folder} cannot be removed; the next start of a shim will try again")
         self._log("ended")
         with contextlib.suppress(OSError):
@@ -174,7 +180,12 @@ class Shim:
             names.append(secretfiles.CAPABILITY)
         else:
             self._warnings.append(f"{secretfiles.CAPABILITY} is missing: {self._place.why}")
-        return tuple(names)
+        self._warnings += self._containers.warnings
+        return (*names, *self._containers.capabilities)
+
+    def _folders(self) -> list[Path]:
+        """All control groups of ours that others are in."""
+        return [*self._cgroups.folders, *self._containers.extra]
 
     def _write_identity(self, shim: str, around: detach.Detached, groups: list[str]) -> None:
         identity = {

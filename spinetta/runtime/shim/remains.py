@@ -20,7 +20,7 @@ from typing import Any
 from . import proctable
 from .cgroup import sweep
 from .disk import Layout
-from .hierarchy import Hierarchy, detect
+from .hierarchy import Hierarchy, detect, everywhere
 from .records import overwrite, put_file, read_records, seal, unseal
 from .wire import IDENTITY_NAME
 
@@ -48,12 +48,14 @@ class Swept:
     Attributes:
         name: of all that is ours.
         trees, problems: the control groups' hierarchies, and what is wrong with others.
+        all_trees: those of no use to us, too, in which container runtimes make groups.
         stuck: control groups that could not be removed.
         warnings: for people.
     """
 
     name: str
     trees: tuple[Hierarchy, ...]
+    all_trees: tuple[Hierarchy, ...]
     problems: tuple[str, ...]
     stuck: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -99,12 +101,12 @@ def write_identity(root: Path, identity: dict[str, Any]) -> None:
 def sweep_remains(layout: Layout, node: str) -> Swept:
     """Kill and remove what an earlier shim of this state directory left, and nothing else. The lock must be held."""
     name = name_of(layout.root, node)
-    trees, problems = _hierarchies()
+    trees, problems, all_trees = _hierarchies()
     identity = read_identity(layout.root)
-    folders = _candidates(name, trees)
+    folders = _candidates(name, all_trees)
     noted = identity.get("cgroups")
     if isinstance(noted, list):
-        mounts = [tree.mount for tree in trees]
+        mounts = [tree.mount for tree in all_trees]
         folders += [Path(str(folder)) for folder in noted if _is_ours(Path(str(folder)), mounts)]
     stuck = sweep(list(dict.fromkeys(folders)), SWEEP_LIMIT_S)
     warnings = [f"left by an earlier shim and cannot be removed: {folder}" for folder in stuck]
@@ -114,12 +116,14 @@ def sweep_remains(layout: Layout, node: str) -> Swept:
     if still := _marked(name):
         pids = ", ".join(str(pid) for pid in still[:10])
         warnings.append(f"processes of an earlier shim cannot be killed: {pids}")
-    return Swept(name, tuple(trees), tuple(problems), tuple(str(folder) for folder in stuck), tuple(warnings))
+    return Swept(
+        name, tuple(trees), tuple(all_trees), tuple(problems), tuple(str(folder) for folder in stuck), tuple(warnings)
+    )
 
 
 def intended_groups(swept: Swept) -> list[str]:
     """All folders that we are about to make, or may: written down first."""
-    return [*dict.fromkeys([*map(str, _candidates(swept.name, swept.trees)), *swept.stuck])]
+    return [*dict.fromkeys([*map(str, _candidates(swept.name, swept.all_trees)), *swept.stuck])]
 
 
 def clear_scratch(layout: Layout, kept: Iterable[str]) -> int:
@@ -136,13 +140,13 @@ def clear_scratch(layout: Layout, kept: Iterable[str]) -> int:
 # --- control groups --------------------------------------------------------------------------------------------------
 
 
-def _hierarchies() -> tuple[list[Hierarchy], list[str]]:
+def _hierarchies() -> tuple[list[Hierarchy], list[str], list[Hierarchy]]:
     try:
         mountinfo = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
         cgroup = Path("/proc/self/cgroup").read_text("utf-8", "surrogateescape")
     except OSError as error:
-        return [], [f"cannot read where cgroups are: {error}"]
-    return detect(mountinfo, cgroup)
+        return [], [f"cannot read where cgroups are: {error}"], []
+    return *detect(mountinfo, cgroup), everywhere(mountinfo, cgroup)
 
 
 def _candidates(name: str, trees: Iterable[Hierarchy]) -> list[Path]:

@@ -104,7 +104,7 @@ def provide(place: Place, key: str, files: Mapping[str, bytes]) -> None:
     _own_folder(place.folder)
     folder = place.of(key)
     os.mkdir(folder, 0o700)  # noqa: PTH102 - no pathlib between fork and exec
-    _write(folder, files)
+    write_files(folder, files)
     os.chmod(folder, 0o500)  # noqa: PTH101 - no pathlib between fork and exec
 
 
@@ -114,11 +114,12 @@ def mount_own(path: str, files: Mapping[str, bytes]) -> None:
     sysapi.make_root_slave()
     pages = sum(len(data) // _PAGE_BYTES + 1 for data in files.values()) + 1
     sysapi.mount_tmpfs(path, f"mode=0700,size={pages * _PAGE_BYTES},nr_inodes={len(files) + 2}")
-    _write(path, files)
+    write_files(path, files)
     sysapi.remount_read_only(path)
 
 
-def _write(folder: str, files: Mapping[str, bytes]) -> None:
+def write_files(folder: str, files: Mapping[str, bytes]) -> None:
+    """New files, for their owner to read."""
     for name, data in files.items():
         fd = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400)
         try:

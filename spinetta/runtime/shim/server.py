@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import signal
@@ -10,20 +9,18 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from . import secretfiles
 from .attempt import Held, Phase, usage_dict
-from .cgroup import Limits
 from .connection import Connection
 from .disk import Layout
 from .execs import Execs
 from .keeper import Keeper, Refused
 from .loop import READ, Loop, now_s
+from .requests import attempt_of, describe, end_event, service_of
 from .wire import (
     CONNECTIONS_MAX,
-    FILE_NAME,
     PAGE_ATTEMPTS,
+    PROTOCOL_OLDEST,
     PROTOCOL_VERSION,
     BadMessage,
     Message,
@@ -31,8 +28,6 @@ from .wire import (
     key,
     number,
     text,
-    text_map,
-    texts,
 )
 
 REASONS = ("cancelled", "released", "fenced", "walltime", "node-lost")
@@ -154,9 +149,12 @@ class Server:
         self.cut(connection, message)
 
     def _hello(self, connection: Connection, message: Message) -> None:
-        version = integer(message, "version")
-        if version != PROTOCOL_VERSION:
-            raise Refused("version", f"the shim speaks version {PROTOCOL_VERSION} of its protocol, not {version}")
+        theirs = integer(message, "version")
+        if theirs < PROTOCOL_OLDEST:
+            raise Refused(
+                "version",
+                f"the shim speaks versions {PROTOCOL_OLDEST} to {PROTOCOL_VERSION} of its protocol, not {theirs}",
+            )
         connection.greeted = True
         for other in list(self._connections):
             # A start that an earlier daemon has asked for must be among what the next one is told of: that one would
@@ -168,7 +166,7 @@ class Server:
             {
                 "id": message["id"],
                 "ok": True,
-                "version": PROTOCOL_VERSION,
+                "version": min(theirs, PROTOCOL_VERSION),
                 "shim": self._identity.shim,
                 "node": self._identity.node,
                 "kill_margin_s": self._keeper.kill_margin_s,
@@ -182,42 +180,18 @@ class Server:
         connection.subscribed = True
         for held in list(self._keeper.all_held()):
             if held.phase is Phase.ENDED:
-                connection.send(_end_event(held))
+                connection.send(end_event(held))
         connection.send({"event": "synced"})
 
     def _on_end(self, held: Held) -> None:
         for connection in list(self._connections):
             if connection.subscribed:
-                connection.send(_end_event(held))
+                connection.send(end_event(held))
 
     # Operations --------------------------------------------------------------------------------------------------
 
     def _start(self, connection: Connection, message: Message) -> None:
-        name = key(message)
-        walltime_s = number(message, "walltime_s", 0)
-        secrets = _secrets(message)
-        held = Held(
-            key=name,
-            service=False,
-            argv=texts(message, "argv"),
-            env=text_map(message, "env"),
-            cwd=_folder(message),
-            stdout=str(self._layout.logs / name / "stdout"),
-            stderr=str(self._layout.logs / name / "stderr"),
-            record_path=self._layout.attempts / name,
-            scratch=None if message.get("cwd") else self._layout.scratch / name,
-            limits=Limits(*(integer(message, limit, 0) for limit in ("cpu_millis", "memory_bytes", "pids_max"))),
-            walltime_s=0.0 if walltime_s == float("inf") else walltime_s,
-            grace_s=number(message, "grace_s"),
-            stop_wait_s=number(message, "stop_wait_s", 10.0),
-            token=integer(message, "token", 0),
-            incarnation=text(message, "incarnation", ""),
-            disk_bytes_max=integer(message, "disk_bytes_max", 0),
-            log_bytes_max=integer(message, "log_bytes_max", 0),
-            private=message.get("private") is True,
-            secrets=secrets,
-            secret_names=tuple(secrets),
-        )
+        held = attempt_of(message, self._layout)
         self._keeper.start(held, lambda end: connection.send({"id": message["id"], "ok": True, "exit": end}))
 
     def _stop(self, connection: Connection, message: Message) -> None:
@@ -245,7 +219,7 @@ class Server:
     def _held(self, connection: Connection, message: Message) -> None:
         after = text(message, "after", "")
         keys = sorted(name for name in self._keeper.attempts if name > after)
-        page = [_describe(self._keeper.attempts[name]) for name in keys[:PAGE_ATTEMPTS]]
+        page = [describe(self._keeper.attempts[name]) for name in keys[:PAGE_ATTEMPTS]]
         connection.send({"id": message["id"], "ok": True, "held": page, "more": len(keys) > PAGE_ATTEMPTS})
 
     def _usage(self, connection: Connection, message: Message) -> None:
@@ -257,29 +231,9 @@ class Server:
         connection.send({"id": message["id"], "ok": True, "usage": usage})
 
     def _start_service(self, connection: Connection, message: Message) -> None:
-        name = key(message)
-        log_path = text(message, "log_path")
-        if not log_path.startswith("/"):
-            raise Refused("bad-request", "log_path must be absolute")
-        held = Held(
-            key=name,
-            service=True,
-            argv=texts(message, "argv"),
-            env=text_map(message, "env"),
-            cwd=_folder(message),
-            stdout=log_path,
-            stderr=log_path,
-            record_path=self._layout.services / name,
-            scratch=None if message.get("cwd") else self._layout.scratch / f"service@{name}",
-            limits=Limits(),
-            walltime_s=0.0,
-            grace_s=0.0,
-            stop_wait_s=10.0,
-            token=0,
-            incarnation="",
-        )
+        held = service_of(message, self._layout)
         self._keeper.start_service(
-            held, lambda it: connection.send({"id": message["id"], "ok": True, "service": _describe(it)})
+            held, lambda it: connection.send({"id": message["id"], "ok": True, "service": describe(it)})
         )
 
     def _stop_service(self, connection: Connection, message: Message) -> None:
@@ -289,7 +243,7 @@ class Server:
             raise Refused("bad-request", "signal must be 1 to 64")
 
         def answer() -> None:
-            connection.send({"id": message["id"], "ok": True, "service": _describe(held) if held else None})
+            connection.send({"id": message["id"], "ok": True, "service": describe(held) if held else None})
 
         if held is None or held.phase is Phase.ENDED:
             answer()
@@ -298,7 +252,7 @@ class Server:
         self._keeper.stop(held, "released", number(message, "wait_s"), signum)
 
     def _services(self, connection: Connection, message: Message) -> None:
-        services = [_describe(held) for held in self._keeper.services.values()]
+        services = [describe(held) for held in self._keeper.services.values()]
         connection.send({"id": message["id"], "ok": True, "services": services})
 
     def _shutdown(self, connection: Connection, message: Message) -> None:
@@ -352,47 +306,3 @@ class Shutdown:
         self._done()
         self._server.close()
         self._loop.stop()
-
-
-def _folder(message: Message) -> str:
-    cwd = text(message, "cwd", "")
-    if cwd and (not cwd.startswith("/") or "\0" in cwd):
-        raise Refused("bad-request", "cwd must be an absolute path")
-    return cwd
-
-
-def _secrets(message: Message) -> dict[str, bytes]:
-    """Files by name; their content is never part of an error."""
-    if "secrets" not in message:
-        return {}
-    given = text_map(message, "secrets")
-    if len(given) > secretfiles.FILES_MAX:
-        raise Refused("bad-request", f"at most {secretfiles.FILES_MAX} secrets")
-    files = {}
-    for name, data in given.items():
-        if not FILE_NAME.match(name):
-            raise Refused("bad-request", "a secret's file has a name that no file may have")
-        try:
-            files[name] = base64.b64decode(data.encode("ascii"), validate=True)
-        except ValueError:
-            raise Refused("bad-request", f"the secret {name} is not in base64") from None
-        if len(files[name]) > secretfiles.FILE_BYTES_MAX:
-            raise Refused("bad-request", f"the secret {name} has more than {secretfiles.FILE_BYTES_MAX} bytes")
-    return files
-
-
-def _describe(held: Held) -> dict[str, Any]:
-    return {
-        "key": held.key,
-        "token": held.token,
-        "incarnation": held.incarnation,
-        "started_ms": held.started_ms,
-        "pid": held.outer_pid or held.pid,
-        "exit": held.exit if held.phase is Phase.ENDED else None,
-    }
-
-
-def _end_event(held: Held) -> Message:
-    if held.service:
-        return {"event": "service-exited", "name": held.key, "started_ms": held.started_ms, "exit": held.exit}
-    return {"event": "exited", "key": held.key, "exit": held.exit}

@@ -8,11 +8,12 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from . import child, secretfiles
+from . import child, container, secretfiles
 from .attempt import Held
 
 TASK_OOM_SCORE_ADJ = 300  # when the machine runs out of memory a task goes before the node's own processes
 SERVICE_OOM_SCORE_ADJ = -500
+REPORT_BYTES_MAX = 1 << 16  # of what is said on the way to a start; more is not listened to
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Surroundings:
         isolated: whether we are PID 1 of a pid namespace.
         nofile, core: the limits on open files and core dumps that children get.
         place: where they get their secrets.
+        containers: where they are contained.
         mark: what the next shim is to find in the environment of all that was ours; not needed when isolated.
     """
 
@@ -33,13 +35,19 @@ class Surroundings:
     core: tuple[int, int]
     place: secretfiles.Place
     mark: Mapping[str, str] = field(default_factory=dict)
+    containers: container.Place = field(default_factory=container.Place)
 
 
 def spawn(held: Held, around: Surroundings) -> None:
     """Fork the process of `held`; fills its pid, pidfd and report_fd. OSError: nothing was started."""
-    env = {**held.env, **around.mark}
+    env, join = {**held.env, **around.mark}, held.group.join_files() if held.group else []
     if held.secrets:
         env[secretfiles.VARIABLE] = around.place.of(held.key)
+    bundle = None
+    if held.container is not None:
+        bundle = around.containers.plan(held.key, held.container, held.group, str(held.scratch), around.mark)
+        join = around.containers.join_files(held.group)
+        env = {"PATH": child.DEFAULT_PATH, **around.mark}  # of the runtime
     plan = child.Spawn(
         argv=held.argv,
         env=env,
@@ -47,7 +55,7 @@ def spawn(held: Held, around: Surroundings) -> None:
         scratch=str(held.scratch or ""),
         stdout=held.stdout,
         stderr=held.stderr,
-        join=held.group.join_files() if held.group else [],
+        join=join,
         oom_score_adj=SERVICE_OOM_SCORE_ADJ if held.service else TASK_OOM_SCORE_ADJ,
         die_with_parent=not around.isolated,
         parent=os.getpid(),
@@ -56,6 +64,7 @@ def spawn(held: Held, around: Surroundings) -> None:
         key=held.key,
         secrets=held.secrets,
         place=around.place,
+        bundle=bundle,
     )
     receive, send = os.pipe2(os.O_CLOEXEC)
     try:
@@ -80,16 +89,23 @@ def spawn(held: Held, around: Surroundings) -> None:
     held.report_fd = receive
 
 
-def read_report(held: Held) -> bool:
-    """Take what the child has said so far; True when it has said all: the program runs, or `spawn_error` is set."""
+def drain_report(held: Held) -> bool:
+    """Take what has been said so far; True when that is all."""
     while True:
         try:
             data = os.read(held.report_fd, 4096)
         except BlockingIOError:
             return False
         if not data:
-            break
-        held.report += data
+            return True
+        if len(held.report) < REPORT_BYTES_MAX:
+            held.report += data
+
+
+def read_report(held: Held) -> bool:
+    """Take what the child has said so far; True when it has said all: the program runs, or `spawn_error` is set."""
+    if not drain_report(held):
+        return False
     pid_line, _, rest = held.report.partition(b"\n")
     if pid_line.isdigit():
         held.outer_pid = int(pid_line)

@@ -10,7 +10,9 @@ import json
 import re
 from typing import Any
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2  # 2: containers, and limits of logs and scratch; 1 knew none of their fields
+PROTOCOL_OLDEST = 1  # that each side can do with: the one before
+CONTAINERS_SINCE = 2
 SOCKET_NAME = "shim.sock"
 IDENTITY_NAME = "shim.json"
 MESSAGE_BYTES_MAX = 16 << 20  # the longest argv and environment that the kernel takes, 2 MiB, escaped at its worst

@@ -1,0 +1,128 @@
+"""Real containers for tests of the shim: a root file system with busybox, and OCI configurations made by hand.
+
+The configuration that nodes make is in `spinetta.ociconfig`, and tested there; here a plain one serves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinetta.runtime.protocol import ContainerLaunch, Launch
+from spinetta.runtime.shim import remains
+from tests.contract.shims import groups_of, launch
+
+RUNC, CRUN = "/usr/sbin/runc", "/usr/bin/crun"
+INIT = "/usr/bin/tini-static"
+OUTSIDE = 1_000_000  # the host's id of a container's root
+INSIDE = 1000  # who runs in it
+OWNER = (OUTSIDE + INSIDE, OUTSIDE + INSIDE)
+MOUNT_POINTS = ("proc", "dev", "sys", "tmp", "work", "run/secrets/spinetta")
+ENV = {"PATH": "/bin"}
+MASKED = ("/proc/kcore", "/proc/keys", "/sys/firmware")
+
+
+def make_rootfs(folder: Path) -> Path:
+    """A root file system with busybox, owned by the container's root."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / ".spinetta").mkdir()
+    for name in MOUNT_POINTS:
+        (folder / name).mkdir(parents=True)
+    (folder / "tmp").chmod(0o1777)
+    shutil.copy("/bin/busybox", folder / "bin/busybox")
+    for name in ("sh", "sleep", "cat", "id", "ls", "echo", "kill", "touch", "setsid", "env", "ps", "true"):
+        (folder / "bin" / name).symlink_to("busybox")
+    shutil.copy(INIT, folder / ".spinetta/init")
+    for where, folders, files in os.walk(folder):
+        for name in ("", *folders, *files):
+            os.chown(Path(where) / name, OUTSIDE, OUTSIDE, follow_symlinks=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("image") / "rootfs"
+    yield make_rootfs(folder)
+    shutil.rmtree(folder)
+
+
+def config(
+    state_dir: Path, key: str, *command: str, env: Mapping[str, str] = ENV, init: bool = True, writable: bool = False
+) -> dict[str, Any]:
+    """What the runtime is to be told, but for the control group and the root."""
+    bind = ["rbind", "rw", "nosuid", "nodev"]
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": False,
+            "user": {"uid": INSIDE, "gid": INSIDE},
+            "args": ["/.spinetta/init", "-g", "--", *command] if init else list(command),
+            "env": [f"{name}={value}" for name, value in env.items()],
+            "cwd": "/work",
+            "capabilities": {name: [] for name in ("bounding", "effective", "permitted", "ambient", "inheritable")},
+            "noNewPrivileges": True,
+        },
+        "root": {"readonly": not writable},
+        "hostname": "cell",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]},
+            {"destination": "/work", "type": "bind", "source": str(state_dir / "scratch" / key), "options": bind},
+            {
+                "destination": "/run/secrets/spinetta",
+                "type": "bind",
+                "source": str(state_dir / "bundle/secrets"),
+                "options": ["bind", "ro", "nosuid", "nodev", "noexec"],
+            },
+        ],
+        "linux": {
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "user", "cgroup")],
+            "uidMappings": [{"containerID": 0, "hostID": OUTSIDE, "size": 65536}],
+            "gidMappings": [{"containerID": 0, "hostID": OUTSIDE, "size": 65536}],
+            "maskedPaths": list(MASKED),
+        },
+    }
+
+
+def contained(
+    state_dir: Path,
+    rootfs: Path,
+    key: str,
+    *command: str,
+    env: Mapping[str, str] = ENV,
+    init: bool = True,
+    writable: bool = False,
+    program: str = RUNC,
+    lower: tuple[Path, ...] = (),
+    **changes: Any,
+) -> Launch:
+    """An attempt in a container."""
+    built = config(state_dir.absolute(), key, *command, env=env, init=init, writable=writable)
+    layers = tuple(map(str, (*lower, rootfs)))
+    container = ContainerLaunch(program, built, layers, writable, OWNER)
+    return replace(launch(key, *command, **changes), env=dict(env), container=container)
+
+
+def script(state_dir: Path, rootfs: Path, key: str, text: str, **changes: Any) -> Launch:
+    """A shell's script in a container."""
+    return contained(state_dir, rootfs, key, "/bin/sh", "-c", text, **changes)
+
+
+def traces(state_dir: Path, key: str = "") -> list[str]:
+    """What is left of containers on this machine: groups (of `key` or of all), mounts, and what the runtime knows."""
+    name = remains.name_of(state_dir, "n1")
+    left = [str(path) for path in groups_of(key or name)]
+    left += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(state_dir) in line]
+    for folder in ("bundle", "runc"):
+        if (state_dir / folder).is_dir():
+            left += map(str, (state_dir / folder).iterdir())
+    return left
