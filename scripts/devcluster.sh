@@ -18,6 +18,7 @@
 #   --cpus N        what each node offers (default 2, so that tasks spread), and
 #   --memory SIZE   (default 2GiB)
 #   --workers N     how many of them, the last ones, are workers: they never run an etcd member (default 0)
+#   --allow WORDS   what tasks in containers may have on the nodes, e.g. mount:/data,image:/srv/images (default nothing)
 #   --tls           a secured cluster: n1 founds it, the others join it with tokens, and you are its administrator
 #
 # Each node has its name as a tag, and `voter` or `worker`: `spinetta submit --tag n2 …` runs there.
@@ -32,16 +33,16 @@ die() {
     exit 1
 }
 say() { printf 'devcluster: %s\n' "$*"; }
-usage() { sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,25s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 # --- arguments -------------------------------------------------------------------------------------------------
 
 state=${SPINETTA_DEVCLUSTER:-$PWD/.devcluster}
-base="" port="" cpus="" memory="" workers="" tls=""
+base="" port="" cpus="" memory="" workers="" tls="" allow=""
 words=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --state | --base | --port | --cpus | --memory | --workers)
+        --state | --base | --port | --cpus | --memory | --workers | --allow)
             [ $# -ge 2 ] || die "$1 needs a value"
             printf -v "${1#--}" '%s' "$2"
             shift 2
@@ -91,7 +92,7 @@ load() {
     while IFS='=' read -r key value; do
         case $key in
             size | made | voters) printf -v "$key" '%s' "$value" ;;
-            base | port | cpus | memory | tls)
+            base | port | cpus | memory | tls | allow)
                 # An option that contradicts the running cluster would otherwise be ignored in silence.
                 [ -z "${!key}" ] || [ "${!key}" = "$value" ] ||
                     die "the cluster in $state has --$key $value; take it down first, or use another --state"
@@ -110,7 +111,7 @@ speak() {
 need_cluster() { load || die "no cluster in $state; start one with: devcluster.sh up"; }
 save() {
     printf '%s\n' "size=$size" "voters=$voters" "made=$made" "base=$base" "port=$port" "cpus=$cpus" "memory=$memory" \
-        "tls=$tls" >"$settings"
+        "tls=$tls" "allow=$allow" >"$settings"
 }
 
 names() {
@@ -174,6 +175,7 @@ start_node() {
         --etcd-client-port $((port + 1)) --etcd-peer-port $((port + 2)) --cpus "$cpus" --memory "$memory"
         --tags "$name,$(role "$name")")
     if [ -n "$peers" ]; then options+=(--peers "${peers#,}"); fi
+    if [ -n "$allow" ]; then options+=(--allow "$allow"); fi
     if [ "$tls" = on ]; then
         options+=(--tls on)
         if [ "$name" != n1 ] && [ ! -e "$state/$name/trust/current" ]; then # it is not known yet

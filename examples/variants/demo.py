@@ -3,7 +3,8 @@
 
 The work directory must be one that all nodes see; in a cluster on one machine any directory is. Interrupting it
 (Ctrl-C) cancels what it has submitted. It ends with 0 when every task succeeded and the result is the same as that of
-`pipeline.sh`, which runs the same steps here without the cluster.
+`pipeline.sh`, which runs the same steps here without the cluster. With --image the tasks run in containers, which see
+nothing of the node but the work directory, the steps and the reads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spinetta.client import Client, TaskInfo, make_spec
+from spinetta.client import Client, Mount, TaskInfo, make_spec
 from spinetta.errors import NotFound, SpinettaError
 from spinetta.model import State, TaskId, TaskSpec
 
@@ -91,25 +92,56 @@ class Progress:
             self._drawn = False
 
 
+class Places:
+    """Where tasks find what lies here: at the same paths, or where their containers have it mounted."""
+
+    INSIDE = "/variants"
+
+    def __init__(self, image: str, work: Path, read_only: Sequence[Path]) -> None:
+        """`image` is empty when there are no containers. `work` is what tasks may write to."""
+        self.image = image
+        self._inside = {work: f"{self.INSIDE}/run"}
+        for n, folder in enumerate(dict.fromkeys(read_only), 1):
+            self._inside.setdefault(folder, f"{self.INSIDE}/given-{n}")
+        self.mounts = [Mount(str(here), there, here == work) for here, there in self._inside.items()] if image else []
+
+    def of(self, path: Path) -> str:
+        """The path of a file as a task knows it."""
+        if self.image:
+            for here, there in self._inside.items():
+                if path.is_relative_to(here):
+                    return str(there / path.relative_to(here))
+        return str(path)
+
+    def make(self, folder: Path) -> None:
+        """A folder that tasks may write to. In a container they are another user, whom nobody else here is."""
+        folder.mkdir(exist_ok=True)
+        if self.image:
+            folder.chmod(0o777)
+
+
 class Pipeline:
     """Runs stages on a cluster, one after the other: the next begins when all tasks of one have succeeded."""
 
-    def __init__(self, client: Client, run: str) -> None:
+    def __init__(self, client: Client, run: str, places: Places) -> None:
         self._client = client
         self._run = run
+        self.places = places
         self._progress = Progress()
         self.stages: list[Stage] = []
 
     def spec(self, name: str, command: Sequence[str]) -> TaskSpec:
         """One core, half a gigabyte; found again by its label."""
         return make_spec(
-            ["bash", str(HERE / "steps.sh"), *command],
+            ["bash", self.places.of(HERE / "steps.sh"), *command],
             name=name,
             labels={"demo": "variants", "run": self._run},
             env={"PATH": "/usr/local/bin:/usr/bin:/bin"},
             cpus=1,
             memory="512MiB",
             time="10m",
+            image=self.places.image,
+            mounts=self.places.mounts,
         )
 
     def run(self, stage: Stage) -> None:
@@ -182,20 +214,19 @@ def records(vcf: Path) -> list[str]:
 
 def find_variants(pipeline: Pipeline, work: Path, chunks: int, reads: Sequence[Path], reference: Path) -> list[str]:
     """The whole pipeline; the variants it finds."""
+    of, parts = pipeline.places.of, work / "chunks"
     (work / "reference.fa").write_bytes(gzip.decompress(reference.read_bytes()))
-    fasta, index, parts = str(work / "reference.fa"), str(work / "index"), work / "chunks"
-    parts.mkdir()
-    split = [(f"split {n}", ("split", str(path), str(chunks), str(parts / f"{n}"))) for n, path in enumerate(reads, 1)]
+    fasta, index = of(work / "reference.fa"), of(work / "index")
+    pipeline.places.make(parts)
+    split = [(f"split {n}", ("split", of(path), str(chunks), of(parts / f"{n}"))) for n, path in enumerate(reads, 1)]
     pipeline.run(Stage("prepare", [("index", ("index", fasta, index)), *split]))
     numbers = sorted(path.name.split(".")[1] for path in parts.glob("1.*.fq.gz"))
-    pairs = {n: [str(parts / f"{mate}.{n}.fq.gz") for mate in (1, 2)] for n in numbers}
-    pipeline.run(
-        Stage("align", [(f"align {n}", ("align", index, *pairs[n], str(parts / f"{n}.bam"))) for n in numbers])
-    )
+    pairs = {n: [of(parts / f"{mate}.{n}.fq.gz") for mate in (1, 2)] for n in numbers}
+    pipeline.run(Stage("align", [(f"align {n}", ("align", index, *pairs[n], of(parts / f"{n}.bam"))) for n in numbers]))
     bam, vcf = work / "all.bam", work / "variants.vcf"
-    bams = [str(parts / f"{n}.bam") for n in numbers]
-    pipeline.run(Stage("merge", [("merge", ("merge", str(bam), *bams))]))
-    pipeline.run(Stage("call", [("call", ("call", fasta, str(bam), str(vcf)))]))
+    bams = [of(parts / f"{n}.bam") for n in numbers]
+    pipeline.run(Stage("merge", [("merge", ("merge", of(bam), *bams))]))
+    pipeline.run(Stage("call", [("call", ("call", fasta, of(bam), of(vcf)))]))
     return records(vcf)
 
 
@@ -213,12 +244,16 @@ def demonstrate(args: argparse.Namespace) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="run-", dir=args.work.resolve()))
     reads = [args.reads_1.resolve(), args.reads_2.resolve()]
+    places = Places(args.image, work, [HERE, *(path.parent for path in reads)])
+    places.make(work)
     credentials = os.environ.get("SPINETTA_CREDENTIALS", "none")
     with Client(args.nodes, credentials=None if credentials in ("", "none") else credentials) as client:
         nodes = [n.record for n in client.nodes().nodes if n.status == "ready"]
         cores = sum(n.capacity.cpu_millis for n in nodes) / 1000
         print(f"{len(nodes)} nodes ({', '.join(n.name for n in nodes)}), {cores:g} cores; files in {work}", flush=True)
-        pipeline = Pipeline(client, work.name)
+        if args.image:
+            print(f"tasks run in containers of {args.image}", flush=True)
+        pipeline = Pipeline(client, work.name, places)
         began_s = time.monotonic()
         try:
             found = find_variants(pipeline, work, args.chunks, reads, args.reference)
@@ -244,6 +279,7 @@ def main() -> int:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=24, help="parts to split the reads in, one task each (24)")
+    parser.add_argument("--image", default="", help="run the tasks in containers of this image (scripts/demo-image.sh)")
     parser.add_argument("--work", type=Path, default=Path("demo"), help="directory that all nodes see (./demo)")
     parser.add_argument(
         "--nodes",
