@@ -98,7 +98,7 @@ def _image_need(image: str) -> str:
     try:
         return imageref.need(imageref.parse(image))
     except UserError:
-        return f"{imageref.ALLOWANCE}{image}"  # not written by any client of ours: nobody allows it
+        return f"no-image:{image}"  # not written by any client of ours: a word that nobody can allow
 
 
 def refusals(wanted: Iterable[str], allows: Collection[str]) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spinetta.client.containers import read_mounts
 from spinetta.events import Entry, attempt_key
 from spinetta.model import (
+    ContainerSpec,
     Exit,
     Holding,
     IncarnationId,
@@ -51,6 +53,15 @@ def spec(n: int = 1, resources: Resources | None = None, **fields: Any) -> TaskS
 
 def queued(n: int = 1, **fields: Any) -> Task:
     return Task(spec(n, **fields), State.QUEUED, submitted_ms=1000)
+
+
+def contained(image: str = "tools", **fields: Any) -> ContainerSpec:
+    return ContainerSpec(image, **fields)
+
+
+def mounted(*texts: str) -> ContainerSpec:
+    """A container with these mounts, as people write them."""
+    return contained(mounts=read_mounts(texts))
 
 
 def hint(resources: Resources | None = None, **fields: Any) -> QueueHint:
