@@ -275,9 +275,19 @@ async def measure(way: Way, at_once: int, count: int, shim: Callable[[], float],
             tasks.create_task(look(worker))
 
 
+def shim_and_helpers(pid: int) -> list[psutil.Process]:
+    """The shim, and those of its children that are part of it: what writes its records, what watches the disk."""
+    found = [psutil.Process(pid)]
+    for child in found[0].children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name().startswith("spinetta-"):
+                found.append(child)
+    return found
+
+
 @contextlib.asynccontextmanager
 async def ways(folder: Path, wanted: Sequence[str], most: int) -> AsyncIterator[tuple[list[Way], Callable[[], float]]]:
-    """All of them, and the CPU time of the shim and its writer so far."""
+    """All of them, and the CPU time of the shim and its helpers so far."""
     image = unpack(folder)
     found: list[Way] = []
     with contextlib.ExitStack() as stack:
@@ -306,11 +316,10 @@ async def ways(folder: Path, wanted: Sequence[str], most: int) -> AsyncIterator[
                 found.append(Shim(runtime, state, image))
             if "process" in wanted:
                 found.append(Shim(runtime, state, None))
-            shim = psutil.Process(runtime.shim_pid())
-            writers = [p for p in shim.children() if p.name() == "spinetta-writer"]
+            shim = runtime.shim_pid()
 
             def cpu_s() -> float:
-                return sum(t.user + t.system for t in (p.cpu_times() for p in (shim, *writers)))
+                return sum(t.user + t.system for t in (p.cpu_times() for p in shim_and_helpers(shim)))
 
             try:
                 yield found, cpu_s
