@@ -69,6 +69,20 @@ def parse_usage(value: Any) -> Usage:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A running attempt: what it has used, and how much memory, how many processes and threads it has now."""
+
+    usage: Usage
+    memory_bytes: int
+    pids: int
+
+
+def parse_sample(value: Any) -> Sample:
+    """A usage answer; shims of earlier versions do not say what is used now."""
+    return Sample(parse_usage(value), value.get("memory_bytes", 0), value.get("pids", 0))
+
+
 class ShimClient:
     """Talks to one shim over one connection. Use `open_client`.
 

@@ -16,7 +16,16 @@ from pathlib import Path
 
 from spinetta.errors import RuntimeUnavailable, SpinettaError, UserError
 from spinetta.model import Exit, Reason, Usage
-from spinetta.runtime.client import REQUEST_LIMIT_S, Hello, ShimClient, open_client, parse_exit, parse_usage
+from spinetta.runtime.client import (
+    REQUEST_LIMIT_S,
+    Hello,
+    Sample,
+    ShimClient,
+    open_client,
+    parse_exit,
+    parse_sample,
+    parse_usage,
+)
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import IDLE_END_S, launch
 from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
@@ -186,6 +195,11 @@ class ProcessRuntime:
         """Use so far of a running attempt; None when it is over or nothing here counts it."""
         usage = (await self._ask("usage", key=key))["usage"] if KEY.match(key) else None
         return None if usage is None else parse_usage(usage)
+
+    async def sample(self, key: AttemptKey) -> Sample | None:
+        """Use so far of a running attempt and at this moment; None when it is over or nothing here counts it."""
+        usage = (await self._ask("usage", key=key))["usage"] if KEY.match(key) else None
+        return None if usage is None else parse_sample(usage)
 
     def events(self) -> AsyncIterator[Exited | ShimLost]:
         """Ends of attempts as they happen, beginning with those not forgotten yet.

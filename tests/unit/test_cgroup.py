@@ -100,6 +100,7 @@ V1_FILES: Mapping[str, Mapping[str, str]] = {
     "cpuacct": {"cpuacct.usage_user": "1500000000\n", "cpuacct.usage_sys": "250000000\n"},
     "pids": {"pids.max": "max\n"},
     "freezer": {"freezer.state": "THAWED\n"},
+    "blkio": {},
 }
 V2_BASIC = {
     "cgroup.procs": "",
