@@ -135,8 +135,8 @@ def home() -> Iterator[Path]:
         path = Path(folder)
         source = Path(spinetta.__file__).parent
         (path / "lib" / "spinetta").mkdir(parents=True)
-        for name in ("__init__.py", "access.py", "errors.py", "model.py"):
-            shutil.copy(source / name, path / "lib" / "spinetta" / name)
+        for module in source.glob("*.py"):
+            shutil.copy(module, path / "lib" / "spinetta" / module.name)
         shutil.copytree(source / "runtime", path / "lib" / "spinetta" / "runtime")
         subprocess.run(["chown", "-R", "65534:65534", folder], check=True)
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)

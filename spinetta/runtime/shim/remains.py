@@ -8,9 +8,11 @@ All of this runs before we enter namespaces of our own, where we could not see t
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,12 +28,9 @@ from .wire import IDENTITY_NAME
 
 # Without hashlib, which brings all of OpenSSL: a megabyte of each of our processes, for one name.
 try:
-    from _sha2 import sha256  # type: ignore[import-not-found, unused-ignore]
+    sha256 = importlib.import_module("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256
 except ImportError:
-    try:
-        from _sha256 import sha256  # type: ignore[import-not-found, unused-ignore]  # before Python 3.12
-    except ImportError:
-        from hashlib import sha256
+    from hashlib import sha256
 
 SWEEP_LIMIT_S = 10.0
 MOVED_MAX = 10_000  # leftover folders at one start; the rest the next time
