@@ -36,7 +36,7 @@ def make_rootfs(folder: Path) -> Path:
         (folder / name).mkdir(parents=True)
     (folder / "tmp").chmod(0o1777)
     shutil.copy("/bin/busybox", folder / "bin/busybox")
-    for name in ("sh", "sleep", "cat", "id", "ls", "echo", "kill", "touch", "setsid", "env", "ps", "true"):
+    for name in ("sh", "sleep", "cat", "id", "ls", "echo", "kill", "touch", "setsid", "env", "ps", "true", "grep"):
         (folder / "bin" / name).symlink_to("busybox")
     shutil.copy(INIT, folder / ".spinetta/init")
     for where, folders, files in os.walk(folder):
@@ -126,3 +126,14 @@ def traces(state_dir: Path, key: str = "") -> list[str]:
         if (state_dir / folder).is_dir():
             left += map(str, (state_dir / folder).iterdir())
     return left
+
+
+def standing_in(folder: Path, prelude: str, program: str = RUNC) -> str:
+    """A program in the runtime's place, which does something before it: `command` is what it is asked, `root` where."""
+    path = folder / f"standing-in-{len(list(folder.iterdir()))}"
+    path.write_text(
+        '#!/bin/sh\nroot=$2\nfor command in "$@"; do case $command in create|start|delete) break;; esac; done\n'
+        f'{prelude}\nexec {program} "$@"\n'
+    )
+    path.chmod(0o755)
+    return str(path)

@@ -24,6 +24,7 @@ INSIDE = "container"
 STATE_FILES_MAX = 32  # of one container, in the runtime's state; it makes two
 STATE_BYTES = 512 << 20  # of all of them: some 60 KiB each with a seccomp profile, 4096 at most
 MESSAGE_CHARS = 500
+PIDS_FOR_START = 16  # runc's first process has some 8 threads
 _MARKS_OF_THE_USERS_FAULT = (
     'exec: "',
     "chdir to cwd",
@@ -53,6 +54,7 @@ class Container:
 
     Attributes:
         config: emptied once it has been handed over.
+        too_small: what the runtime said shows that memory ran out on the way: it removes the groups that would tell.
         fifo_fd: from which we hear that it has started.
         helper: pid of a process of the runtime's that starts or removes it; 0 for none.
     """
@@ -63,6 +65,7 @@ class Container:
     writable: bool
     owner: tuple[int, int]
     stage: Stage = Stage.CREATING
+    too_small: bool = False
     fifo_fd: int = -1
     helper: int = 0
 
@@ -268,6 +271,11 @@ def complaint(lines: Sequence[bytes]) -> str:
             if isinstance(entry, dict) and entry.get("level") in ("error", "fatal"):
                 found = str(entry.get("msg", ""))
     return " ".join(found.split())[:MESSAGE_CHARS]
+
+
+def says_out_of_memory(message: str) -> bool:
+    """Whether it was for want of memory."""
+    return "OOM-killed" in message
 
 
 def is_the_users_fault(message: str) -> bool:

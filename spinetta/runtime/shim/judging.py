@@ -29,12 +29,12 @@ def judge(held: Held, counters: Counters, *, succeeded: bool) -> tuple[str, str]
     """
     refused = counters.pids_refused
     # A container's own start takes memory and threads, too, and its limits may be too low even for that.
-    too_small = held.container is not None and (counters.oom_kills or refused)
-    if held.spawn_error and not too_small:
+    short = held.container is not None and (held.container.too_small or counters.oom_kills)
+    if held.spawn_error and not short and not (held.container and refused):
         return "node-unfit" if held.spawn_unfit else "spawn-failed", held.spawn_error
     if held.stop_why and held.signalled:
         reason, message = held.stop_why, _why_stopped(held)
-    elif counters.oom_kills:
+    elif counters.oom_kills or short:
         reason, message = "out-of-memory", _why_out_of_memory(held.limits.memory_bytes, counters)
     elif refused and not succeeded:
         return "out-of-pids", _why_out_of_pids(held.limits.pids_max, refused)

@@ -18,7 +18,7 @@ from . import child
 from .attempt import Held, Phase
 from .bundle import pid_file
 from .cgroup import Group
-from .container import Place, Stage, complaint, is_the_users_fault
+from .container import PIDS_FOR_START, Place, Stage, complaint, is_the_users_fault, says_out_of_memory
 from .loop import READ, Loop
 from .spawn import TASK_OOM_SCORE_ADJ, drain_report
 
@@ -286,10 +286,17 @@ def _explain(held: Held, lines: Sequence[bytes], status: tuple[bool, int]) -> No
         held.spawn_unfit = True
         return
     said = complaint(lines)
-    held.spawn_unfit = not is_the_users_fault(said)
+    low = 0 < held.limits.pids_max < PIDS_FOR_START
+    held.spawn_unfit = not (low or is_the_users_fault(said))
+    if held.container is not None:
+        held.container.too_small = says_out_of_memory(said)
     if said:
         what = "(sealed)" if held.private else said
         held.spawn_error = f"the container could not be made: {what}"
     else:
         how = f"ended with exit code {number}" if exited else f"was killed by signal {number}"
         held.spawn_error = f"the container could not be made: its runtime {how}"
+    if low:
+        held.spawn_error += (
+            f"; its limit of {held.limits.pids_max} processes and threads may not be enough even for that"
+        )
