@@ -74,7 +74,7 @@ class ImageRef:
         path: absolute, of local kinds.
         host: of a registry, with its port.
         repository: of a registry, or the name of a bare reference.
-        tag: of a registry or name ``latest`` when nothing is said; of local kinds what is inside, or empty: the only one.
+        tag: of a registry or name ``latest`` when nothing is said; of local kinds which one of it, empty: the only one.
         digest: ``sha256:…`` instead of a tag.
     """
 

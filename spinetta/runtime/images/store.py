@@ -1,0 +1,614 @@
+"""The images of a node: had once however many want them, unpacked once, kept while they are used, then let go of.
+
+All state is in memory and changed between two awaits; the directories say the same, see `shelf`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from spinetta import eviction, imageref
+from spinetta.errors import NotFound, RuntimeUnavailable, SpinettaError, UserError
+from spinetta.imageref import ImageRef, Kind
+from spinetta.runtime.images import errands, records, sources
+from spinetta.runtime.images.errands import Tell
+from spinetta.runtime.images.flights import Coming, Flights
+from spinetta.runtime.images.limits import Limits
+from spinetta.runtime.images.records import FILES, ROOTFS, ImageRecord
+from spinetta.runtime.images.shelf import Shelf
+
+log = logging.getLogger("spinetta.images")
+
+FETCHES_MAX = 4  # at once: more share the same network
+LOOK_LIMIT_S = 120.0  # for a registry to tell what it has
+FETCH_LIMIT_S = 6 * 3600.0  # 100 GiB over 40 Mbit/s; what does not come at all ends sooner
+UNPACK_LIMIT_S = 2 * 3600.0
+VERIFY_LIMIT_S = 2 * 3600.0
+SWEEP_EVERY_S = 60.0
+CLOSE_LIMIT_S = 10.0
+ADVERTISED_MAX = 256  # digests in the node's record, which every node reads: 70 bytes each
+DEFAULT_IDS = 65536
+FRESH_S = 30.0  # what has just come does not go again before those who waited for it had it
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """What a store is told.
+
+    Attributes:
+        keep_bytes: of all images together, those in use and pinned included; 0: any amount.
+        keep_s: how long one may be unused; 0: for ever.
+        registries_conf: the site's, for skopeo and for bare names; empty: the machine's own, and no bare names.
+        unpacks: images unpacked at once: each takes a processor and the disk.
+        base: the host's id of containers' 0, for all of `ids`; None: not shifted, everything belongs to us.
+        limits: how large an image may be.
+    """
+
+    keep_bytes: int = 50 << 30
+    keep_s: float = 30 * 86400.0
+    registries_conf: str = ""
+    unpacks: int = 2
+    base: int | None = None
+    ids: int = DEFAULT_IDS
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """An image that is ready for a container.
+
+    Attributes:
+        rootfs: its root file system; nothing in it may be changed.
+        user: uid and gid inside, of its USER; None: it names none.
+        groups: further ones of that user.
+        user_trouble: why its USER means nothing, if that is so.
+    """
+
+    digest: str
+    rootfs: Path
+    env: tuple[str, ...]
+    entrypoint: tuple[str, ...]
+    cmd: tuple[str, ...]
+    user: tuple[int, int] | None
+    groups: tuple[int, ...]
+    workdir: str
+    user_trouble: str = ""
+    stop_signal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """An image as it is listed; times in milliseconds since 1970. `uses`: attempts that use it now."""
+
+    record: ImageRecord
+    used_ms: int
+    uses: int
+
+
+@dataclass(slots=True)
+class _Held:
+    record: ImageRecord
+    used_s: float
+    handles: int = 0  # calls that need it for a moment: verifying
+    fresh_until_s: float = field(
+        default_factory=lambda: time.monotonic() + FRESH_S
+    )  # who waited for it is about to use it
+
+
+class ImageStore:
+    """See the module. Made by `open`."""
+
+    def __init__(self, directory: Path, settings: StoreSettings, *, wall_s: Callable[[], float] = time.time) -> None:
+        self._settings = settings
+        self._shelf = Shelf(directory, settings.base)
+        self._wall_s = wall_s
+        self._base = settings.base if settings.base is not None else -1
+        self._images: dict[str, _Held] = {}
+        self._names: dict[str, str] = {}
+        self._uses: dict[str, str] = {}
+        self._settled = False  # whether it is known which of the attempts of an earlier daemon still run
+        self._fetches = Flights[str]()
+        self._unpacks = Flights[None]()
+        self._fetching = asyncio.Semaphore(FETCHES_MAX)
+        self._unpacking = asyncio.Semaphore(settings.unpacks)
+        self._listeners: list[Callable[[], None]] = []
+        self._wanted = asyncio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, directory: Path, settings: StoreSettings, *, wall_s: Callable[[], float] = time.time
+    ) -> AsyncIterator[ImageStore]:
+        """The store in a directory, cleaned of what was left half done; work under way ends with the context.
+
+        Raises:
+            UserError: the directory cannot be used.
+        """
+        store = cls(directory, settings, wall_s=wall_s)
+        await asyncio.to_thread(store._load)
+        sweeping = asyncio.create_task(store._sweep(), name="images")
+        try:
+            yield store
+        finally:
+            await store._fetches.close()
+            await store._unpacks.close()
+            sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeping
+
+    def _load(self) -> None:
+        self._shelf.open()
+        found = self._shelf.load(self._base, self._settings.ids)
+        self._images = {digest: _Held(record, used_s, fresh_until_s=0.0) for digest, (record, used_s) in found.items()}
+        latest: dict[str, int] = {}
+        for digest, held in self._images.items():
+            for name, about in held.record.names.items():
+                if about.since_ms >= latest.get(name, -1):
+                    latest[name], self._names[name] = about.since_ms, digest
+        for digest, held in self._images.items():
+            for name in held.record.names:
+                if self._names[name] != digest:
+                    held.record = held.record.unnamed(name)
+        self._uses = {key: digest for key, digest in self._shelf.used().items() if digest in self._images}
+        self._settled = not self._uses
+
+    # --- what there is ---
+
+    def digests(self) -> tuple[str, ...]:
+        """Digests of images that are here, by which this node or registries know them; the last used first."""
+        latest = sorted(self._images.values(), key=lambda h: (-h.used_s, h.record.digest))
+        found = dict.fromkeys(d for h in latest if not h.record.marked for d in (h.record.digest, *h.record.sources))
+        return tuple(found)[:ADVERTISED_MAX]
+
+    def coming(self) -> tuple[str, ...]:
+        """Digests of images that are being unpacked."""
+        return tuple(sorted(self._unpacks.keys()))[:ADVERTISED_MAX]
+
+    def listen(self, callback: Callable[[], None]) -> None:
+        """Have it called, in the event loop, after each change of what `digests` or `coming` tell."""
+        self._listeners.append(callback)
+
+    def _changed(self) -> None:
+        for callback in self._listeners:
+            callback()
+
+    def images(self) -> list[ImageInfo]:
+        """All images, the last used first."""
+        users: dict[str, int] = {}
+        for digest in self._uses.values():
+            users[digest] = users.get(digest, 0) + 1
+        latest = sorted(self._images.values(), key=lambda h: (-h.used_s, h.record.digest))
+        return [ImageInfo(h.record, int(h.used_s * 1000), users.get(h.record.digest, 0)) for h in latest]
+
+    def find(self, text: str) -> ImageRecord:
+        """The image of a digest, the beginning of one, or a name.
+
+        Raises:
+            NotFound: there is none.
+            UserError: several begin so.
+        """
+        word = text.removeprefix("sha256:")
+        if len(word) >= 6 and set(word) <= set("0123456789abcdef"):
+            near = {
+                h.record.digest: h.record
+                for h in self._images.values()
+                if any(d.removeprefix("sha256:").startswith(word) for d in (h.record.digest, *h.record.sources))
+            }
+            if len(near) == 1:
+                return next(iter(near.values()))
+            if near:
+                raise UserError(f"{len(near)} images begin with {text}", field="image", reason="ambiguous")
+        ref = imageref.parse(text)
+        digest = self._names.get(str(ref)) or self._by_source(ref.digest)
+        if digest is None:
+            raise NotFound(f"this node has no image {text}", field="image", hint="see: spinetta image list")
+        return self._images[digest].record
+
+    def _by_source(self, digest: str) -> str | None:
+        if digest in self._images:
+            return digest
+        return next((d for d, h in self._images.items() if digest in h.record.sources), None) if digest else None
+
+    # --- for tasks ---
+
+    @asynccontextmanager
+    async def use(
+        self, ref: ImageRef, key: str, *, allows: Iterable[str] | None = None
+    ) -> AsyncIterator[PreparedImage]:
+        """The image, kept for as long as the context lasts. See `acquire`."""
+        prepared = await self.acquire(ref, key, allows=allows)
+        try:
+            yield prepared
+        finally:
+            self.release(key)
+
+    async def acquire(
+        self, ref: ImageRef, key: str, *, allows: Iterable[str] | None = None, tell: Tell = lambda _: None
+    ) -> PreparedImage:
+        """The image, fetched and unpacked if it is not here, kept until `release` of the key. May be repeated.
+
+        A registry's tag that is here already is not asked for again; `pull` does that.
+
+        Args:
+            ref: which.
+            key: the attempt's; the use outlives the daemon.
+            allows: what tasks may have here (see `imageref.need`); None: an administrator asks.
+            tell: is told how far it is.
+
+        Raises:
+            NotFound, Denied, UserError: it cannot be had. For a reason in `errands.TRANSIENT` another try may succeed.
+            RuntimeUnavailable: not now.
+        """
+        digest = await self._get(ref, None if allows is None else tuple(allows), refresh=False, tell=tell)
+        held = self._images.get(digest)
+        if held is None:
+            raise RuntimeUnavailable(f"the image {ref} was removed in the same moment")
+        self._shelf.use(key, digest)
+        self._uses[key] = digest
+        self._touch(held)
+        record = held.record
+        return PreparedImage(
+            digest,
+            self._shelf.path(record) / ROOTFS,
+            record.env,
+            record.entrypoint,
+            record.cmd,
+            (record.user[0], record.user[1]) if record.user is not None else None,
+            record.user[2:] if record.user is not None else (),
+            record.workdir,
+            record.user_trouble,
+            record.stop_signal,
+        )
+
+    def release(self, key: str) -> None:
+        """The attempt has ended, and all that it had mounted is gone. May be repeated."""
+        digest = self._uses.pop(key, None)
+        self._shelf.unuse(key)
+        if digest in self._images:
+            self._touch(self._images[digest])
+            self._wanted.set()  # it may be marked, or too much
+
+    def keep_only(self, keys: Iterable[str]) -> None:
+        """These attempts, and no others of an earlier daemon, still use their images. Until then nothing goes."""
+        alive = set(keys)
+        for key in [k for k in self._uses if k not in alive]:
+            self.release(key)
+        self._settled = True
+        self._wanted.set()
+
+    # --- for administrators ---
+
+    async def pull(self, ref: ImageRef, *, name: str = "", tell: Tell = lambda _: None) -> ImageRecord:
+        """Get an image, or see whether it is another one by now.
+
+        Args:
+            ref: which.
+            name: to give it beside.
+            tell: is told how far it is.
+        """
+        digest = await self._get(ref, None, refresh=True, tell=tell)
+        if name:
+            await self._name(digest, name, "")
+        return self._record(digest)
+
+    async def remove(self, text: str, *, force: bool = False) -> tuple[ImageRecord, str]:
+        """Remove an image, or the name that was given if it has others; what became of it.
+
+        Returns ``removed``, ``unnamed`` or, with `force` while it is in use, ``marked``: removed when nothing uses it.
+
+        Raises:
+            UserError: it is in use (reason ``in-use``) or pinned (``pinned``), and `force` is not given.
+        """
+        record = self.find(text)
+        name = next((n for n in record.names if n == text or n == _canonical(text)), None)
+        if name is not None and len(record.names) > 1 and not force:
+            await self._rewrite(record.unnamed(name))
+            self._names.pop(name, None)
+            return self._record(record.digest), "unnamed"
+        uses = sum(1 for d in self._uses.values() if d == record.digest)
+        held = self._images[record.digest]
+        if record.pinned and not force:
+            raise UserError(
+                f"image {text} is pinned", field="image", reason="pinned", hint="spinetta image unpin, or --force"
+            )
+        if uses or held.handles:
+            if not force:
+                raise UserError(
+                    f"image {text} is in use by {uses} attempts",
+                    field="image",
+                    reason="in-use",
+                    hint="--force has it removed when they have ended",
+                )
+            await self._rewrite(replace(record, marked=True, pinned=False))
+            self._changed()
+            return self._record(record.digest), "marked"
+        self._drop(record.digest)
+        return record, "removed"
+
+    async def pin(self, text: str, pinned: bool) -> ImageRecord:
+        """Keep an image whatever the limits say, or no more."""
+        record = self.find(text)
+        await self._rewrite(replace(record, pinned=pinned, marked=record.marked and not pinned))
+        self._wanted.set()
+        return self._record(record.digest)
+
+    async def verify(self, text: str, tell: Tell = lambda _: None) -> list[str]:
+        """How an image differs from what was unpacked, file by file, in words; empty: in nothing.
+
+        Raises:
+            UserError: it cannot be said (reason ``damaged``: its list itself is not what it was).
+        """
+        record = self.find(text)
+        held, path = self._images[record.digest], self._shelf.path(record)
+        told = {
+            "root": str(path / ROOTFS),
+            "listing": str(path / FILES),
+            "base": max(record.base, 0),
+            "tree": record.tree,
+            "total": record.size_bytes,
+        }
+        held.handles += 1
+        try:
+            found = await errands.run("verify", told, limit_s=VERIFY_LIMIT_S, tell=tell)
+        finally:
+            held.handles -= 1
+        return [str(d) for d in found["differences"]]
+
+    # --- getting one ---
+
+    async def _get(self, ref: ImageRef, allows: tuple[str, ...] | None, *, refresh: bool, tell: Tell) -> str:
+        """The digest of the image, which is here when this returns."""
+        sources.check_allowed(ref, allows)
+        if ref.digest and (known := self._by_source(ref.digest)):
+            return known
+        match ref.kind:
+            case Kind.DIGEST:
+                raise NotFound(
+                    f"this node has no image {ref}",
+                    field="image",
+                    hint="pull it by its name, or see: spinetta image list",
+                )
+            case Kind.NAME:
+                return await self._get_name(ref, refresh=refresh, tell=tell)
+            case Kind.REGISTRY:
+                known = self._names.get(str(ref))
+                if known is not None and not refresh:
+                    return known
+                return await self._fetch(ref, str(ref), "", tell)
+            case _:
+                local = await sources.look(ref, allows)
+                name = str(local.ref)
+                known = self._names.get(name)
+                fresh = known is not None and self._images[known].record.names[name].stamp == local.stamp
+                # A directory may have changed below without a sign of it at the top: who asks anew gets it anew.
+                if known is not None and fresh and not (refresh and local.ref.kind is Kind.ROOTFS):
+                    return known
+                return await self._fetch(local.ref, name, local.stamp, tell)
+
+    async def _get_name(self, ref: ImageRef, *, refresh: bool, tell: Tell) -> str:
+        known = self._names.get(str(ref))
+        if known is not None and not refresh:
+            return known
+        try:
+            places = await sources.mirrored(ref, self._settings.registries_conf)
+        except NotFound:
+            if known is not None:  # an administrator has named it so
+                return known
+            raise
+        missing: NotFound | None = None
+        for place in places:
+            try:
+                digest = await self._fetch(place, str(place), "", tell)
+            except NotFound as e:
+                missing = e
+                continue
+            await self._name(digest, str(ref), "")
+            return digest
+        raise missing or NotFound(f"no mirror has an image {ref}", field="image")
+
+    async def _fetch(self, ref: ImageRef, name: str, stamp: str, tell: Tell) -> str:
+        return await self._fetches.join(
+            f"{name} {stamp}".strip(),
+            lambda coming: self._fetch_now(ref, name, stamp, coming),
+            lambda coming: coming.listen(tell),
+        )
+
+    async def _fetch_now(self, ref: ImageRef, name: str, stamp: str, coming: Coming) -> str:
+        staging = self._shelf.stage()
+        taken = False
+
+        def unpack(inner: Coming) -> Coroutine[Any, Any, None]:
+            nonlocal taken
+            taken = True  # the first one's is unpacked, and is its to throw away
+            return self._unpack_now(staging, known, inner)
+
+        try:
+            async with self._fetching:
+                told, source = await self._look(ref, staging, coming)
+                known = self._by_source(source) or ""
+                if not known:
+                    found = await errands.run("fetch", told, limit_s=FETCH_LIMIT_S, tell=coming.tell)
+                    known = str(found["digest"])
+            if known not in self._images:
+                await self._unpacks.join(known, unpack, lambda inner: inner.listen(coming.tell))
+        finally:
+            if not taken:
+                self._discard(staging)
+        if source:
+            await self._add_source(known, source)
+        await self._name(known, name, stamp)
+        return known
+
+    async def _look(self, ref: ImageRef, staging: Path, coming: Coming) -> tuple[dict[str, Any], str]:
+        """What to tell the worker, and the digest that a registry has now, by which it is to be fetched."""
+        told: dict[str, Any] = {
+            "kind": ref.kind.value,
+            "source": ref.path if ref.kind is Kind.ROOTFS else sources.skopeo_source(ref),
+            "staging": str(staging),
+            "policy": str(self._shelf.policy),
+            "registries_conf": self._settings.registries_conf,
+            "limits": asdict(self._settings.limits),
+            "insecure": ref.on_loopback,
+        }
+        if ref.kind is not Kind.REGISTRY:
+            return told, ""
+        found = await errands.run("peek", told, limit_s=LOOK_LIMIT_S, tell=coming.tell)
+        source = str(found["digest"])
+        # By digest, so that a tag that moves meanwhile does not mix two images.
+        told["source"] = sources.skopeo_source(replace(ref, tag="", digest=source))
+        return {**told, "total": int(found["total"])}, source
+
+    async def _unpack_now(self, staging: Path, digest: str, coming: Coming) -> None:
+        self._changed()
+        base, ids = self._settings.base, self._settings.ids
+        told = {
+            "staging": str(staging),
+            "limits": asdict(self._settings.limits),
+            "base": base or 0,
+            "ids": ids,
+            "shift": base is not None,
+        }
+        try:
+            async with self._unpacking:
+                result = await errands.run("unpack", told, limit_s=UNPACK_LIMIT_S, tell=coming.tell)
+            now_s = self._wall_s()
+            record = records.from_result(digest, result, base=self._base, ids=ids, now_ms=int(now_s * 1000))
+            installing = asyncio.ensure_future(asyncio.to_thread(self._shelf.install, staging, record))
+            try:
+                await asyncio.shield(installing)
+            except asyncio.CancelledError:
+                await asyncio.wait((installing,))  # a thread cannot be called back: it is here then, and unused
+                if installing.exception() is None:
+                    self._images[digest] = _Held(record, now_s)
+                raise
+            self._images[digest] = _Held(record, now_s)
+            log.info("image %s is here: %d files, %d bytes", digest, record.files, record.size_bytes)
+        except OSError as e:
+            raise UserError(f"the image cannot be put away: {e.strerror}", field="image", reason="unreadable") from e
+        finally:
+            self._discard(staging)
+            self._wanted.set()
+            asyncio.get_running_loop().call_soon(self._changed)  # when it is among those under way no more
+
+    # --- records ---
+
+    def _record(self, digest: str) -> ImageRecord:
+        held = self._images.get(digest)
+        if held is None:
+            raise RuntimeUnavailable(f"the image {digest} was removed in the same moment")
+        return held.record
+
+    async def _name(self, digest: str, name: str, stamp: str) -> None:
+        """Give an image a name, and take it from the one that had it."""
+        record = self._record(digest)
+        now = record.names.get(name)
+        if now is not None and now.stamp == stamp and not record.marked:
+            return
+        before = self._names.get(name)
+        self._names[name] = digest
+        marked_no_more = replace(record.named(name, stamp, int(self._wall_s() * 1000)), marked=False)
+        await self._rewrite(marked_no_more)
+        if before is not None and before != digest and before in self._images:
+            await self._rewrite(self._images[before].record.unnamed(name))
+
+    async def _add_source(self, digest: str, source: str) -> None:
+        record = self._record(digest)
+        if source != digest and source not in record.sources:
+            await self._rewrite(replace(record, sources=(*record.sources, source)[-16:]))
+
+    async def _rewrite(self, record: ImageRecord) -> None:
+        """In memory at once, so that nobody works with an older one; then on the disk."""
+        self._images[record.digest].record = record
+        try:
+            self._shelf.rewrite(record)  # a few kilobytes; in order, which threads would not keep
+        except OSError as e:
+            raise UserError(
+                f"the record of image {record.digest} cannot be written: {e.strerror}", reason="unreadable"
+            ) from e
+        self._changed()
+
+    def _touch(self, held: _Held) -> None:
+        held.used_s = self._wall_s()
+        self._shelf.touch(held.record)
+
+    # --- letting go ---
+
+    def evict(self) -> list[str]:
+        """Let go of what is too old or too much; digests."""
+        busy, fresh_s = set(self._uses.values()), time.monotonic()
+        settings = self._settings
+        chosen = eviction.choose(
+            (
+                eviction.Stored(
+                    digest,
+                    held.record.size_bytes,
+                    held.used_s,
+                    is_held=digest in busy
+                    or held.handles > 0
+                    or (fresh_s < held.fresh_until_s and not held.record.marked),
+                    is_pinned=held.record.pinned,
+                    is_marked=held.record.marked,
+                )
+                for digest, held in self._images.items()
+            ),
+            now_s=self._wall_s(),
+            keep_bytes=settings.keep_bytes,
+            keep_s=settings.keep_s,
+            since_s=-math.inf,
+        )
+        for digest, why in chosen:
+            names = ", ".join(sorted(self._images[digest].record.names)[:3])
+            log.info("image %s (%s) goes: %s", digest, names or "without a name", why.value)
+            self._drop(digest)
+        return [digest for digest, _ in chosen]
+
+    def _drop(self, digest: str) -> None:
+        held = self._images.pop(digest)
+        for name in held.record.names:
+            if self._names.get(name) == digest:
+                del self._names[name]
+        self._discard(self._shelf.path(held.record))
+        self._changed()
+
+    def _discard(self, path: Path) -> None:
+        try:
+            self._shelf.discard(path)
+        except OSError as e:
+            log.warning("%s cannot be put away: %s", path, e.strerror)
+        self._wanted.set()
+
+    async def _sweep(self) -> None:
+        """Remove what was discarded; evict after each change, and now and then."""
+        stuck: set[Path] = set()
+        while True:
+            self._wanted.clear()
+            if self._settled:
+                self.evict()
+            for path in [p for p in await asyncio.to_thread(lambda: [*self._shelf.discarded()]) if p not in stuck]:
+                try:
+                    gone = await errands.remove(path)
+                except OSError as e:
+                    log.warning("nothing can be removed now: %s", e.strerror)
+                    break
+                if not gone and await asyncio.to_thread(path.exists):
+                    log.warning("%s cannot be removed whole; it is tried again when the node is restarted", path)
+                    stuck.add(path)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SWEEP_EVERY_S):
+                    await self._wanted.wait()
+
+
+def _canonical(text: str) -> str:
+    try:
+        return str(imageref.parse(text))
+    except SpinettaError:
+        return text
