@@ -25,7 +25,7 @@ VERSION_S = 5.0
 VERSION_BYTES_MAX = 4096
 GROUPS_GONE_S = 2.0
 DEFAULT_FIRST_ID = 1_000_000  # for root, when /etc/subuid says nothing; far above what people have
-SEARCHED = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of what the programs start in their turn
 # Static: it is the only file of a container that may have no libraries.
 INITS = ("tini-static", "docker-init", "/usr/libexec/docker/docker-init", "catatonit", "/usr/libexec/podman/catatonit")
 _TRIAL = Path(__file__).parent / "trial.py"
@@ -120,10 +120,11 @@ async def container_support(data_dir: Path, *, program: str = "auto", first_id: 
         fuse_overlayfs=find_program("fuse-overlayfs"),
     )
     facts = await _trial(data_dir, seen, tried_programs)
-    return _support(seen, facts, tried_programs)
+    return support_of(seen, facts, tried_programs)
 
 
-def _support(seen: Seen, facts: Mapping[str, Any], programs: Sequence[Program]) -> ContainerSupport:
+def support_of(seen: Seen, facts: Mapping[str, Any], programs: Sequence[Program]) -> ContainerSupport:
+    """What follows from what was seen and what the trials of `programs` told."""
     tried: list[Mapping[str, Any]] = list(facts.get("tried", ()))
     best: Mapping[str, Any] = {}
     ran: Mapping[str, Any] = {}
@@ -174,8 +175,12 @@ def _support(seen: Seen, facts: Mapping[str, Any], programs: Sequence[Program]) 
 
 
 def find_program(name: str) -> str:
-    """The path of a program, on PATH or where administrators' programs are; empty when there is none."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), *SEARCHED])
+    """The path of a program; empty when there is none.
+
+    On PATH, and in the sbin beside each bin of it: Debian keeps runc there, where ordinary users do not look.
+    """
+    folders = os.environ.get("PATH", USUAL_PATH).split(os.pathsep)
+    path = os.pathsep.join([*folders, *(str(Path(f).with_name("sbin")) for f in folders if Path(f).name == "bin")])
     return os.path.abspath(found) if (found := shutil.which(name, path=path)) else ""  # noqa: PTH100 - keeps links
 
 
@@ -207,7 +212,7 @@ async def program_output(argv: Sequence[str], *, timeout_s: float = VERSION_S) -
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={"PATH": os.pathsep.join(SEARCHED), "LANG": "C.UTF-8", "HOME": os.environ.get("HOME", "/")},
+            env={"PATH": USUAL_PATH, "LANG": "C.UTF-8", "HOME": os.environ.get("HOME", "/")},
         )
     except OSError as error:
         return error
@@ -294,6 +299,8 @@ async def _trial(data_dir: Path, seen: Seen, programs: Sequence[Program]) -> dic
                 "uids": seen.uids.first if seen.uids else 0,
                 "gids": seen.gids.first if seen.gids else 0,
                 "count": ID_COUNT,
+                "newuidmap": find_program("newuidmap"),
+                "newgidmap": find_program("newgidmap"),
                 "modes": _modes(seen),
             }
             try:
@@ -322,7 +329,7 @@ async def _run_trial(want: Mapping[str, Any]) -> dict[str, Any]:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={"PATH": os.pathsep.join(SEARCHED), "LANG": "C.UTF-8"},
+        env={"PATH": USUAL_PATH, "LANG": "C.UTF-8"},
     )
     try:
         async with asyncio.timeout(TRIAL_S):

@@ -158,11 +158,11 @@ def _map_ids(pid: int, want: Facts, mode: str) -> str:
         except OSError as error:
             return f"a map of ids: {_words(error)}"
         return ""
-    for program, own, first in (("newuidmap", uid, want["uids"]), ("newgidmap", gid, want["gids"])):
+    for name, own, first in (("newuidmap", uid, want["uids"]), ("newgidmap", gid, want["gids"])):
         ids = [0, own, 1, 1, first, want["count"]]
-        done = run([program, str(pid), *map(str, ids)])
+        done = run([want[name], str(pid), *map(str, ids)])
         if done:
-            return f"{program}: {done}"
+            return f"{name}: {done}"
     return ""
 
 

@@ -103,6 +103,7 @@ async def _etcd(
         host = known.address.rpartition(":")[0]
         scheme = "http" if credentials is None else "https"
         endpoints.insert(0, f"{scheme}://{host}:{known.etcd_client_port}")
+    endpoints = list(dict.fromkeys(endpoints))
     if not endpoints:
         return []
     files = credentials.etcd if credentials is not None else None
