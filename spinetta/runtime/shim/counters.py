@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from .hierarchy import read_text
 from .sysapi import EndedUsage
 
+GROUPS_MAX = 16  # made inside of ours that are looked at: a container's is the only one that we know of
 PROCESSES_MAX = 256  # whose own counts of input and output are added up at one look
 
 
@@ -107,7 +109,7 @@ def read_counters(v2: Path | None, v2_controllers: AbstractSet[str], v1: Mapping
         oom_kills = flat(v2 / "memory.events").get("oom_kill", 0)
     refused, pids_peak = 0, None
     if pids := v1.get("pids") or (v2 if "pids" in v2_controllers else None):
-        refused, pids_peak = flat(pids / "pids.events").get("max", 0), single(pids / "pids.peak")
+        refused, pids_peak = _refused(pids), single(pids / "pids.peak")
     read, write = _io(v2, v2_controllers, v1)
     return Counters(user, system, peak, oom_kills, refused, read, write, pids_peak)
 
@@ -150,6 +152,15 @@ def with_ended(counters: Counters, ended: EndedUsage | None) -> Counters:
         io_read_bytes=max(counters.io_read_bytes or 0, ended.io_read_bytes),
         io_write_bytes=max(counters.io_write_bytes or 0, ended.io_write_bytes),
     )
+
+
+def _refused(group: Path) -> int:
+    """Processes that were not made: before Linux 6.12 counted where they were wanted, in a container's group inside."""
+    found = [flat(group / "pids.events").get("max", 0)]
+    with contextlib.suppress(OSError), os.scandir(group) as entries:
+        inner = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        found += [flat(path / "pids.events").get("max", 0) for path in inner[:GROUPS_MAX]]
+    return max(found)
 
 
 def _lines(pid: int) -> list[str]:
