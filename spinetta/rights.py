@@ -23,6 +23,8 @@ class Call(enum.StrEnum):
     SUBMIT = "submit"
     CANCEL = "cancel"
     LOG = "log"
+    EXEC = "exec"
+    COPY = "copy"  # files out of a task's scratch space
     DRAIN = "drain"  # and undrain
     LEAVE = "leave"
     CONFIRM_DEAD = "confirm-dead"
@@ -124,6 +126,8 @@ _USER: Mapping[Call, Reach] = {
     Call.SUBMIT: _OWN,
     Call.CANCEL: _OWN,
     Call.LOG: _OWN,
+    Call.EXEC: _OWN,
+    Call.COPY: _OWN,
     Call.LABEL_KEYS: _ANY,  # public, but the list of labels is only for those who can use it
     Call.SECRETS: _OWN,
 }
@@ -133,6 +137,8 @@ _OPERATOR: Mapping[Call, Reach] = {
     # Not SUBMIT and SECRETS: a task in another's name would be given that owner's secrets.
     Call.CANCEL: _ANY,
     Call.LOG: _ANY,
+    Call.EXEC: _ANY,  # but not of a task with secrets, which it could then read: see SECRETS
+    Call.COPY: _ANY,
     Call.DRAIN: _ANY,
     Call.LEAVE: _ANY,
     Call.ACCESS_LIST: _ANY,
@@ -153,6 +159,8 @@ _VOTER: Mapping[Call, Reach] = {
     **_WORKER,
     # Passed on for a person whom the voter has checked; it could read and write all of it in the store anyway.
     Call.LOG: _ANY,
+    Call.EXEC: _ANY,
+    Call.COPY: _ANY,
     Call.DRAIN: _ANY,
     Call.LEAVE: _ANY,
     Call.PEER: _ANY,
@@ -176,6 +184,7 @@ CHANGES = frozenset(
     {
         Call.SUBMIT,
         Call.CANCEL,
+        Call.EXEC,
         Call.DRAIN,
         Call.LEAVE,
         Call.CONFIRM_DEAD,
@@ -190,7 +199,7 @@ CHANGES = frozenset(
 )
 """Calls that change something."""
 
-AUDITED = CHANGES | {Call.ENROLL, Call.LOG, Call.LABEL_KEYS, Call.BACKUP}
+AUDITED = CHANGES | {Call.ENROLL, Call.LOG, Call.COPY, Call.LABEL_KEYS, Call.BACKUP}
 """Calls that the audit log tells of also when they are allowed. The gateway tells of its own."""
 
 DOING: Mapping[Call, str] = {
@@ -200,6 +209,8 @@ DOING: Mapping[Call, str] = {
     Call.SUBMIT: "submit tasks",
     Call.CANCEL: "cancel tasks",
     Call.LOG: "read logs",
+    Call.EXEC: "run commands beside tasks",
+    Call.COPY: "copy tasks' files",
     Call.DRAIN: "drain nodes",
     Call.LEAVE: "make nodes leave",
     Call.CONFIRM_DEAD: "vouch that nodes are dead",

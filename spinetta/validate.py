@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spinetta import confidential, container, names, ociconfig
 from spinetta.errors import UserError
-from spinetta.model import Resources, TaskSpec
+from spinetta.model import Resources, TaskId, TaskSpec
 from spinetta.options import COUNT_MAX, COUNTABLES_MAX, PATH_MAX
 
 # --- limits of one task ------------------------------------------------------------------------------------------
@@ -361,6 +361,14 @@ def check_reason(reason: str, field: str = "reason") -> None:
             f"the reason has {len(reason)} characters", field=field, hint=f"at most {REASON_MAX}", reason="too-large"
         )
     names.check_printable(reason, "the reason", field)
+
+
+def check_exec(command: Sequence[str], env: Mapping[str, str], working_directory: str) -> None:
+    """Raise UserError unless this can be run beside a task."""
+    spec = TaskSpec(id=TaskId(""), command=tuple(command), env=tuple(env.items()))
+    _check_command(spec, "")
+    _check_env(spec, "")
+    _check_for_exec(working_directory, "the working directory", "working_directory")
 
 
 def check_filter(labels: Sequence[tuple[str, str]], owner: str, name: str, node: str, field: str = "filter") -> None:

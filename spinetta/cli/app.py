@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "status": ("tasks", "status", "Show tasks in full, or the cluster's state."),
     "list": ("tasks", "list_tasks", "List tasks."),
     "log": ("log", "log", "Print what a task writes."),
+    "exec": ("execute", "exec_", "Run a command beside a running task."),
+    "cp": ("copy", "copy", "Copy a task's files from its node."),
     "cancel": ("tasks", "cancel", "Cancel tasks."),
     "wait": ("tasks", "wait", "Wait until tasks have ended."),
     "top": ("top", "top", "Watch nodes and tasks live."),
@@ -35,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "policy": ("trust", "policy", "Approval, lifetimes, limits, OIDC issuers."),
     "cluster": ("cluster", "cluster", "Back up, restore, recover; certificate authorities."),
     "audit": ("audit", "audit", "Read and check a node's audit log."),
+    "doctor": ("doctor", "doctor", "Check this machine: what it lacks for a node."),
     "config": ("configure", "config", "Show settings and where they come from."),
     "decode": ("etcd", "decode", "Print a stored record as JSON."),
     "etcdctl": ("etcd", "etcdctl", "Run etcdctl against the cluster's etcd."),
@@ -160,6 +163,8 @@ def _options(arguments: Sequence[str]) -> Sequence[str]:
 def _ours(code: int, arguments: Sequence[str]) -> int:
     """The code, or 125 where a task's own code was to be expected."""
     given = list(_options(arguments))
+    if given[:1] == ["exec"]:
+        return exits.OURS
     if given[:1] == ["submit"] and any(o in ("--wait", "--follow", "-w", "-f") for o in given):
         return exits.OURS
     return code

@@ -85,7 +85,11 @@ async def pump(
 ) -> None:
     """Copy a task's stream to ours."""
     out = sys.stderr.buffer if stream == "stderr" and apart else sys.stdout.buffer
-    async for chunk in client.log(task_id, stream=stream, **options):
+
+    def tell_gap(why: str) -> None:
+        output.tell(f"the log broke off ({why}); it goes on from the same byte once a node answers")
+
+    async for chunk in client.log(task_id, stream=stream, on_gap=tell_gap, **options):
         if as_json:
             output.put_json_line(chunk_document(chunk, stream))
         else:
@@ -101,11 +105,15 @@ def chunk_document(chunk: LogChunk, stream: str) -> dict[str, Any]:
         "offset": chunk.offset,
         "node": chunk.node,
     }
+    return {**found, **data_document(chunk.data)}
+
+
+def data_document(data: bytes) -> dict[str, str]:
+    """Bytes for programs."""
     try:
-        found["data"] = chunk.data.decode()
+        return {"data": data.decode()}
     except UnicodeDecodeError:
-        found["data_base64"] = base64.b64encode(chunk.data).decode()
-    return found
+        return {"data_base64": base64.b64encode(data).decode()}
 
 
 async def follow_to_end(client: AsyncClient, task_id: str, *, as_json: bool) -> TaskInfo:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time as clock
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from spinetta import validate
-from spinetta.client import streams, views
+from spinetta.client import execs, streams, views
 from spinetta.client.admin import AsyncAdmin
 from spinetta.client.channels import Nodes
 from spinetta.client.credentials import Bearer, Source, check_reachable, make_dialer
@@ -245,6 +246,7 @@ class AsyncClient:
         offset: int = 0,
         limit_bytes: int = 0,
         tail_bytes: int = 0,
+        on_gap: Callable[[str], None] = lambda _why: None,
     ) -> AsyncGenerator[views.LogChunk, None]:
         """A task's log, chunk by chunk.
 
@@ -259,6 +261,7 @@ class AsyncClient:
             offset: bytes to skip.
             limit_bytes: 0: none.
             tail_bytes: > 0: begin this many bytes before the end.
+            on_gap: told why nothing can be had for a while, when the node goes away; then it goes on at the same byte.
         """
         if stream not in _STREAMS:
             raise UserError(f"there is no stream {stream!r}", field="stream", hint="stdout or stderr")
@@ -271,9 +274,58 @@ class AsyncClient:
             limit_bytes=limit_bytes,
             tail_bytes=tail_bytes,
         )
-        async with contextlib.aclosing(streams.log(self._nodes, request)) as chunks:
+        async with contextlib.aclosing(streams.log(self._nodes, request, on_gap)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    def exec(
+        self,
+        task_id: str,
+        command: Sequence[str],
+        *,
+        terminal: tuple[int, int] | None = None,
+        takes_input: bool = False,
+        working_directory: str = "",
+        env: Mapping[str, str] | None = None,
+    ) -> AbstractAsyncContextManager[execs.Execution]:
+        """Run a command beside a running task: on its node, within its limits; leaving the block ends it.
+
+        Args:
+            task_id: id or unique fragment.
+            command: program and arguments.
+            terminal: give it a terminal of so many rows and columns; None: three pipes.
+            takes_input: input will be sent; else it has none.
+            working_directory: relative to that of the task.
+            env: beside the task's own variables.
+
+        Raises:
+            UserError: the task does not run (``not-running``), the command cannot be started (``cannot-start``), or its
+                node does not answer.
+            StoreUnavailable: no node could be reached.
+        """
+        return execs.execute(
+            self._nodes,
+            task_id,
+            command,
+            terminal=terminal,
+            takes_input=takes_input,
+            working_directory=working_directory,
+            env=env or {},
+        )
+
+    def copy_out(
+        self, task_id: str, path: str = "", *, attempt: int = 0
+    ) -> AsyncGenerator[execs.CopiedEntry | bytes | execs.CopySkipped, None]:
+        """A file or directory of a task's scratch space: first what it is, then its bytes.
+
+        Of a directory those are a tar archive; then what had to be left out, if anything.
+
+        Args:
+            task_id: id or unique fragment.
+            path: within the scratch space; empty: all of it.
+            attempt: which; 0: the latest.
+        """
+        return execs.copy_out(self._nodes, task_id, path, attempt)
 
     async def list_archived(
         self,

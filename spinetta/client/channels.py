@@ -23,7 +23,6 @@ from spinetta.client.errors import ASK_A_VOTER, ASK_NODE, UNIMPLEMENTED, Redirec
 from spinetta.client.links import LINKS_MAX, Link, Links
 from spinetta.errors import OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.trust.dial import ANY, VOTER, WORKER, Dialer, stands
-from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import trust_pb2 as trust
 
 if TYPE_CHECKING:
@@ -354,7 +353,7 @@ class Nodes:
                 error = from_rpc(e, address, writes=writes)
                 if isinstance(error, Redirected) and not begun:
                     failure = error
-                    if error.object and isinstance(request, api.LogRequest):
+                    if error.object and hasattr(request, "id"):
                         request.id = error.object
                     to = VOTER if error.reason == ASK_A_VOTER else ANY
                     waiting.extendleft((a, to) for a in reversed(self._holders(error)))
@@ -376,7 +375,7 @@ class Nodes:
             return list(self._follow(error.addresses))
         if self.dialer.has_token:
             raise UserError(
-                "this log is on a node which does not take bearer tokens: it could use one in its turn",
+                "this is on a node which does not take bearer tokens: it could use one in its turn",
                 hint="log in for a certificate: spinetta login --bearer-file FILE",
                 reason=ASK_NODE,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from spinetta.client import views
 from spinetta.client.channels import RETRY_WAIT_MAX_S, Nodes
@@ -80,8 +80,13 @@ async def watch(nodes: Nodes, request: api.WatchRequest) -> AsyncGenerator[views
         await patience.pause()
 
 
-async def log(nodes: Nodes, request: api.LogRequest) -> AsyncGenerator[views.LogChunk, None]:
+async def log(
+    nodes: Nodes, request: api.LogRequest, on_gap: Callable[[str], None] = lambda _why: None
+) -> AsyncGenerator[views.LogChunk, None]:
     """Bytes of a log. `request` is used to remember where to go on.
+
+    `on_gap` is told once of each time that nothing can be had for a while, though it had been. The bytes that follow
+    are those after the last ones all the same.
 
     Raises:
         StoreUnavailable: no node answers for `PATIENCE_S`, or for the client's time for a call if it is not followed.
@@ -90,13 +95,13 @@ async def log(nodes: Nodes, request: api.LogRequest) -> AsyncGenerator[views.Log
     """
     limited, all_attempts = bool(request.limit_bytes), not request.attempt
     patience = _Patience(PATIENCE_S if request.follow else min(PATIENCE_S, nodes.timeout_s))
-    begun = False
+    begun = told = False
     while True:
         try:
             async with contextlib.aclosing(nodes.stream(lambda stub: stub.Log, request)) as chunks:
                 async for m in chunks:
                     patience.reset()
-                    begun = True
+                    begun, told = True, False
                     # From here on a new call must continue: same attempt, the byte after the last one.
                     request.attempt, request.offset, request.tail_bytes = m.attempt, m.offset + len(m.data), 0
                     if limited:
@@ -110,6 +115,9 @@ async def log(nodes: Nodes, request: api.LogRequest) -> AsyncGenerator[views.Log
             if isinstance(e, UserError) and not (request.follow and e.reason == NODE_UNREACHABLE):
                 raise
             patience.check(e)
+            if begun and not told:
+                told = True
+                on_gap(e.message if isinstance(e, UserError) else str(e))
             await patience.pause()
             continue
         # A call that was told an attempt ends with it; the first one, told none, has followed them all.

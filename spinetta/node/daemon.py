@@ -20,6 +20,7 @@ from spinetta.model import IncarnationId, Membership, NodeId, NodeRecord, TaskId
 from spinetta.node import detect
 from spinetta.node.archive import Archive
 from spinetta.node.archiving import NodeArchivist
+from spinetta.node.containers import Containers
 from spinetta.node.driver import Driver, LaunchSettings, wall_ms
 from spinetta.node.ending import Ending
 from spinetta.node.entry import Entrance
@@ -73,6 +74,7 @@ class Daemon:
         settings: Settings,
         entrance: Entrance,
         runtime: ProcessRuntime,
+        containers: Containers,
         store: EtcdStore | GatewayStore,
         credentials: NodeCredentials | None,
         dialer: Dialer,
@@ -85,6 +87,7 @@ class Daemon:
         self._audit = audit
         self._entrance = entrance
         self._runtime = runtime
+        self.containers = containers
         self._store = store
         self.seat: OwnSeat = entrance.seat
         self._stop = stop
@@ -96,8 +99,8 @@ class Daemon:
         self.driver = Driver(
             self.agent,
             store,
-            runtime,
-            LaunchSettings(settings.name, settings.pids_max, settings.address),
+            containers.runtime,
+            LaunchSettings(settings.name, settings.pids_max, settings.address, settings.log_max_bytes),
             remember=self._remember,
             vault=vault,
             archivist=NodeArchivist(name, self.archive, dialer, lambda: self.agent.peers),
@@ -165,6 +168,11 @@ class Daemon:
     def wall_ms(self) -> int:
         """The wall clock."""
         return wall_ms()
+
+    @property
+    def shim_dir(self) -> Path:
+        """The state directory of this node's shim."""
+        return self._runtime.state_dir
 
     def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:
         """Where a stream of an attempt made here is."""
@@ -323,6 +331,7 @@ class Daemon:
             memory.update(endpoints=urls)
 
     async def _seat_changed(self) -> None:
+        images, images_coming = self.containers.described()
         record = replace(
             self.agent.session.record,
             etcd_member_id=self.seat.member_id,
@@ -331,6 +340,8 @@ class Daemon:
             warnings=self._warnings(),
             **(asdict(self._report) if self._report is not None else {}),
             clearances=tuple(sorted(self.clearances)),
+            images=images,
+            images_coming=images_coming,
         )
         if record != self.agent.session.record:
             await self.driver.tell(SelfChanged(record))
@@ -426,6 +437,7 @@ class Daemon:
             started_ms=wall_ms(),
             boot_id=boot_id(),
             runtimes=s.runtimes,
+            allows=self.containers.allows,
             warnings=self._warnings(),
         )
         return AgentSettings(
@@ -447,7 +459,7 @@ class Daemon:
 
     def _warnings(self) -> tuple[str, ...]:
         trouble = tuple(t for t in (self._audit.trouble, self.archive.trouble) if t)
-        return (*self._runtime.warnings(), *self._entrance.warnings, *trouble)
+        return (*self._runtime.warnings(), *self.containers.warnings, *self._entrance.warnings, *trouble)
 
 
 def _is_told(agent: Agent, draining: bool) -> bool:

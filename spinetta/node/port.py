@@ -73,6 +73,11 @@ class NodePort(Protocol):
         """The wall clock, for people and for a joining node to compare with."""
         ...
 
+    @property
+    def shim_dir(self) -> Path:
+        """The state directory of this node's shim: its socket, and the attempts' scratch spaces."""
+        ...
+
     def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:
         """Where ``stdout`` or ``stderr`` of an attempt made on this node is, or would be."""
         ...

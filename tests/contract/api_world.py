@@ -169,6 +169,7 @@ class HandNode:
         self.voters: tuple[str, ...] = ()
         self.audited: list[tuple[str, str, str, str, int]] = []
         self.directory = directory
+        self.shim_dir = directory / "shim"
         self.draining: list[bool] = []
         self.given_back = (False, False)
         self.seats: list[tuple[int, str, str]] = []

@@ -41,7 +41,7 @@ NAMES_MAX = 20  # ids in one line of the audit log
 NAME_CHARS_MAX = 64  # of what a caller calls something there
 # What a worker answers to people: it holds logs, but not the cluster's records.
 NEEDS_STORE = frozenset({Call.SUBMIT, Call.CANCEL, Call.STATUS, Call.NODES})
-WORKERS_ANSWER = frozenset({Call.HEALTH, Call.REFLECTION, Call.ENROLL, Call.LOG, Call.WHOAMI})
+WORKERS_ANSWER = frozenset({Call.HEALTH, Call.REFLECTION, Call.ENROLL, Call.LOG, Call.EXEC, Call.COPY, Call.WHOAMI})
 
 
 @dataclass(slots=True)

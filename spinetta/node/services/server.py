@@ -26,7 +26,9 @@ from spinetta.node.services.archives import Archives, OwnArchive
 from spinetta.node.services.backup import Backups
 from spinetta.node.services.callers import Callers, TokenVerifier
 from spinetta.node.services.cancel import Canceller
+from spinetta.node.services.copying import Copying
 from spinetta.node.services.desk import Asked, Desk, short_list
+from spinetta.node.services.execute import Execute
 from spinetta.node.services.follow import Waiter, Watcher
 from spinetta.node.services.logs import Logs
 from spinetta.node.services.nodes import Beats, Nodes
@@ -79,6 +81,8 @@ class Api(rpc.SpinettaServicer):
         self._waiter = Waiter(port, hub)
         self._watcher = Watcher(port, hub)
         self._logs = Logs(port, hub, peers)
+        self._execute = Execute(port, peers)
+        self._copying = Copying(port, peers)
         self._nodes = Nodes(port, peers, beats, health)
         self._backups = Backups(port)
 
@@ -110,6 +114,22 @@ class Api(rpc.SpinettaServicer):
     async def Log(self, request: api.LogRequest, context: Any) -> AsyncIterator[api.LogChunk]:
         async with closing(
             self._desk.stream(context, Call.LOG, lambda asked: self._logs.log(request, asked), subject=request.id)
+        ) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def Exec(self, requests: AsyncIterator[api.ExecRequest], context: Any) -> AsyncIterator[api.ExecResponse]:
+        async with closing(
+            self._desk.stream(context, Call.EXEC, lambda asked: self._execute.exec(requests, asked))
+        ) as responses:
+            async for response in responses:
+                yield response
+
+    async def CopyOut(self, request: api.CopyOutRequest, context: Any) -> AsyncIterator[api.CopyOutChunk]:
+        async with closing(
+            self._desk.stream(
+                context, Call.COPY, lambda asked: self._copying.copy_out(request, asked), subject=request.id
+            )
         ) as chunks:
             async for chunk in chunks:
                 yield chunk

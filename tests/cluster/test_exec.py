@@ -1,0 +1,219 @@
+"""Commands beside tasks, files out of their scratch spaces, and a log that is followed over a daemon's restart."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import termios
+import time
+from collections.abc import Iterator, Sequence
+from fcntl import ioctl
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from tests.cluster.harness import Cluster, eventually, free_base
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+QUICK = ("--lease-ttl", "3s", "--grace", "30s", "--kill-margin", "2s", "--cpus", "8", "--memory", "2GiB")
+LIMIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A voter tagged `home` and a worker tagged `away`."""
+    cluster = Cluster(tmp_path_factory.mktemp("exec"), free_base(2), QUICK)
+    try:
+        cluster.add("--tags", "home")
+        cluster.wait_ready()
+        cluster.add("--tags", "away")
+        cluster.wait_ready()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def started(cluster: Cluster, script: str, *options: str) -> str:
+    """A task that has written ``up``."""
+    script = script.strip()
+    task_id = cluster.cli("submit", *options, "--", "sh", "-c", f"{script}; echo up; exec sleep 200").stdout.strip()
+    eventually(lambda: "up" in cluster.cli("log", task_id, check=False).stdout, within_s=LIMIT_S, what="the task is up")
+    return task_id
+
+
+def popen(cluster: Cluster, *argv: str, node: int = 0) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "spinetta.cli", *argv],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+        env={**os.environ, "SPINETTA_NODE": cluster.nodes[node].address},
+    )  # fmt: skip
+
+
+class Terminal:
+    """The command line in a terminal of its own."""
+
+    def __init__(self, cluster: Cluster, argv: Sequence[str]) -> None:
+        self.master, slave = pty.openpty()
+        ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))
+        self.before = termios.tcgetattr(slave)
+        self.slave = slave
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "spinetta.cli", *argv], stdin=slave, stdout=slave, stderr=slave,
+            env={**os.environ, "SPINETTA_NODE": cluster.nodes[0].address, "TERM": "xterm"},
+            start_new_session=True, preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        self.seen = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, pattern: bytes) -> None:
+        """Wait until something is shown, and forget all before its end."""
+        end_s = time.monotonic() + LIMIT_S
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < end_s, (pattern, self.seen)
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 4096)
+        self.seen = self.seen[found.end() :]
+
+
+def test_a_shell_in_a_terminal(pair: Cluster) -> None:
+    task = started(pair, "echo in the task > here", "--tag", "away", "--env", "WHO=me")
+    with Terminal(pair, ["exec", task, "--", "sh", "-i"]) as terminal:
+        terminal.until(rb"[#$] ")
+        terminal.type("echo $TERM-$WHO-$(cat here); stty size\n")
+        terminal.until(rb"xterm-me-in the task\r\n40 100\r\n")
+        ioctl(terminal.master, termios.TIOCSWINSZ, struct.pack("4H", 50, 120, 0, 0))
+        terminal.type("stty size; sleep 100\n")
+        terminal.until(rb"50 120\r\n")
+        terminal.type("\x03")
+        terminal.until(rb"[#$] ")
+        terminal.type("exit 3\n")
+        assert terminal.process.wait(LIMIT_S) == 3
+        assert termios.tcgetattr(terminal.slave) == terminal.before, "the terminal is as it was"
+    with Terminal(pair, ["exec", task, "--", "sh", "-c", "echo began; exec sleep 4711"]) as terminal:
+        terminal.until(rb"began")
+        terminal.process.terminate()
+        assert terminal.process.wait(LIMIT_S) == 130
+        assert termios.tcgetattr(terminal.slave) == terminal.before
+    pair.cli("cancel", task)
+
+
+def test_streams_codes_and_reasons(pair: Cluster) -> None:
+    task = started(pair, "true", "--tag", "away")
+
+    def run(*argv: str, stdin: str = "", env: dict[str, str] | None = None) -> tuple[int, str, str]:
+        done = pair.cli("exec", *argv, check=False, stdin=stdin, env=env)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run(task, "--", "sh", "-c", "echo out; echo err >&2; exit 7") == (7, "out\n", "err\n")
+    assert run("-i", task, "--", "wc", "-c", stdin="x" * 300_000) == (0, "300000\n", "")
+    assert run(task, "--", "cat", stdin="not passed on") == (0, "", "")
+    assert run("-w", "/usr", "-e", "A=b", task, "--", "sh", "-c", "pwd; echo $A") == (0, "/usr\nb\n", "")
+    assert run(task, "--", "sh", "-c", "kill -9 $$")[0] == 137
+    assert run("-t", task, "--", "tty")[1].startswith("/dev/pts/")
+    code, _, err = run(task, "--", "/no/such/program")
+    assert (code, "program not found" in err) == (126, True)
+    code, _, err = run("ffffffffffff", "--", "true")
+    assert (code, "there is no task" in err) == (125, True)
+    with popen(pair, "exec", task, "--", "sh", "-c", "trap 'echo told; exit 9' INT; echo up; sleep 100 & wait") as told:
+        assert told.stdout is not None
+        assert told.stdout.readline() == b"up\n"
+        told.send_signal(signal.SIGINT)
+        assert told.stdout.read() == b"told\n"
+        assert told.wait(LIMIT_S) == 9
+    with popen(pair, "exec", task, "--", "sh", "-c", "echo up; sleep 100") as cut:
+        assert cut.stdout is not None
+        assert cut.stdout.readline() == b"up\n"
+        pair.cli("cancel", task)
+        assert cut.wait(LIMIT_S) == 137
+        assert cut.stderr is not None
+        assert b"the task has ended" in cut.stderr.read()
+    code, _, err = run(task, "--", "true")
+    assert (code, "does not run" in err) == (125, True)
+
+
+def test_files_are_copied(pair: Cluster, tmp_path: Path) -> None:
+    script = """
+        echo result > result.csv; chmod 600 result.csv; mkdir -p plots/deep; echo a > plots/a; echo b > plots/deep/b
+        ln -s a plots/link; ln -s /etc/passwd plots/out; ln -s plots/a inside; ln -s /etc/passwd away; mkfifo plots/fifo
+        ln -s / root; head -c 3000000 /dev/urandom > big; sha256sum big
+    """
+    task = started(pair, script, "--tag", "away")
+    os.umask(0o022)
+    pair.cli("cp", f"{task}:result.csv", str(tmp_path))
+    assert (tmp_path / "result.csv").read_text() == "result\n"
+    assert (tmp_path / "result.csv").stat().st_mode & 0o777 == 0o600
+    assert pair.cli("cp", f"{task}:inside", "-").stdout == "a\n"
+    pair.cli("cp", f"{task}:big", str(tmp_path / "other"))
+    found = subprocess.run(["sha256sum", tmp_path / "other"], capture_output=True, text=True, check=True).stdout
+    assert found.split()[0] in pair.cli("log", task).stdout
+    done = pair.cli("cp", f"{task}:plots", str(tmp_path))
+    assert (tmp_path / "plots/deep/b").read_text() == "b\n"
+    assert (tmp_path / "plots/link").readlink() == Path("a")
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["a", "deep", "link"]
+    assert "left out 2" in done.stderr
+    pair.cli("cp", f"{task}:.", str(tmp_path / "all"))
+    assert (tmp_path / "all/plots/a").read_text() == "a\n"
+    assert not (tmp_path / "all/root").exists()
+    with popen(pair, "cp", f"{task}:plots", "-") as piped:
+        assert piped.stdout is not None
+        with tarfile.open(fileobj=io.BytesIO(piped.stdout.read())) as archive:
+            assert "deep/b" in archive.getnames()
+    for path, words in (
+        ("away", "leads out"), ("root/etc/passwd", "leads out"), ("../../../etc/passwd", "leads out"),
+        ("/etc/passwd", "leads out"), ("plots/fifo", "neither a file"), ("nothing", "there is no nothing"),
+    ):  # fmt: skip
+        refused = pair.cli("cp", f"{task}:{path}", str(tmp_path / "no"), check=False)
+        assert refused.returncode in (2, 3), path
+        assert words in refused.stderr, path
+    assert not (tmp_path / "no").exists()
+    pair.cli("cancel", task)
+
+
+def test_a_log_is_followed_and_commands_end_when_the_daemon_is_killed(pair: Cluster) -> None:
+    counting = "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo $i; sleep 0.002; done"
+    task = pair.cli("submit", "--tag", "away", "--", "sh", "-c", counting).stdout.strip()
+    away = pair.nodes[1]
+    followers = [popen(pair, "log", "-f", task, node=node) for node in (0, 1)]
+    with contextlib.ExitStack() as stack:
+        for follower in followers:
+            stack.enter_context(follower)
+            stack.callback(follower.kill)
+            assert follower.stdout is not None
+            assert follower.stdout.readline() == b"1\n"
+        command = stack.enter_context(popen(pair, "exec", task, "--", "sh", "-c", "echo up; sleep 4712"))
+        stack.callback(command.kill)
+        assert command.stdout is not None
+        assert command.stdout.readline() == b"up\n"
+        away.kill_daemon()
+        assert command.wait(LIMIT_S) == 125
+        assert command.stderr is not None
+        assert b"the task goes on" in command.stderr.read().replace(b"\n", b" ")
+        away.start(pair.peers_of(away))
+        for i, follower in enumerate(followers):
+            out, err = follower.communicate(timeout=90)
+            assert follower.returncode == 0, err
+            assert out.split() == [b"%d" % n for n in range(2, 3001)]
+            assert err.count(b"broke off") == i, err  # who has asked the other node need not know
+    assert pair.json("status", task)["tasks"][0]["outcome"] == "succeeded"
