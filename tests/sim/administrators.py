@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from spinetta import accesstxn, codec, keys, trustcodec, txn
 from spinetta.access import NodeAcl
 from spinetta.events import LeaveWanted, SetDraining
-from spinetta.model import Life, NodeId, Revision, TaskSpec
+from spinetta.model import Life, NodeId, NodeRecord, Revision, TaskSpec
+from tests.sim.contained import allowed
 from tests.sim.etcd_model import EtcdModel
 from tests.sim.faults import LABELS, Fault, Plan
 from tests.sim.invariants import ADMINISTRATOR, Checker
@@ -153,4 +154,12 @@ class Administrators:
             and set(spec.tags_required) <= set(record.tags)
             and not set(spec.tags_forbidden) & set(record.tags)
             and set(spec.clearance) <= set(acl.effective if acl is not None else ())
+            and allowed(spec.container, record.allows)
+            and self._is_looked_at(spec, record)
         )
+
+    def _is_looked_at(self, spec: TaskSpec, record: NodeRecord) -> bool:
+        """A queue key that lies, and says that its task is a plain process, is for nodes that run processes."""
+        queued = self.model.get(keys.queued(spec.id))
+        hint = codec.decode_hint(queued.value) if queued is not None else None
+        return hint is None or bool(hint.needs) or not record.allows or "process" in record.allows

@@ -56,6 +56,7 @@ class Machine:
     clock_rate: float
     clock_s: float
     clearances: tuple[str, ...] = ()
+    allows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Plan:
     `long`: tasks come early and last long, so that what happens to their nodes happens under them.
     `secured`: nodes have records of their rights, and may do nothing without.
     `wild`: clocks and shims are beyond what is assumed of them, so that what rests on time may be broken.
+    `lying`: tasks whose queue key says that they need nothing, while their record asks for a container.
     """
 
     seed: int
@@ -104,6 +106,7 @@ class Plan:
     reconcile_s: float = 6.0
     secured: bool = True
     wild: bool = False
+    lying: frozenset[TaskId] = frozenset()
 
 
 @dataclass(slots=True)

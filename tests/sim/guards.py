@@ -92,6 +92,11 @@ REASONING: dict[str, tuple[str, str]] = {
     "lives-go-on": ("claims end with the life they were made under", "one commits for a life that is over"),
     "no-losses": ("losses of nodes are told from failures", "a dead node uses up the user's retries"),
     "blind-to-labels": ("labels are compared before a claim", "a task runs where it may not"),
+    "blind-to-needs": ("what a task needs is compared with what a node allows", "a task has what nobody allowed it"),
+    "needs-as-hinted": (
+        "needs are looked at again in the record before the claim",
+        "the same, by a falsified queue key",
+    ),
     "claims-as-planned": ("rights are looked at again before the claim", "a round planned before counts after"),
     "doubts-as-planned": ("and before it is made again", "the same, after a lost answer"),
     "labels-stay": ("what is no longer covered is given back", "it runs on where it may not"),

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from spinetta.model import NodeId
 from tests.sim import faults
+from tests.sim.contained import with_containers
 from tests.sim.faults import HORIZON_S, Fault, Plan
 
 MORE_FROM = 200_000
@@ -37,7 +38,7 @@ WILD_LAG_S = 4.0  # how long after a deadline a shim that is not run gets round 
 
 def plan(seed: int, only: Collection[str] = ()) -> Plan:
     """The plan of a seed; with `only`, these kinds of faults and no others."""
-    made = faults.plan(seed, only)
+    made = with_containers(faults.plan(seed, only))
     chance = random.Random(f"more {seed}")
     kinds = tuple(k for k in MORE_KINDS if k in only)
     if not only and seed >= MORE_FROM:
@@ -57,7 +58,7 @@ def plan(seed: int, only: Collection[str] = ()) -> Plan:
 
 def small(seed: int) -> Plan:
     """A world to be struck at each of its points: few nodes and tasks, short times, and no other faults."""
-    made = faults.plan(seed, ("none",))
+    made = with_containers(faults.plan(seed, ("none",)))
     chance = random.Random(f"small {seed}")
     machines = made.machines[: 2 if chance.random() < 0.6 else 3]
     submits = tuple((min(at_s, 4.0), replace(spec, tags_required=(), tags_forbidden=())) for at_s, spec in made.submits)

@@ -174,6 +174,15 @@ def _blind_to_labels() -> Iterator[None]:
 
 
 @contextmanager
+def _blind_to_needs() -> Iterator[None]:
+    """Nobody looks at what a node allows."""
+    with ExitStack() as patches:
+        for module in (match, claims):
+            patches.enter_context(mock.patch.object(module, "refusals", return_value=[]))
+        yield
+
+
+@contextmanager
 def _no_row(state: State, event: lifecycle.Event) -> Iterator[None]:
     rows = {k: v for k, v in lifecycle.TRANSITIONS.items() if k != (state, event)}
     with mock.patch.object(lifecycle, "TRANSITIONS", rows):
@@ -241,6 +250,8 @@ MUTANTS: dict[str, Mutant] = {
     "no-resume": _no_resume,
     "start-on-old-listing": put(Agent, "_may_start", property(lambda self: self.session.may_start)),
     "blind-to-labels": _blind_to_labels,
+    "blind-to-needs": _blind_to_needs,
+    "needs-as-hinted": put(claims, "refusals", lambda *_: []),
     "claims-as-planned": put(claims.Claims, "_claimable", lambda _self, task: task.state is State.QUEUED),
     "doubts-as-planned": put(bids.Bid, "is_covered_by", lambda *_: True),
     "labels-stay": put(attempt.Held, "barred", lambda *_: None),

@@ -35,6 +35,8 @@ NOTICED: dict[str, tuple[str, int]] = {
     "OfficeHeld.guards[1]": ("rights", 179),
     "leads-on": ("rights", 2),
     "blind-to-labels": ("rights", 1),
+    "blind-to-needs": ("", 7),
+    "needs-as-hinted": ("", 18),
     "deaf-shim": ("", 0),
     "no-kill-margin": ("", 0),
     "late-start": ("long-freeze at Start", 0),

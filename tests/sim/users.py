@@ -65,12 +65,16 @@ class Users:
         if self.now < self.stalled_until_s:
             arrives = False
         if arrives:
-            hint = b"" if spec.id in self.plan.no_hint else codec.encode_hint(QueueHint.of(spec))
+            hint = b"" if spec.id in self.plan.no_hint else codec.encode_hint(self._hint(spec))
             body = txn.submit(spec.id, codec.encode_task(task), hint)
             self.on_store(lambda: self.model.commit(body))  # a conflict means that it was there already
             wish.acknowledged = answers
         if not wish.acknowledged:
             self.after(0.5, self._submit, spec)
+
+    def _hint(self, spec: TaskSpec) -> QueueHint:
+        made = QueueHint.of(spec)
+        return replace(made, needs=(), image="") if spec.id in self.plan.lying else made
 
     def _cancel(self, task_id: TaskId) -> None:
         """Read, then write a little later: what was read may have changed."""

@@ -8,7 +8,6 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -86,8 +85,8 @@ class World(Administrators, Users):
         self._armed = Armed(self)
         self.model = EtcdModel()
         self.stalled_until_s = 0.0
-        abilities = {m.name: Ability(m.capacity, frozenset(m.tags)) for m in plan.machines}
-        self.checker = Checker(abilities, beyond=plan.wild)
+        abilities = {m.name: Ability(m.capacity, frozenset(m.tags), m.allows) for m in plan.machines}
+        self.checker = Checker(abilities, beyond=plan.wild, lying=plan.lying)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._serial = 0
         self._scripts: dict[tuple[TaskId, int], Script] = {}
@@ -114,7 +113,7 @@ class World(Administrators, Users):
 
     def _settings(self, name: NodeId) -> AgentSettings:
         m = next(m for m in self.plan.machines if m.name == name)
-        record = replace(node_record(name, m.capacity, m.tags), incarnation=IncarnationId(""))
+        record = node_record(name, m.capacity, m.tags, incarnation=IncarnationId(""), allows=m.allows)
         settings = AgentSettings(
             record,
             boot_id=f"boot of {name}",

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinetta.cli import exits, show
+from spinetta.cli.app import run
 from spinetta.cli.contained import nearest
 from spinetta.cli.node import node_table
 from spinetta.cli.submit import NETWORKS as OFFERED
@@ -29,7 +30,6 @@ from spinetta.errors import UserError
 from spinetta.lifecycle import claimed, ended
 from spinetta.model import Exit, IncarnationId, NodeId, Reason, Revision, Usage
 from tests.builders import contained, mounted, node_record, queued
-from tests.unit.test_cli import run
 from tests.unit.test_show import info, nodes, waits
 
 A, B = Mount("/a", "/a"), Mount("/b", "/x", True)
