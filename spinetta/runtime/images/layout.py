@@ -151,39 +151,41 @@ def check_layers(manifest: Manifest, layout: Path, limits: Limits, ids: int, tel
     """
     tally = Tally(limits, ids, _tell=tell)
     for layer in manifest.layers:
-        with decompressed(layer.path(layout), layer_compression(layer)) as stream:
+        _check_kind(layer)
+        path = layer.path(layout)
+        with decompressed(path, compression_of(path)) as stream:
             layers.check_layer(stream, tally)
     return tally
 
 
-def layer_compression(layer: Blob) -> str:
-    """How a layer is compressed, by its type.
+def _check_kind(layer: Blob) -> None:
+    if "foreign" in layer.media_type or not layer.media_type.endswith(("tar", "+gzip", ".gzip", "+zstd")):
+        raise Refused(
+            f"a layer of the kind {layer.media_type[:100]!r} is not understood",
+            hint="layers are tar files, plain or compressed with gzip or zstd",
+        )
 
-    Raises:
-        Refused: it is no layer of a kind we know.
+
+def made_plain(manifest: Manifest, layout: Path) -> None:
+    """Say of each layer how it is really compressed, and unpack it where umoci does not know how.
+
+    What `docker save` writes is said to be gzip, and is not. The image in the layout is another one then, only to be
+    unpacked; its name remains the digest it came with.
     """
-    kind = layer.media_type
-    for end, how in (("+gzip", "gzip"), (".gzip", "gzip"), ("+zstd", "zstd"), (".tar", ""), ("tar", "")):
-        if kind.endswith(end) and "foreign" not in kind:
-            return how
-    raise Refused(f"a layer of the kind {kind[:100]!r} is not understood", hint="layers are tar files, gzip or zstd")
-
-
-def without_zstd(manifest: Manifest, layout: Path) -> None:
-    """Put plain layers in the place of those that are compressed with zstd, which umoci does not know.
-
-    The image in the layout is another one then, only to be unpacked; its name remains the digest it came with.
-    """
-    if not any(layer_compression(layer) == "zstd" for layer in manifest.layers):
-        return
     content = json.loads(manifest.blob.path(layout).read_bytes())
+    changed = False
     for descriptor, layer in zip(content["layers"], manifest.layers, strict=True):
-        if layer_compression(layer) == "zstd":
-            with decompressed(layer.path(layout), "zstd") as stream:
+        how = compression_of(layer.path(layout))
+        if how not in ("", "gzip"):
+            with decompressed(layer.path(layout), how) as stream:
                 blob = _add(layout, stream, LAYER)
-            layer.path(layout).unlink(missing_ok=True)
-            descriptor.update({"digest": blob.digest, "size": blob.size, "mediaType": LAYER})
-    _index(layout, _add_json(layout, content, MANIFEST))
+        else:
+            blob = Blob(layer.digest, layer.size, LAYER + "+gzip" if how else LAYER)
+        if blob != layer:
+            descriptor.update(_ref(blob))
+            changed = True
+    if changed:
+        _index(layout, _add_json(layout, content, MANIFEST))
 
 
 # --- made here -------------------------------------------------------------------------------------------------------

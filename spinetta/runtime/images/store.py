@@ -404,16 +404,19 @@ class ImageStore:
             if known is not None:  # an administrator has named it so
                 return known
             raise
-        missing: NotFound | None = None
+        why: UserError | None = None
         for place in places:
             try:
                 digest = await self._fetch(place, str(place), "", tell)
-            except NotFound as e:
-                missing = e
+            except UserError as e:
+                if not isinstance(e, NotFound) and e.reason != "registry-unreachable":
+                    raise
+                # One that does not answer may have it: that it is nowhere would be too much to say.
+                why = e if why is None or isinstance(why, NotFound) else why
                 continue
             await self._name(digest, str(ref), "")
             return digest
-        raise missing or NotFound(f"no mirror has an image {ref}", field="image")
+        raise why or NotFound(f"no mirror has an image {ref}", field="image")
 
     async def _fetch(self, ref: ImageRef, name: str, stamp: str, tell: Tell) -> str:
         return await self._fetches.join(

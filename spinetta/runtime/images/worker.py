@@ -140,7 +140,7 @@ def unpack(told: Told, progress: Progress) -> object:
     _room(staging, limits, tally.size_bytes)
     if tools.free_inodes(staging) < tally.files:
         raise no_space(f"{tally.files} files")
-    layouts.without_zstd(manifest, layout)
+    layouts.made_plain(manifest, layout)
     progress.begin("unpack", tally.size_bytes)
     before = tools.free_bytes(staging)
 
