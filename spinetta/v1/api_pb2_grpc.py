@@ -828,6 +828,11 @@ class PeerStub:
                 request_serializer=spinetta_dot_v1_dot_api__pb2.ReadArchiveRequest.SerializeToString,
                 response_deserializer=spinetta_dot_v1_dot_api__pb2.ReadArchiveResponse.FromString,
                 _registered_method=True)
+        self.Sample = channel.unary_unary(
+                '/spinetta.v1.Peer/Sample',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.SampleRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.SampleResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -862,6 +867,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Sample(self, request, context):
+        """What tasks that run on this node use; those that do not are left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -884,6 +896,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.ReadArchive,
                     request_deserializer=spinetta_dot_v1_dot_api__pb2.ReadArchiveRequest.FromString,
                     response_serializer=spinetta_dot_v1_dot_api__pb2.ReadArchiveResponse.SerializeToString,
+            ),
+            'Sample': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sample,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.SampleRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.SampleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -995,6 +1012,33 @@ class Peer:
             '/spinetta.v1.Peer/ReadArchive',
             spinetta_dot_v1_dot_api__pb2.ReadArchiveRequest.SerializeToString,
             spinetta_dot_v1_dot_api__pb2.ReadArchiveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sample(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Peer/Sample',
+            spinetta_dot_v1_dot_api__pb2.SampleRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.SampleResponse.FromString,
             options,
             channel_credentials,
             insecure,

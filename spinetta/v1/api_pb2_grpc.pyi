@@ -254,6 +254,8 @@ class PeerStub:
     """The leader has this node write finished tasks into its archive, before it deletes them."""
     ReadArchive: _grpc.UnaryUnaryMultiCallable[_api_pb2.ReadArchiveRequest, _api_pb2.ReadArchiveResponse]
     """A page of this node's archive."""
+    Sample: _grpc.UnaryUnaryMultiCallable[_api_pb2.SampleRequest, _api_pb2.SampleResponse]
+    """What tasks that run on this node use; those that do not are left out."""
 
 @_typing.type_check_only
 class PeerAsyncStub(PeerStub):
@@ -268,6 +270,8 @@ class PeerAsyncStub(PeerStub):
     """The leader has this node write finished tasks into its archive, before it deletes them."""
     ReadArchive: _aio.UnaryUnaryMultiCallable[_api_pb2.ReadArchiveRequest, _api_pb2.ReadArchiveResponse]  # type: ignore[assignment]
     """A page of this node's archive."""
+    Sample: _aio.UnaryUnaryMultiCallable[_api_pb2.SampleRequest, _api_pb2.SampleResponse]  # type: ignore[assignment]
+    """What tasks that run on this node use; those that do not are left out."""
 
 class PeerServicer(metaclass=_abc_1.ABCMeta):
     """Between nodes of one cluster."""
@@ -303,5 +307,13 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_api_pb2.ReadArchiveResponse, _abc.Awaitable[_api_pb2.ReadArchiveResponse]]:
         """A page of this node's archive."""
+
+    @_abc_1.abstractmethod
+    def Sample(
+        self,
+        request: _api_pb2.SampleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_pb2.SampleResponse, _abc.Awaitable[_api_pb2.SampleResponse]]:
+        """What tasks that run on this node use; those that do not are left out."""
 
 def add_PeerServicer_to_server(servicer: PeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
