@@ -16,7 +16,7 @@ from spinetta.agent import Agent
 from spinetta.config import Settings
 from spinetta.errors import OutcomeUnknown, RuntimeUnavailable, UserError
 from spinetta.events import SelfChanged, SetCandidate, SetDraining, SetUnfit, attempt_key
-from spinetta.model import IncarnationId, Membership, NodeId, NodeRecord, TaskId, Usage
+from spinetta.model import IncarnationId, Membership, NodeId, NodeRecord, TaskId
 from spinetta.node import detect
 from spinetta.node.archive import Archive
 from spinetta.node.archiving import NodeArchivist
@@ -31,8 +31,10 @@ from spinetta.node.join import GATEWAYS_MAX
 from spinetta.node.keeper import SeatKeeper
 from spinetta.node.leaving import Leaving
 from spinetta.node.logsweep import SteppedClock, sweep_logs, sweep_removed
-from spinetta.node.port import LeaveStep
+from spinetta.node.port import LeaveStep, RunningSample
 from spinetta.node.renewal import Report
+from spinetta.node.scratch import KEPT
+from spinetta.node.scratchsweep import ScratchSweep
 from spinetta.node.seats import OwnSeat
 from spinetta.node.secured import Hooks, Secured
 from spinetta.node.services.server import ApiServer, serve
@@ -178,15 +180,16 @@ class Daemon:
         """Where a stream of an attempt made here is."""
         return self._runtime.log_path(attempt_key(task_id, attempt), stream)
 
-    async def running_usage(self, task_id: TaskId) -> Usage | None:
-        """What a task that runs here has used so far."""
+    async def running_sample(self, task_id: TaskId) -> RunningSample | None:
+        """What a task that runs here uses."""
         held = self.agent.holdings.held.get(task_id)
         if held is None:
             return None
         try:
-            return await self._runtime.usage(held.key)
+            found = await self._runtime.sample(held.key)
         except RuntimeUnavailable:
             return None
+        return found and RunningSample(held.holding.attempt, found.usage, found.memory_bytes, found.pids)
 
     async def membership(self) -> Membership:
         """etcd's members, leader and alarms."""
@@ -374,6 +377,7 @@ class Daemon:
 
     async def _sweep(self) -> None:
         clock = SteppedClock()
+        kept = ScratchSweep(self.shim_dir / KEPT, self.settings.scratch_keep_bytes)
         while True:
             holdings = self.agent.holdings
             # An earlier daemon may have left attempts running: nothing is swept before they are known.
@@ -389,6 +393,7 @@ class Daemon:
                         keep_s=self.settings.log_keep_s,
                         since_s=clock.set_at_s,
                     )
+                    await asyncio.to_thread(kept.sweep, now_s=clock.now_s(), set_at_s=clock.set_at_s)
                     await asyncio.to_thread(
                         sweep_removed,
                         Path(self.settings.data_dir),

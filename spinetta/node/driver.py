@@ -130,7 +130,7 @@ def launch_of(start: Start, settings: LaunchSettings, opened: Opened | None = No
         secrets=opened.secrets,
         log_bytes_max=settings.log_bytes_max,
         disk_bytes_max=spec.resources.disk_bytes,
-        keep_scratch=spec.keep_scratch_s > 0,
+        keep_scratch_s=spec.keep_scratch_s,
         countables=spec.resources.countables,
         wants=spec.container,
     )

@@ -155,6 +155,7 @@ class ProcessRuntime:
             grace_s=_finite(launch.grace_s),
             stop_wait_s=_finite(launch.stop_wait_s),
             log_bytes_max=launch.log_bytes_max,
+            keep_scratch_s=math.ceil(launch.keep_scratch_s),
             disk_bytes_max=launch.disk_bytes_max,
             token=launch.token,
             incarnation=launch.incarnation,

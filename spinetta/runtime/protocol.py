@@ -52,7 +52,8 @@ class Launch:
             for it alone, gone with it. Never written to disk, nor part of any record, argument or message.
         log_bytes_max: of each of its two logs; what comes after is thrown away. 0: no limit.
         disk_bytes_max: of its scratch directory; it is ended when it has more. 0: no limit.
-        keep_scratch: when the attempt is forgotten its scratch directory is kept aside instead of removed.
+        keep_scratch_s: for how long its scratch directory is kept aside when the attempt is forgotten, instead of being
+            removed. 0: not at all.
         countables: whole things that it was granted, such as gpus.
         wants: the container that was asked for; None: a plain process.
         container: how it is contained: what `Runtime.prepare` makes of `wants`.
@@ -74,7 +75,7 @@ class Launch:
     secrets: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
     log_bytes_max: int = 0
     disk_bytes_max: int = 0
-    keep_scratch: bool = False
+    keep_scratch_s: float = 0.0
     countables: tuple[tuple[str, int], ...] = ()
     wants: ContainerSpec | None = field(default=None, repr=False)
     container: ContainerLaunch | None = field(default=None, repr=False)

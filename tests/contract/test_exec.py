@@ -267,3 +267,22 @@ async def test_descriptors_that_nobody_asked_for(state_dir: Path) -> None:
                 assert answered or fds > DESCRIPTORS_MAX, "only who sends too many is cut"
             await until(lambda: count() == before)
         assert (await ran(rt, shell("t.1", "exit 4"))).exit_code == 4
+
+
+@asynchronous
+async def test_a_scratch_directory_is_kept_if_wanted(state_dir: Path) -> None:
+    async with runtime(state_dir) as rt:
+        for key, keep_s in (("t.1", 90.5), ("t.2", 0)):
+            assert (await ran(rt, shell(key, "echo here > file", keep_scratch_s=keep_s))).exit_code == 0
+            await rt.forget(key)
+            await rt.forget(key)
+        kept = state_dir / "kept"
+        await until(lambda: [p.name for p in kept.iterdir()] == ["t.1@91"])
+        assert (kept / "t.1@91" / "file").read_text() == "here\n"
+        assert await rt.start(shell("t.3", "echo here > file; exec sleep 100", keep_scratch_s=60)) is None
+        await until((state_dir / "scratch" / "t.3" / "file").exists)
+        await asyncio.to_thread(kill_shim, state_dir)
+        assert (await end_of(rt, "t.3")).reason is Reason.SHIM_LOST
+        await rt.forget("t.3")
+        await until((kept / "t.3@60" / "file").exists)
+    assert not list((state_dir / "scratch").iterdir())

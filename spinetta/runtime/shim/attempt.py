@@ -44,6 +44,8 @@ class Held:
         private: what it runs is nobody's business: messages do not name it.
         secrets: content of files by name, until it has been started; never in a record.
         secret_names: of those files.
+        keep_scratch_s: how long its scratch directory is to be kept when it is forgotten; 0: not at all.
+        keep_part: the part of that directory that is kept; empty: all of it.
         spawn_unfit: it was this node's fault that it could not be started.
         container: None for a plain process. Until it is created `pid` is that of the runtime which does it.
         disk_bytes_max: of the scratch directory; 0: no limit.
@@ -85,6 +87,8 @@ class Held:
     disk_bytes_max: int = 0
     disk_used_bytes: int = 0
     log_bytes_max: int = 0
+    keep_scratch_s: int = 0
+    keep_part: str = ""
     secrets: dict[str, bytes] = field(default_factory=dict, repr=False)
     secret_names: tuple[str, ...] = ()
     group: Group | None = None
@@ -105,7 +109,9 @@ class Held:
 
     def intent(self) -> dict[str, Any]:
         """The record written before the fork."""
+        keep = {"keep_scratch_s": self.keep_scratch_s, "keep_part": self.keep_part} if self.keep_scratch_s else {}
         return {
+            **keep,
             "v": 2,
             "state": "started",
             "key": self.key,

@@ -37,13 +37,14 @@ class Layout:
         self.services = root / "services"
         self.logs = root / "logs"
         self.scratch = root / "scratch"
+        self.kept = root / "kept"  # scratch directories of forgotten attempts, as KEY@SECONDS
         self.trash = root / "trash"
         self.broken = root / "broken"  # made when there is something to put there
 
     def make(self) -> None:
         """Create what is missing; ours alone to read."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for folder in (self.attempts, self.services, self.logs, self.scratch, self.trash):
+        for folder in (self.attempts, self.services, self.logs, self.scratch, self.kept, self.trash):
             folder.mkdir(mode=0o700, exist_ok=True)
 
 
@@ -91,6 +92,10 @@ def _do(message: Message, dirty: set[Path]) -> str:
             except OSError:
                 path.rename(Path(message["trash"]) / f"{path.name}.{os.urandom(4).hex()}")
                 return TO_TRASH
+        case "keep":
+            # Its ctime then says since when it is kept. Asked again after it was done there is nothing left to move.
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(message["to"])
         case "mark":
             # To what a task has written: not durable, and not made if it is not there.
             with contextlib.suppress(FileNotFoundError):
@@ -234,6 +239,10 @@ class Writer:
     def discard(self, path: Path, ack: Ack) -> None:
         """Remove a folder, at once if it is empty, else by moving it to the trash."""
         self._ask({"op": "discard", "path": str(path), "trash": str(self._layout.trash)}, ack)
+
+    def keep(self, path: Path, to: Path, ack: Ack) -> None:
+        """Move a folder to where it is kept."""
+        self._ask({"op": "keep", "path": str(path), "to": str(to)}, ack)
 
     def mark(self, path: Path, ack: Ack) -> None:
         """Append to an existing log that some of it may be missing."""

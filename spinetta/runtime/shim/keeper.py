@@ -173,6 +173,9 @@ class Keeper:
             return  # asked again while a slow disk is at it
         self.ending.drop(held)
         if held.scratch:
+            if held.keep_scratch_s:
+                kept = self._layout.kept / f"{key}@{held.keep_scratch_s}"
+                self._writer.keep(held.scratch / held.keep_part, kept, self._kept)
             self._writer.discard(held.scratch, self._discarded)
         self._writer.remove(held.record_path, lambda error: self._removed(held, error))
 
@@ -284,6 +287,8 @@ class Keeper:
         self._loop.unwatch(held.report_fd)
         os.close(held.report_fd)
         held.report_fd = -1
+        if held.container:
+            held.container.executed = True  # or it never will be
         if held.phase is not Phase.SPAWNING or held.spawn_error or held.container:
             return  # its exit tells the rest
         self._running(held)
@@ -310,10 +315,7 @@ class Keeper:
     def _signal(self, held: Held, number: int) -> None:
         held.signalled = True
         if held.container:
-            # Its first process passes them on to the command and its children.
-            for each in (number, signal.SIGCONT):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(held.pidfd, each)
+            self.containers.signal(held, number)
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(held.pid, number)
@@ -350,6 +352,10 @@ class Keeper:
         _call_all(held.waiters)
         _call_all(held.end_waiters)
         self.on_end(held)
+
+    def _kept(self, error: str) -> None:
+        if error:
+            self._log(f"cannot keep a scratch directory: {error}")
 
     def _discarded(self, error: str) -> None:
         if error == TO_TRASH:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import container, detach, proctable, remains, secretfiles, sysapi
 from .attempt import Held, Phase, make_exit
+from .bundle import WORK
 from .cgroup import Cgroups, Limits, sweep
 from .connection import listen
 from .disk import Layout, Writer
@@ -342,6 +343,9 @@ def _from_record(layout: Layout, service: bool, name: str, record: dict[str, obj
         incarnation=str(record.get("incarnation", "")),
     )
     held.started_ms = started_ms if isinstance(started_ms, int) else 0
+    keep_s = record.get("keep_scratch_s")
+    held.keep_scratch_s = keep_s if isinstance(keep_s, int) and not service else 0
+    held.keep_part = WORK if record.get("keep_part") == WORK else ""
     held.phase, held.recorded, held.has_intent = Phase.ENDED, recorded, True
     held.exit = (
         end

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import secretfiles
 from .attempt import Held, Phase
-from .bundle import LOWER_MAX
+from .bundle import LOWER_MAX, WORK
 from .cgroup import Limits
 from .container import Container
 from .disk import Layout
@@ -39,6 +39,8 @@ def attempt_of(message: Message, layout: Layout) -> Held:
         incarnation=text(message, "incarnation", ""),
         disk_bytes_max=integer(message, "disk_bytes_max", 0),
         log_bytes_max=integer(message, "log_bytes_max", 0),
+        keep_scratch_s=integer(message, "keep_scratch_s", 0),
+        keep_part=WORK if contained else "",
         private=message.get("private") is True,
         secrets=secrets,
         secret_names=tuple(secrets),
