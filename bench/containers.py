@@ -152,9 +152,10 @@ class BareRunc:
 
     def close(self) -> None:
         """Remove the control groups above those of the containers."""
-        for folder in Path("/sys/fs/cgroup").glob(f"**/{self._tag}"):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        for folder, _, _ in os.walk("/sys/fs/cgroup"):
+            if Path(folder).name == self._tag:
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
 
 
 class DockerRun:

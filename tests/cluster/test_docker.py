@@ -7,6 +7,7 @@ through pytest-docker, brings the containers up and takes them down. Nothing of 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
@@ -241,5 +242,5 @@ def test_an_engine_of_our_own_leaves_nothing() -> None:
         pytest.skip(f"no Docker: {e}")
     assert not folder.exists()
     assert folder.name not in Path("/proc/self/mountinfo").read_text()
-    assert list(Path("/sys/fs/cgroup").glob(f"**/{folder.name}")) == []
+    assert not [top for top, _, _ in os.walk("/sys/fs/cgroup") if Path(top).name == folder.name]
     assert processes_naming(folder.name) == []

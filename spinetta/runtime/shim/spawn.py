@@ -6,9 +6,9 @@ import json
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from . import child, container, secretfiles
+from . import child, container, forking, secretfiles
 from .attempt import Held
 
 TASK_OOM_SCORE_ADJ = 300  # when the machine runs out of memory a task goes before the node's own processes
@@ -69,13 +69,18 @@ def spawn(held: Held, around: Surroundings) -> None:
     receive, send = os.pipe2(os.O_CLOEXEC)
     try:
         os.set_blocking(receive, False)
-        pid = os.fork()
+        # The runtime's process has one group to be in; see `container.Place.join_files`.
+        inside = False
+        if bundle is not None and len(join) == 1:
+            pid, inside = forking.fork_into(os.path.dirname(join[0]))  # noqa: PTH120 - as text, like all of it
+        else:
+            pid = os.fork()
     except OSError:
         os.close(receive)
         os.close(send)
         raise
     if pid == 0:
-        child.run(plan, send, around.outer_proc)
+        child.run(replace(plan, join=()) if inside else plan, send, around.outer_proc)
     os.close(send)
     try:
         # The pid is ours until we reap it: no race here.
