@@ -92,6 +92,7 @@ missing_packages() {
         { has dockerd && has docker; } || echo docker.io # a client alone starts nothing
         has docker-compose || echo docker-compose
         has docker-registry || echo docker-registry
+        has crun || echo crun
         has newuidmap || echo uidmap
         [ -e /usr/share/gocode/src/github.com/opencontainers/runtime-spec/schema ] || echo golang-github-opencontainers-specs-dev
         # Not only `busybox`: one that needs libraries does not run in an image that has none.
