@@ -9,9 +9,10 @@ from typing import Any
 
 from spinetta import units
 from spinetta.cli.contained import advice, container_document, container_lines
+from spinetta.cli.used import now_words, usage_document, usage_words
 from spinetta.client.views import NodeInfo, NodeList, TaskInfo
 from spinetta.match import Obstacle, why_never, why_not_now
-from spinetta.model import LOSSES_ALLOWED, Attempt, Outcome, QueueHint, Reason, Resources, State, Task, TaskSpec, Usage
+from spinetta.model import LOSSES_ALLOWED, Attempt, Outcome, QueueHint, Reason, Resources, State, Task, TaskSpec
 
 SEALED = "(sealed)"
 
@@ -54,18 +55,6 @@ def spec_document(s: TaskSpec) -> dict[str, Any]:
         "secrets": [{"name": name, "file": file} for name, file in s.secrets],
         "container": container_document(s.container) if s.container is not None else None,
         "keep_scratch_s": s.keep_scratch_s,
-    }
-
-
-def usage_document(u: Usage) -> dict[str, Any]:
-    """What was used."""
-    return {
-        "cpu_user_s": u.cpu_user_s,
-        "cpu_system_s": u.cpu_system_s,
-        "memory_peak_bytes": u.memory_peak_bytes,
-        "io_read_bytes": u.io_read_bytes,
-        "io_write_bytes": u.io_write_bytes,
-        "pids_peak": u.pids_peak,
     }
 
 
@@ -113,6 +102,7 @@ def task_document(info: TaskInfo) -> dict[str, Any]:
         "revision": info.revision,
         "spec_omitted": info.spec_omitted,
         "withheld": info.withheld,
+        "now": {"memory_bytes": info.now.memory_bytes, "pids": info.now.pids} if info.now is not None else None,
         "spec": spec_document(t.spec),
         "attempts": [attempt_document(a) for a in t.attempts],
     }
@@ -257,22 +247,6 @@ def resources_words(r: Resources) -> str:
     return ", ".join(parts)
 
 
-def usage_words(u: Usage) -> str:
-    """E.g. ``1.25s CPU, 12MiB peak, 3MiB read, 1MiB written, 7 processes``; empty when nothing is known."""
-    parts = []
-    if u.cpu_user_s or u.cpu_system_s:
-        parts.append(f"{units.format_duration(u.cpu_user_s + u.cpu_system_s)} CPU")
-    if u.memory_peak_bytes:
-        parts.append(f"{units.format_bytes(u.memory_peak_bytes)} peak")
-    if u.io_read_bytes:
-        parts.append(f"{units.format_bytes(u.io_read_bytes)} read")
-    if u.io_write_bytes:
-        parts.append(f"{units.format_bytes(u.io_write_bytes)} written")
-    if u.pids_peak:
-        parts.append(f"{u.pids_peak} process{'' if u.pids_peak == 1 else 'es'}")
-    return ", ".join(parts)
-
-
 def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
     """A task in full, as pairs of a heading and text; what says nothing is left out."""
     t, s = info.task, info.task.spec
@@ -305,6 +279,7 @@ def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
     last = last_attempt(t)
     if last is not None:
         pairs.append(("Used", usage_words(last.usage)))
+    pairs.append(("Now", now_words(info)))
     return [(k, v) for k, v in pairs if v.strip()]
 
 

@@ -256,11 +256,13 @@ def list_tasks(
         output.tell(f"there are more than these {limit}; --limit 0 shows all")
 
 
-def task_table(found: Sequence[TaskInfo]) -> None:
-    """Tasks as a table."""
+def task_table(found: Sequence[TaskInfo], *, with_usage: bool = False) -> None:
+    """Tasks as a table. `with_usage`: with CPU time so far, and the memory and processes that running ones have now."""
     from spinetta.cli import show
+    from spinetta.cli.used import usage_cells
 
-    header = ("ID", "NAME", "STATE", "EXIT", "NODE", "TRIES", "AGE", "TOOK", "COMMAND")
+    used = ("CPU", "MEMORY", "PROCS") if with_usage else ()
+    header = ("ID", "NAME", "STATE", "EXIT", "NODE", "TRIES", "AGE", "TOOK", *used, "COMMAND")
     rows, colours = [], {}
     for n, info in enumerate(found):
         t = info.task
@@ -275,6 +277,7 @@ def task_table(found: Sequence[TaskInfo]) -> None:
                 str(t.attempts_started),
                 show.age(t.submitted_ms),
                 show.run_time(info),
+                *(usage_cells(info) if with_usage else ()),
                 show.command_line(t.spec),
             )
         )

@@ -82,7 +82,9 @@ async def look(client: AsyncClient) -> Picture:
     from spinetta.model import State
 
     async def some(state: State, limit: int, newest: bool) -> tuple[TaskInfo, ...]:
-        tasks = client.list(TaskFilter(states=(state,)), limit=limit, newest_first=newest)
+        tasks = client.list(
+            TaskFilter(states=(state,)), limit=limit, newest_first=newest, with_usage=state is State.RUNNING
+        )
         async with contextlib.aclosing(tasks):
             return tuple([info async for info in tasks])
 
@@ -117,7 +119,7 @@ def _print(picture: Picture) -> None:
     output.say(_summary(picture))
     if picture.running:
         output.say()
-        task_table(picture.running)
+        task_table(picture.running, with_usage=True)
 
 
 def _summary(picture: Picture) -> str:
@@ -150,6 +152,7 @@ def _drawn(picture: Picture) -> Group:
 
     from spinetta import units
     from spinetta.cli import show
+    from spinetta.cli.used import usage_cells
 
     nodes = Table(box=None, pad_edge=False, header_style="bold", expand=False)
     for heading in ("NODE", "STATUS", "ROLE", "CORES", "", "MEMORY", "RUNNING", "TAGS"):
@@ -169,7 +172,7 @@ def _drawn(picture: Picture) -> Group:
             Text(",".join(r.tags)),
         )
     tasks = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("TASK", "NAME", "STATE", "EXIT", "NODE", "TOOK", "COMMAND"):
+    for heading in ("TASK", "NAME", "STATE", "EXIT", "NODE", "TOOK", "CPU", "MEMORY", "PROCS", "COMMAND"):
         tasks.add_column(heading, no_wrap=True, overflow="ellipsis")
     for info in (*picture.running, *picture.ended):
         word = show.state_word(info)
@@ -180,6 +183,7 @@ def _drawn(picture: Picture) -> Group:
             show.exit_word(info),
             info.node,
             show.run_time(info),
+            *usage_cells(info),
             Text(output.printable(show.command_line(info.task.spec))),
         )
     lines = [Text(f"notice: {notice}", "yellow") for notice in picture.nodes.notices]

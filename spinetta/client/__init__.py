@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         TaskChanges,
         TaskFilter,
         TaskInfo,
+        UsageNow,
         VoterInfo,
         WaitResult,
     )
@@ -67,6 +68,7 @@ _HOMES = {
     "TaskChanges": "views",
     "TaskFilter": "views",
     "TaskInfo": "views",
+    "UsageNow": "views",
     "VoterInfo": "views",
     "WaitResult": "views",
 }
@@ -94,6 +96,7 @@ __all__ = [
     "TaskHandle",
     "TaskInfo",
     "TaskOptions",
+    "UsageNow",
     "VoterInfo",
     "WaitResult",
     "WhoAmI",

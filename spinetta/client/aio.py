@@ -431,13 +431,18 @@ class AsyncClient:
         newest_first: bool = False,
         limit: int = 0,
         page_size: int = 0,
+        with_usage: bool = False,
     ) -> AsyncGenerator[views.TaskInfo, None]:
-        """Tasks in order of submission, page by page; `limit` 0: all."""
+        """Tasks in order of submission, page by page; `limit` 0: all. `with_usage`: also what running ones use now."""
         token, left = "", limit
         while True:
             size = min(left, validate.LIST_PAGE_MAX) if limit and not page_size else page_size
             request = api.ListRequest(
-                filter=views.filter_to_pb(wanted), page_size=size, page_token=token, newest_first=newest_first
+                filter=views.filter_to_pb(wanted),
+                page_size=size,
+                page_token=token,
+                newest_first=newest_first,
+                with_usage=with_usage,
             )
             answer = await self._list(request)
             for m in answer.tasks:

@@ -207,7 +207,7 @@ class Client:
 
     # Last, because within the class its name hides the type's.
     def list(self, wanted: views.TaskFilter = views.ALL_TASKS, **options: Any) -> Iterator[views.TaskInfo]:
-        """Tasks in order of submission; options ``newest_first``, ``limit``, ``page_size``."""
+        """Tasks in order of submission; options ``newest_first``, ``limit``, ``page_size``, ``with_usage``."""
         return self._iterate(self._client.list(wanted, **options))
 
 

@@ -12,6 +12,14 @@ from spinetta.v1 import record_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
+class UsageNow:
+    """Memory, processes and threads of a running task."""
+
+    memory_bytes: int
+    pids: int
+
+
+@dataclass(frozen=True, slots=True)
 class TaskInfo:
     """A task and where it stands.
 
@@ -22,6 +30,8 @@ class TaskInfo:
         cancel_requested: its node has been asked to stop it. Not known in what `watch` yields.
         spec_omitted: the answer was too large: of the specification only id and name are here.
         withheld: what the task runs is not for the caller: command, environment, directory and messages are left out.
+        now: what a running task has at this moment; what it has used so far is in its last attempt. None: its node did
+            not tell, or was not asked.
     """
 
     task: Task
@@ -30,6 +40,7 @@ class TaskInfo:
     cancel_requested: bool = False
     spec_omitted: bool = False
     withheld: bool = False
+    now: UsageNow | None = None
 
     @property
     def id(self) -> TaskId:
@@ -229,7 +240,8 @@ class ClusterInfo:
 
 def task_info(m: api.TaskView) -> TaskInfo:
     """From the wire."""
-    return TaskInfo(codec.task_from_pb(m.task), m.node, m.revision, m.cancel_requested, m.spec_omitted, m.withheld)
+    now = UsageNow(m.now.memory_bytes, m.now.pids) if m.HasField("now") else None
+    return TaskInfo(codec.task_from_pb(m.task), m.node, m.revision, m.cancel_requested, m.spec_omitted, m.withheld, now)
 
 
 def node_info(m: api.NodeView) -> NodeInfo:

@@ -189,7 +189,9 @@ class Daemon:
             found = await self._runtime.sample(held.key)
         except RuntimeUnavailable:
             return None
-        return found and RunningSample(held.holding.attempt, found.usage, found.memory_bytes, found.pids)
+        if found is None:
+            return None
+        return RunningSample(held.holding.attempt, found.usage, found.memory_bytes, found.pids)
 
     async def membership(self) -> Membership:
         """etcd's members, leader and alarms."""

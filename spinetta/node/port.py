@@ -23,6 +23,16 @@ class LeaveStep:
     done: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class RunningSample:
+    """What a running attempt has used so far, and how much memory, how many processes and threads it has now."""
+
+    attempt: int
+    usage: Usage
+    memory_bytes: int
+    pids: int
+
+
 class NodePort(Protocol):
     """The daemon, as its services use it. Errors are those of `spinetta.errors`."""
 
@@ -82,8 +92,8 @@ class NodePort(Protocol):
         """Where ``stdout`` or ``stderr`` of an attempt made on this node is, or would be."""
         ...
 
-    async def running_usage(self, task_id: TaskId) -> Usage | None:
-        """What a task that runs on this node has used so far; None when it is unknown or does not run here."""
+    async def running_sample(self, task_id: TaskId) -> RunningSample | None:
+        """What a task that runs on this node uses; None when it is unknown or does not run here."""
         ...
 
     async def membership(self) -> Membership:

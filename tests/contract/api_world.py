@@ -47,7 +47,7 @@ from spinetta.model import (
 )
 from spinetta.node.archive import Archive
 from spinetta.node.hub import Hub
-from spinetta.node.port import LeaveStep
+from spinetta.node.port import LeaveStep, RunningSample
 from spinetta.node.services.errors import DETAIL_KEY
 from spinetta.node.services.server import ApiServer, serve
 from spinetta.store.etcd import EtcdStore
@@ -191,8 +191,8 @@ class HandNode:
     def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:
         return self.directory / f"{task_id}.{attempt}.{stream}"
 
-    async def running_usage(self, task_id: TaskId) -> Usage | None:  # noqa: ARG002
-        return self.usage
+    async def running_sample(self, task_id: TaskId) -> RunningSample | None:  # noqa: ARG002
+        return RunningSample(1, self.usage, 5 << 20, 3) if self.usage is not None else None
 
     async def membership(self) -> Membership:
         if self.failure is not None:

@@ -262,6 +262,32 @@ def test_get_shows_a_running_task(etcd: Etcd, tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_any_node_tells_what_a_task_uses_now(etcd: Etcd, tmp_path: Path) -> None:
+    """It asks the node that runs it; one that cannot say is no reason to fail, or to wait."""
+
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a, node(etcd, tmp_path, "b") as b:
+            here, there, elsewhere = await a.submit(), await a.submit(), await a.submit()
+            await a.claim(here[0])
+            await b.claim(there[0])
+            async with node(etcd, tmp_path, "c") as gone:
+                await gone.claim(elsewhere[0])
+            a.port.usage, b.port.usage = Usage(1.0), Usage(2.0, 0.5, 4096, 1, 2, 7)
+            got = await a.api.Get(api.GetRequest(ids=[*here, *there, *elsewhere]))
+            assert [v.task.attempts[0].usage.cpu_user_s for v in got.tasks] == [1.0, 2.0, 0.0]
+            assert [v.HasField("now") for v in got.tasks] == [True, True, False]
+            assert (got.tasks[1].now.memory_bytes, got.tasks[1].now.pids) == (5 << 20, 3)
+            assert got.tasks[1].task.attempts[0].usage.pids_peak == 7
+            running = api.ListRequest(filter=api.Filter(states=[pb.RUNNING]), with_usage=True)
+            listed = await a.api.List(running)
+            assert [v.HasField("now") for v in listed.tasks] == [True, True, False]
+            assert not any(v.HasField("now") for v in (await a.api.List(api.ListRequest())).tasks)
+            b.port.usage = None
+            assert not (await a.get(there[0])).HasField("now")
+
+    run(scenario())
+
+
 def test_a_corrupt_record_is_said_to_be_one(etcd: Etcd, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with node(etcd, tmp_path) as a:

@@ -22,9 +22,10 @@ from spinetta.cli.node import node_table
 from spinetta.cli.submit import NETWORKS as OFFERED
 from spinetta.cli.submit import exit_code_of
 from spinetta.cli.taskfile import read_specs
+from spinetta.cli.used import now_words, usage_cells, usage_words
 from spinetta.client import Mount, make_spec
 from spinetta.client.containers import read_mounts
-from spinetta.client.views import NodeInfo
+from spinetta.client.views import NodeInfo, UsageNow
 from spinetta.container import NETWORKS, ContainerSpec
 from spinetta.errors import UserError
 from spinetta.lifecycle import claimed, ended
@@ -289,11 +290,25 @@ def test_documents() -> None:
 
 
 def test_what_was_used() -> None:
-    assert show.usage_words(Usage(1.0, 0.25, 12 << 20, 3 << 20, 1 << 20, 7)) == (
+    assert usage_words(Usage(1.0, 0.25, 12 << 20, 3 << 20, 1 << 20, 7)) == (
         "1.25s CPU, 12MiB peak, 3MiB read, 1MiB written, 7 processes"
     )
-    assert show.usage_words(Usage(pids_peak=1)) == "1 process"
-    assert show.usage_words(Usage()) == ""
+    assert usage_words(Usage(pids_peak=1)) == "1 process"
+    assert usage_words(Usage()) == ""
+
+
+def test_what_a_running_task_has_now() -> None:
+    task = claimed(queued(1), NodeId("n1"), IncarnationId("life"), now_ms=1)
+    attempt = replace(task.attempts[-1], usage=Usage(61.0, 1.5, 9 << 20, pids_peak=8))
+    running = replace(info(replace(task, attempts=(attempt,))), now=UsageNow(5 << 20, 3))
+    assert now_words(running) == "5MiB memory, 3 processes"
+    assert usage_cells(running) == ("1m02s", "5MiB", "3")
+    assert usage_cells(replace(running, now=None)) == ("1m02s", "9MiB", "8")
+    assert usage_cells(info(queued(1))) == ("", "", "")
+    assert dict(show.task_lines(running))["Now"] == "5MiB memory, 3 processes"
+    assert show.task_document(running)["now"] == {"memory_bytes": 5 << 20, "pids": 3}
+    assert show.task_document(info(queued(1)))["now"] is None
+    assert now_words(replace(running, now=UsageNow(0, 1))) == "0B memory, 1 process"
 
 
 @pytest.mark.parametrize(

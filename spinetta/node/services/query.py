@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from spinetta import codec, keys, validate
+from spinetta import keys, validate
 from spinetta.model import NodeId, Revision, TaskId
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits, lookup, ordered, pagetokens, views
+from spinetta.node.services.live import LiveUsage
 from spinetta.store.protocol import Store
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
@@ -40,8 +41,9 @@ class Run:
 class Query:
     """Answers questions about tasks."""
 
-    def __init__(self, port: NodePort) -> None:
+    def __init__(self, port: NodePort, live: LiveUsage) -> None:
         self._port = port
+        self._live = live
 
     async def get(self, request: api.GetRequest) -> api.GetResponse:
         """The tasks with these ids.
@@ -56,20 +58,17 @@ class Query:
             if task_id not in found:
                 raise lookup.missing(task_id, field)
         shown = [found[i] for i in ids]
-        for v in shown:
-            await self._add_usage(v)
+        await self._live.add(shown)
         return api.GetResponse(tasks=views.fitting(shown))
-
-    async def _add_usage(self, v: api.TaskView) -> None:
-        """What a task that runs here has used so far; those elsewhere show it once they have ended."""
-        if v.task.state != pb.RUNNING or v.node != self._port.name or not v.task.attempts:
-            return
-        usage = await self._port.running_usage(TaskId(v.task.spec.id))
-        if usage is not None:
-            v.task.attempts[-1].usage.CopyFrom(codec.usage_to_pb(usage))
 
     async def list(self, request: api.ListRequest) -> api.ListResponse:
         """One page of the tasks that match, in the order of their ids, which is that of submission."""
+        page = await self._page(request)
+        if request.with_usage:
+            await self._live.add(page.tasks)
+        return page
+
+    async def _page(self, request: api.ListRequest) -> api.ListResponse:
         size = validate.check_page_size(request.page_size)
         wanted = views.Wanted(request.filter)
         newest = request.newest_first
