@@ -31,7 +31,7 @@ from .wire import BadMessage, Lines, Message, decode, encode
 SCANS_SHARE = 0.04  # of one core
 LOGS_SHARE = 0.01
 DISK_LOOK_MIN_S = 0.1
-DISK_LOOK_MAX_S = 1.0
+DISK_LOOK_MAX_S = 2.0  # where nothing grows
 LOG_LOOK_S = 0.25
 LOG_CUT_LOOK_S = 0.1  # one that is full and still written to
 TURN_S = 0.005  # of scanning, before it is looked whether something else is due
