@@ -305,7 +305,7 @@ def _try_container(want: Facts, mode: str, program: str, init: str, group_path: 
         run([*ours, "delete", "--force", key])
         return f"create: {problem}"
     problem = run([*ours, "start", key])
-    problem = f"start: {problem}" if problem else _ended_well(int(pid_file.read_text()), said)
+    problem = f"start: {problem}" if problem else _ended_well(pid_file, said)
     removed = run([*ours, "delete", *(["--force"] if problem else []), key])
     return problem or (f"delete: {removed}" if removed else "")
 
@@ -330,10 +330,13 @@ def _create(argv: list[str], out: int, bundle: Path) -> str:
     return lines[-1][-SAID_BYTES_MAX:] if lines else f"ended with {code}"
 
 
-def _ended_well(pid: int, said: Path) -> str:
+def _ended_well(pid_file: Path, said: Path) -> str:
     """Wait for the container's init, which is our child now; what is wrong with its end, or nothing."""
     try:
+        pid = int(pid_file.read_text())
         fd = os.pidfd_open(pid)
+    except ValueError:
+        return "it did not say what its init is"
     except OSError as error:
         return f"its init is not there: {error.strerror}"
     try:
