@@ -98,7 +98,6 @@ def runtime_config(request: Request) -> dict[str, object]:
         "gidMappings": [_mapping(ids) for ids in request.gids],
         "maskedPaths": list(MASKED),
         "readonlyPaths": list(READ_ONLY),
-        "rootfsPropagation": "rprivate",
     }
     if request.devices:
         linux["devices"] = [_device_node(device) for device in request.devices]

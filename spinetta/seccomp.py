@@ -159,6 +159,9 @@ def profile(capabilities: Collection[str], arch: str) -> dict[str, object]:
     rules += [_when("personality", 0, "SCMP_CMP_EQ", value) for value in PERSONALITIES]
     families = sorted((FAMILIES | (FAMILIES_RAW if "NET_RAW" in held else {})).values())
     rules += [_when("socket", 0, "SCMP_CMP_EQ", family) for family in families]
+    # By name, and with another number than the default's: libseccomp would allow it by itself where it cannot look at
+    # the arguments, and runc leaves out what says the same as the default.
+    rules.append({"names": ["socketcall"], "action": ERRNO, "errnoRet": ENOSYS})
     made: dict[str, object] = {"defaultAction": ERRNO, "defaultErrnoRet": EPERM, "syscalls": rules}
     if arch in ARCHITECTURES:
         made["architectures"] = list(ARCHITECTURES[arch])
