@@ -28,7 +28,7 @@ from .loop import READ, WRITE, Loop, now_s
 from .usedspace import Scan
 from .wire import BadMessage, Lines, Message, decode, encode
 
-SCANS_SHARE = 0.04  # of one core
+SCANS_SHARE = 0.035  # of one core
 LOGS_SHARE = 0.01
 DISK_LOOK_MIN_S = 0.1
 DISK_LOOK_MAX_S = 2.0  # where nothing grows
