@@ -39,6 +39,7 @@ LEFT_OUT = {
 }
 BYTES_MAX = 600 << 20  # somebody's large Python, perhaps; better told than filled into a disk
 ENTRY = "/usr/sbin/node-entry"
+DEMO_IMAGE = "/srv/demo-image.tar"  # for the containers within
 
 
 def write(target: Path, entry: str) -> int:
@@ -55,6 +56,7 @@ def write(target: Path, entry: str) -> int:
         for member in demo:
             if not member.isdir() or member.name != ".":
                 tree.copy(member, demo.extractfile(member) if member.isreg() else None)
+        tree.write(DEMO_IMAGE, below.read_bytes(), 0o644)
         below.unlink()
         files = [*map(_program, PROGRAMS), *_python(), *_packages()]
         for path in files:

@@ -31,6 +31,9 @@ SHARED = "/shared"  # a volume that all three see
 READY_S = 90.0
 DEMO_S = 120.0
 CHUNKS = 8
+DEMO = nodeimage.ROOT / "examples" / "variants"
+# What tasks in runc's containers may have of the nodes.
+ALLOW = f"image:{nodeimage.DEMO_IMAGE},mount-rw:{SHARED},mount:{DEMO},mount:{nodeimage.EXAMPLES}"
 # fmt: off
 CAPABILITIES = [  # by number
     "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
@@ -87,6 +90,7 @@ class Nodes:
         for i in range(1, NODES + 1):
             join = [sys.executable, "-m", "spinetta.cli", "node", "join", "--name", f"n{i}", "--data-dir", DATA]
             join += ["--address", f"{self.host(i)}:{API_PORT}", "--cpus", "2", "--memory", "2GiB"]
+            join += ["--allow", ALLOW]
             join += ["--peers", f"{self.host(1)}:{API_PORT}"] if i > 1 else []
             services[f"n{i}"] = {
                 "image": self.project,
@@ -217,10 +221,11 @@ def cluster(nodes: Nodes, docker_host: None, docker_services: object) -> Nodes:
 
 
 def test_the_demonstration_runs_in_a_cluster_of_containers(cluster: Nodes) -> None:
-    demo = str(nodeimage.ROOT / "examples" / "variants" / "demo.py")
     addresses = ",".join(f"{cluster.host(i)}:{API_PORT}" for i in range(1, NODES + 1))
     options = ["--chunks", str(CHUNKS), "--work", f"{SHARED}/demo", "--nodes", addresses]
-    said = cluster.inside(sys.executable, demo, *options, limit_s=DEMO_S)
+    said = cluster.inside(
+        sys.executable, str(DEMO / "demo.py"), "--image", nodeimage.DEMO_IMAGE, *options, limit_s=DEMO_S
+    )
     assert "88 variants on the cluster" in said, said
     assert "the records are the same" in said, said
     ended = json.loads(cluster.spinetta("list", "--outcome", "succeeded", "--json"))["tasks"]
