@@ -29,6 +29,9 @@ class Call(enum.StrEnum):
     LEAVE = "leave"
     CONFIRM_DEAD = "confirm-dead"
     BACKUP = "backup"
+    IMAGES = "images"
+    IMAGE_CHANGE = "image-change"
+    IMAGE_IMPORT = "image-import"  # of files of the node, which are read as root
     WHOAMI = "whoami"
     RENEW = "renew"
     TOKENS = "tokens"
@@ -117,6 +120,7 @@ _VIEWER: Mapping[Call, Reach] = {
     Call.STATUS: _ANY,
     Call.PAYLOAD: _OWN,
     Call.NODES: _ANY,
+    Call.IMAGES: _ANY,
     Call.WHOAMI: _ANY,
     Call.RENEW: _ANY,
     Call.REFLECTION: _ANY,
@@ -141,6 +145,7 @@ _OPERATOR: Mapping[Call, Reach] = {
     Call.COPY: _ANY,
     Call.DRAIN: _ANY,
     Call.LEAVE: _ANY,
+    Call.IMAGE_CHANGE: _ANY,
     Call.ACCESS_LIST: _ANY,
 }
 _ADMIN: Mapping[Call, Reach] = {
@@ -152,6 +157,7 @@ _ADMIN: Mapping[Call, Reach] = {
     Call.POLICY: _ANY,
     Call.AUTHORITIES: _ANY,
     Call.CONFIRM_DEAD: _ANY,  # not for operators: a wrong word lets two attempts of a task run at once
+    Call.IMAGE_IMPORT: _ANY,  # not for operators: with a task in it they could read any file of the node
     Call.BACKUP: _ANY,  # all of the store, though what is sealed in it stays so
 }
 _WORKER: Mapping[Call, Reach] = {Call.NODES: _ANY, Call.WHOAMI: _ANY, Call.RENEW: _ANY, Call.GATEWAY: _ANY}
@@ -163,6 +169,9 @@ _VOTER: Mapping[Call, Reach] = {
     Call.COPY: _ANY,
     Call.DRAIN: _ANY,
     Call.LEAVE: _ANY,
+    Call.IMAGES: _ANY,
+    Call.IMAGE_CHANGE: _ANY,
+    Call.IMAGE_IMPORT: _ANY,
     Call.PEER: _ANY,
 }
 
@@ -188,6 +197,8 @@ CHANGES = frozenset(
         Call.DRAIN,
         Call.LEAVE,
         Call.CONFIRM_DEAD,
+        Call.IMAGE_CHANGE,
+        Call.IMAGE_IMPORT,
         Call.RENEW,
         Call.TOKENS,
         Call.ACCESS_CHANGE,
@@ -215,6 +226,9 @@ DOING: Mapping[Call, str] = {
     Call.LEAVE: "make nodes leave",
     Call.CONFIRM_DEAD: "vouch that nodes are dead",
     Call.BACKUP: "take backups",
+    Call.IMAGES: "see images",
+    Call.IMAGE_CHANGE: "pull, pin, verify or remove images",
+    Call.IMAGE_IMPORT: "import files of nodes as images",
     Call.WHOAMI: "ask who it is",
     Call.RENEW: "renew certificates",
     Call.TOKENS: "make, list or revoke tokens",

@@ -14,6 +14,7 @@ from spinetta.client import execs, streams, views
 from spinetta.client.admin import AsyncAdmin
 from spinetta.client.channels import Nodes
 from spinetta.client.credentials import Bearer, Source, check_reachable, make_dialer
+from spinetta.client.images import AsyncImages
 from spinetta.client.requests import check_fragments, node_or_empty, parse_nodes, parts, submit_requests
 from spinetta.client.sealing import STALE, TRIES_MAX, Sealer
 from spinetta.client.specs import TaskOptions, make_spec
@@ -39,6 +40,7 @@ class AsyncClient:
 
     Attributes:
         admin: who may be here, and with which rights.
+        images: images of containers on nodes.
 
     Args:
         nodes: addresses, in order of preference.
@@ -65,6 +67,7 @@ class AsyncClient:
         check_reachable(addresses, dialer)
         self._nodes = Nodes(addresses, timeout_s, patience_s, dialer)
         self.admin = AsyncAdmin(self._nodes)
+        self.images = AsyncImages(self._nodes)
         self._sealer = Sealer(self._nodes)
 
     @classmethod

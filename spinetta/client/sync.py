@@ -16,6 +16,7 @@ from spinetta.client.aio import AsyncClient
 from spinetta.client.credentials import Bearer, Source
 from spinetta.client.specs import TaskOptions
 from spinetta.client.syncadmin import Admin
+from spinetta.client.syncimages import Images
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.model import TaskId, TaskSpec
 from spinetta.options import NO_CREDENTIALS
@@ -94,6 +95,7 @@ class Client:
         self._client = AsyncClient(nodes, timeout_s=timeout_s, credentials=credentials, bearer=bearer)
         self._thread = _LoopThread()
         self.admin = Admin(self._client.admin, self._run)
+        self.images = Images(self._client.images, self._run)
         self._end = weakref.finalize(self, self._thread.close, self._client)
 
     @classmethod

@@ -41,6 +41,7 @@ from spinetta.node.services.server import ApiServer, serve
 from spinetta.node.signals import StopSignals
 from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.node.vault import Vault
+from spinetta.runtime.images.store import ImageStore
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.settings import AgentSettings
 from spinetta.store.etcd import EtcdStore
@@ -156,6 +157,11 @@ class Daemon:
         """The labels that count for this node now."""
         acl = self.agent.session.acl
         return frozenset(acl.effective) if acl is not None else frozenset()
+
+    @property
+    def images(self) -> ImageStore | None:
+        """The images of this node."""
+        return self.containers.images
 
     def voter_addresses(self) -> tuple[str, ...]:
         """API addresses of the nodes with a seat."""

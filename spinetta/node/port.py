@@ -9,6 +9,7 @@ from typing import Protocol
 
 from spinetta.model import Membership, NodeId, TaskId, Usage
 from spinetta.node.archive import Archive
+from spinetta.runtime.images.store import ImageStore
 from spinetta.store.protocol import Store
 from spinetta.trust.credentials import NodeCredentials
 from spinetta.trust.dial import Dialer
@@ -69,6 +70,11 @@ class NodePort(Protocol):
     @property
     def archive(self) -> Archive:
         """Finished tasks that have left the store and are kept here."""
+        ...
+
+    @property
+    def images(self) -> ImageStore | None:
+        """The images of this node; None: it runs no containers."""
         ...
 
     def voter_addresses(self) -> tuple[str, ...]:

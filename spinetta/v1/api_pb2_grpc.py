@@ -119,6 +119,31 @@ class SpinettaStub:
                 request_serializer=spinetta_dot_v1_dot_api__pb2.BackupRequest.SerializeToString,
                 response_deserializer=spinetta_dot_v1_dot_api__pb2.BackupChunk.FromString,
                 _registered_method=True)
+        self.PullImage = channel.unary_stream(
+                '/spinetta.v1.Spinetta/PullImage',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.PullImageRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.ImageProgress.FromString,
+                _registered_method=True)
+        self.ListImages = channel.unary_unary(
+                '/spinetta.v1.Spinetta/ListImages',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.ListImagesResponse.FromString,
+                _registered_method=True)
+        self.RemoveImage = channel.unary_unary(
+                '/spinetta.v1.Spinetta/RemoveImage',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.RemoveImageRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.RemoveImageResponse.FromString,
+                _registered_method=True)
+        self.PinImage = channel.unary_unary(
+                '/spinetta.v1.Spinetta/PinImage',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.PinImageRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.PinImageResponse.FromString,
+                _registered_method=True)
+        self.VerifyImage = channel.unary_stream(
+                '/spinetta.v1.Spinetta/VerifyImage',
+                request_serializer=spinetta_dot_v1_dot_api__pb2.VerifyImageRequest.SerializeToString,
+                response_deserializer=spinetta_dot_v1_dot_api__pb2.ImageProgress.FromString,
+                _registered_method=True)
 
 
 class SpinettaServicer:
@@ -239,6 +264,40 @@ class SpinettaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullImage(self, request, context):
+        """A node gets an image of containers, or looks whether it is another one by now. Ends with the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListImages(self, request, context):
+        """The images of one node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveImage(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinImage(self, request, context):
+        """A pinned image is kept whatever the node's limits say.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyImage(self, request, context):
+        """Compares an unpacked image, file by file, with the list made when it was unpacked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SpinettaServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -326,6 +385,31 @@ def add_SpinettaServicer_to_server(servicer, server):
                     servicer.Backup,
                     request_deserializer=spinetta_dot_v1_dot_api__pb2.BackupRequest.FromString,
                     response_serializer=spinetta_dot_v1_dot_api__pb2.BackupChunk.SerializeToString,
+            ),
+            'PullImage': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullImage,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.PullImageRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.ImageProgress.SerializeToString,
+            ),
+            'ListImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImages,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.ListImagesRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.ListImagesResponse.SerializeToString,
+            ),
+            'RemoveImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveImage,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.RemoveImageRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.RemoveImageResponse.SerializeToString,
+            ),
+            'PinImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinImage,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.PinImageRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.PinImageResponse.SerializeToString,
+            ),
+            'VerifyImage': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyImage,
+                    request_deserializer=spinetta_dot_v1_dot_api__pb2.VerifyImageRequest.FromString,
+                    response_serializer=spinetta_dot_v1_dot_api__pb2.ImageProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -787,6 +871,141 @@ class Spinetta:
             '/spinetta.v1.Spinetta/Backup',
             spinetta_dot_v1_dot_api__pb2.BackupRequest.SerializeToString,
             spinetta_dot_v1_dot_api__pb2.BackupChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/PullImage',
+            spinetta_dot_v1_dot_api__pb2.PullImageRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.ImageProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/ListImages',
+            spinetta_dot_v1_dot_api__pb2.ListImagesRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.ListImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/RemoveImage',
+            spinetta_dot_v1_dot_api__pb2.RemoveImageRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.RemoveImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/PinImage',
+            spinetta_dot_v1_dot_api__pb2.PinImageRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.PinImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/spinetta.v1.Spinetta/VerifyImage',
+            spinetta_dot_v1_dot_api__pb2.VerifyImageRequest.SerializeToString,
+            spinetta_dot_v1_dot_api__pb2.ImageProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -67,6 +67,15 @@ class SpinettaStub:
     DescribeCluster: _grpc.UnaryUnaryMultiCallable[_api_pb2.DescribeClusterRequest, _api_pb2.DescribeClusterResponse]
     Backup: _grpc.UnaryStreamMultiCallable[_api_pb2.BackupRequest, _api_pb2.BackupChunk]
     """All of the store as one member has it, at one revision: etcd's own snapshot, its SHA-256 last."""
+    PullImage: _grpc.UnaryStreamMultiCallable[_api_pb2.PullImageRequest, _api_pb2.ImageProgress]
+    """A node gets an image of containers, or looks whether it is another one by now. Ends with the call."""
+    ListImages: _grpc.UnaryUnaryMultiCallable[_api_pb2.ListImagesRequest, _api_pb2.ListImagesResponse]
+    """The images of one node."""
+    RemoveImage: _grpc.UnaryUnaryMultiCallable[_api_pb2.RemoveImageRequest, _api_pb2.RemoveImageResponse]
+    PinImage: _grpc.UnaryUnaryMultiCallable[_api_pb2.PinImageRequest, _api_pb2.PinImageResponse]
+    """A pinned image is kept whatever the node's limits say."""
+    VerifyImage: _grpc.UnaryStreamMultiCallable[_api_pb2.VerifyImageRequest, _api_pb2.ImageProgress]
+    """Compares an unpacked image, file by file, with the list made when it was unpacked."""
 
 @_typing.type_check_only
 class SpinettaAsyncStub(SpinettaStub):
@@ -102,6 +111,15 @@ class SpinettaAsyncStub(SpinettaStub):
     DescribeCluster: _aio.UnaryUnaryMultiCallable[_api_pb2.DescribeClusterRequest, _api_pb2.DescribeClusterResponse]  # type: ignore[assignment]
     Backup: _aio.UnaryStreamMultiCallable[_api_pb2.BackupRequest, _api_pb2.BackupChunk]  # type: ignore[assignment]
     """All of the store as one member has it, at one revision: etcd's own snapshot, its SHA-256 last."""
+    PullImage: _aio.UnaryStreamMultiCallable[_api_pb2.PullImageRequest, _api_pb2.ImageProgress]  # type: ignore[assignment]
+    """A node gets an image of containers, or looks whether it is another one by now. Ends with the call."""
+    ListImages: _aio.UnaryUnaryMultiCallable[_api_pb2.ListImagesRequest, _api_pb2.ListImagesResponse]  # type: ignore[assignment]
+    """The images of one node."""
+    RemoveImage: _aio.UnaryUnaryMultiCallable[_api_pb2.RemoveImageRequest, _api_pb2.RemoveImageResponse]  # type: ignore[assignment]
+    PinImage: _aio.UnaryUnaryMultiCallable[_api_pb2.PinImageRequest, _api_pb2.PinImageResponse]  # type: ignore[assignment]
+    """A pinned image is kept whatever the node's limits say."""
+    VerifyImage: _aio.UnaryStreamMultiCallable[_api_pb2.VerifyImageRequest, _api_pb2.ImageProgress]  # type: ignore[assignment]
+    """Compares an unpacked image, file by file, with the list made when it was unpacked."""
 
 class SpinettaServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -236,6 +254,45 @@ class SpinettaServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_api_pb2.BackupChunk], _abc.AsyncIterator[_api_pb2.BackupChunk]]:
         """All of the store as one member has it, at one revision: etcd's own snapshot, its SHA-256 last."""
+
+    @_abc_1.abstractmethod
+    def PullImage(
+        self,
+        request: _api_pb2.PullImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_api_pb2.ImageProgress], _abc.AsyncIterator[_api_pb2.ImageProgress]]:
+        """A node gets an image of containers, or looks whether it is another one by now. Ends with the call."""
+
+    @_abc_1.abstractmethod
+    def ListImages(
+        self,
+        request: _api_pb2.ListImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_pb2.ListImagesResponse, _abc.Awaitable[_api_pb2.ListImagesResponse]]:
+        """The images of one node."""
+
+    @_abc_1.abstractmethod
+    def RemoveImage(
+        self,
+        request: _api_pb2.RemoveImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_pb2.RemoveImageResponse, _abc.Awaitable[_api_pb2.RemoveImageResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def PinImage(
+        self,
+        request: _api_pb2.PinImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_api_pb2.PinImageResponse, _abc.Awaitable[_api_pb2.PinImageResponse]]:
+        """A pinned image is kept whatever the node's limits say."""
+
+    @_abc_1.abstractmethod
+    def VerifyImage(
+        self,
+        request: _api_pb2.VerifyImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_api_pb2.ImageProgress], _abc.AsyncIterator[_api_pb2.ImageProgress]]:
+        """Compares an unpacked image, file by file, with the list made when it was unpacked."""
 
 def add_SpinettaServicer_to_server(servicer: SpinettaServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

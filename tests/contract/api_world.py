@@ -50,6 +50,7 @@ from spinetta.node.hub import Hub
 from spinetta.node.port import LeaveStep, RunningSample
 from spinetta.node.services.errors import DETAIL_KEY
 from spinetta.node.services.server import ApiServer, serve
+from spinetta.runtime.images.store import ImageStore
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
 from spinetta.trust.credentials import NodeCredentials
@@ -177,6 +178,7 @@ class HandNode:
         self.member = Membership("abc123", 7, (Member(name, 7, "http://127.0.0.1:1", "http://127.0.0.1:2"),))
         self.failure: Exception | None = None
         self.archive = Archive(directory / "archive", 0)
+        self.images: ImageStore | None = None
         self.steps: list[LeaveStep] = [LeaveStep("draining", 2), LeaveStep("left", 0, done=True)]
 
     def audit(self, call: str, caller: str, object_: str, outcome: str, revision: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import stat
@@ -507,7 +508,8 @@ def test_a_gzipped_image_of_several_layers_keeps_what_whiteouts_leave(tmp_path: 
     async def scenario() -> None:
         first = files.layer(
             files.folder("d"), files.Entry("d/a", b"1"), files.Entry("d/b", b"2"), files.folder("e"),
-            files.Entry("e/x", b"1"), files.Entry("gone", b"3"), files.Entry("same", b"4"), files.hardlink("hard", "same"),
+            files.Entry("e/x", b"1"), files.Entry("gone", b"3"), files.Entry("same", b"4"),
+            files.hardlink("hard", "same"),
         )  # fmt: skip
         second = files.layer(
             files.Entry("d/.wh.a"), files.Entry("e/.wh..wh..opq"), files.Entry("e/y", b"5"), files.Entry(".wh.gone"),
@@ -523,19 +525,18 @@ def test_a_gzipped_image_of_several_layers_keeps_what_whiteouts_leave(tmp_path: 
             assert not (at / "gone").exists()
             assert (at / "same").read_bytes() == b"6"
             assert (at / "hard").read_bytes() == b"4"
-            assert not [p for p in at.rglob(".wh.*")]
+            assert not list(at.rglob(".wh.*"))
 
     run(scenario())
 
 
 def test_layers_compressed_with_zstd(tmp_path: Path) -> None:
+    base = files.base()
+    packed = subprocess.run(["zstd", "-c"], input=base, check=True, capture_output=True).stdout
+
     async def scenario() -> None:
-        base = files.base()
-        packed = subprocess.run(["zstd", "-c"], input=base, check=True, capture_output=True).stdout
         at = tmp_path / "l"
         files.layout(at, [base])
-        import json
-
         index = json.loads((at / "index.json").read_text())
         blobs = at / "blobs/sha256"
         manifest = json.loads((blobs / index["manifests"][0]["digest"].removeprefix("sha256:")).read_text())
@@ -563,7 +564,7 @@ def test_a_tar_file_of_no_image_is_refused(tmp_path: Path) -> None:
             tar.add(tmp_path / "text", "notes")
         async with opened(tmp_path) as store:
             for name in ("text", "empty", "notes.tar"):
-                with pytest.raises(UserError, match="no image|no tar file"):
+                with pytest.raises(UserError, match=r"no image|no tar file"):
                     await had(store, str(tmp_path / name))
         assert left_over(tmp_path) == []
 

@@ -36,6 +36,7 @@ ARCHIVE_CALLS_MAX = 16  # nodes asked at once for one page of all archives: thei
 ARCHIVE_SHARE_MIN = 10  # tasks asked of each node for a page
 ARCHIVES_MAX = 5000  # nodes asked for a page: those that have archived something, and as many that are alive
 SILENT_WHY_CHARS_MAX = 300  # of a node's reason not to tell
+IMAGES_SHOWN_MAX = 3000  # of a node, in one answer: 3 MiB are 1 KiB each
 BEAT_POLL_S = 5.0  # heartbeats carry no time: their age is measured from when we saw them change
 CALLS_PER_S = 200.0  # of one identity, when neither its record nor the policy says: a tenth of what a node answers
 TASKS_PER_S = 4000.0  # submitted by one identity: half of what a node takes at best

@@ -150,7 +150,7 @@ class Nodes:
             await self._port.set_draining(True, release=request.release, force=request.force)
             return
         stub = await self._other(name)
-        with _passed_on(name):
+        with passed_on(name):
             await stub.Drain(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
 
     async def undrain(self, name: str, asked: Asked) -> None:
@@ -159,7 +159,7 @@ class Nodes:
             await self._port.set_draining(False)
             return
         stub = await self._other(name)
-        with _passed_on(name):
+        with passed_on(name):
             request = api.UndrainRequest(node=name)
             await stub.Undrain(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
 
@@ -177,7 +177,7 @@ class Nodes:
             return
         call = (await self._other(request.node)).Leave(request, metadata=(FORWARDED,))
         try:
-            with _passed_on(request.node):
+            with passed_on(request.node):
                 async for progress in call:
                     yield progress
         finally:
@@ -338,7 +338,7 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def _passed_on(name: str) -> Iterator[None]:
+def passed_on(name: str) -> Iterator[None]:
     """A call to another node. Its own errors go through; its silence must not look like that of the node asked."""
     try:
         yield

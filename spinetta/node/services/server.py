@@ -30,6 +30,7 @@ from spinetta.node.services.copying import Copying
 from spinetta.node.services.desk import Asked, Desk, short_list
 from spinetta.node.services.execute import Execute
 from spinetta.node.services.follow import Waiter, Watcher
+from spinetta.node.services.images import ImageCalls, Images
 from spinetta.node.services.live import LiveUsage, OwnUsage
 from spinetta.node.services.logs import Logs
 from spinetta.node.services.nodes import Beats, Nodes
@@ -68,7 +69,7 @@ Register = Callable[[grpc.aio.Server, Desk], Sequence[str]]
 """Adds services to a server, and says how they are called; their calls go through the desk."""
 
 
-class Api(rpc.SpinettaServicer):
+class Api(ImageCalls, rpc.SpinettaServicer):
     """``spinetta.v1.Spinetta``: each call to the part that knows it, by way of the desk."""
 
     def __init__(
@@ -86,6 +87,7 @@ class Api(rpc.SpinettaServicer):
         self._copying = Copying(port, peers)
         self._nodes = Nodes(port, peers, beats, health)
         self._backups = Backups(port)
+        self._images = Images(port, peers)
 
     async def Submit(self, request: api.SubmitRequest, context: Any) -> api.SubmitResponse:
         return await self._desk.answer(context, Call.SUBMIT, lambda asked: self._submitter.submit(request, asked))

@@ -13,6 +13,7 @@ from spinetta.imageref import DIGEST_TEXT
 
 RECORD, USED, FILES, ROOTFS = "image.json", "used", "files.gz", "rootfs"
 VERSION = 1
+NAMES_MAX = 32  # of one image: they are told with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,9 @@ class ImageRecord:
         return self.digest.removeprefix("sha256:")
 
     def named(self, name: str, stamp: str, now_ms: int) -> ImageRecord:
-        """With one name more."""
-        return replace(self, names={**self.names, name: Name(stamp, now_ms)})
+        """With one name more; the oldest goes when there are too many."""
+        names = {**{n: v for n, v in self.names.items() if n != name}, name: Name(stamp, now_ms)}
+        return replace(self, names=dict([*names.items()][-NAMES_MAX:]))
 
     def unnamed(self, name: str) -> ImageRecord:
         """Without that name."""

@@ -518,8 +518,10 @@ class ImageStore:
             return
         before = self._names.get(name)
         self._names[name] = digest
-        marked_no_more = replace(record.named(name, stamp, int(self._wall_s() * 1000)), marked=False)
-        await self._rewrite(marked_no_more)
+        named = replace(record.named(name, stamp, int(self._wall_s() * 1000)), marked=False)
+        for forgotten in record.names.keys() - named.names.keys():
+            self._names.pop(forgotten, None)
+        await self._rewrite(named)
         if before is not None and before != digest and before in self._images:
             await self._rewrite(self._images[before].record.unnamed(name))
 
