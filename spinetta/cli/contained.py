@@ -25,7 +25,7 @@ def container_document(c: ContainerSpec) -> dict[str, Any]:
 
 def container_lines(s: TaskSpec) -> list[tuple[str, str]]:
     """Pairs of a heading and text; what is as usual says nothing."""
-    pairs = [("Keeps scratch", f"for {units.format_duration(s.keep_scratch_s)}" if s.keep_scratch_s else "")]
+    pairs = [("Scratch", f"kept for {units.format_duration(s.keep_scratch_s)}" if s.keep_scratch_s else "")]
     c = s.container
     if c is None:
         return pairs

@@ -185,9 +185,13 @@ def exit_word(info: TaskInfo) -> str:
         return ""
     if last is None or t.reason not in ("", Reason.EXIT, Reason.SIGNAL):
         return t.reason
-    if last.exit_code is not None:
-        return str(last.exit_code)
-    return f"signal {last.signal}" if last.signal else t.reason
+    return _exit_of(last) or t.reason
+
+
+def _exit_of(a: Attempt) -> str:
+    if a.signal and (a.exit_code is None or a.reason == Reason.SIGNAL):  # a container's init has a code for it as well
+        return f"signal {a.signal}"
+    return "" if a.exit_code is None else str(a.exit_code)
 
 
 def age(ms: int, now_ms: int | None = None) -> str:
@@ -347,8 +351,7 @@ def attempt_rows(t: Task) -> list[tuple[str, ...]]:
     """Rows of the table of attempts: number, node, outcome, exit, run time, used, message."""
     rows: list[tuple[str, ...]] = []
     for a in t.attempts:
-        word = str(a.exit_code) if a.exit_code is not None else f"signal {a.signal}" if a.signal else ""
-        exit_text = word if a.reason in ("", Reason.EXIT, Reason.SIGNAL) else f"{a.reason}"
+        exit_text = _exit_of(a) if a.reason in ("", Reason.EXIT, Reason.SIGNAL) else f"{a.reason}"
         took = units.format_duration(max(a.ended_ms - a.started_ms, 0) / 1000) if a.ended_ms and a.started_ms else ""
         outcome = outcome_word(a.outcome) or ("running" if t.state is State.RUNNING else "")
         rows.append((str(a.number), a.node, outcome, exit_text, took, usage_words(a.usage), a.message))

@@ -270,9 +270,9 @@ def test_a_task_in_full() -> None:
     assert lines["Container"] == "network host, writable, user root, 1GiB /tmp"
     assert lines["Capabilities"] == "CHOWN, KILL"
     assert lines["Mounts"] == "/a, /b at /x (writable)"
-    assert lines["Keeps scratch"] == "for 2h00m"
+    assert lines["Scratch"] == "kept for 2h00m"
     plain = dict(show.task_lines(info(queued(1))))
-    assert not {"Image", "Container", "Capabilities", "Mounts", "Keeps scratch"} & set(plain)
+    assert not {"Image", "Container", "Capabilities", "Mounts", "Scratch"} & set(plain)
 
 
 def test_documents() -> None:
@@ -318,7 +318,7 @@ def test_what_a_running_task_has_now() -> None:
         (Exit(Reason.OUT_OF_PIDS, signal=6), "out-of-pids", 134),
         (Exit(Reason.DISK_LIMIT, signal=9), "disk-limit", exits.DISK_LIMIT),
         (Exit(Reason.OUT_OF_MEMORY, signal=9), "out-of-memory", 137),
-        (Exit(Reason.SIGNAL, 143, signal=15), "143", 143),  # the init of a container says it in its own code
+        (Exit(Reason.SIGNAL, 143, signal=15), "signal 15", 143),  # the init of a container says it in its own code
     ],
 )
 def test_how_it_ended(how: Exit, word: str, code: int) -> None:
