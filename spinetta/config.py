@@ -41,6 +41,10 @@ class Settings:
         container_program: ``auto``, ``runc``, ``crun``, or the absolute path of one of them.
         container_ids: the first of 65536 user and group ids of this machine that containers have; 0: found out.
         tmp_bytes: size of /tmp in a container that asks for none; it is memory, and counted as the task's.
+        image_keep_bytes: images beyond this are removed, those that were not used for longest first; 0: no limit.
+        image_keep_s: images that nothing has used for so long are removed; 0: none are.
+        image_unpacks: images unpacked at once.
+        registries_conf: of the site's mirrors, for bare names of images; empty: there are none.
         etcd_client_port, etcd_peer_port: 0: choose free ones.
         etcd_quota_bytes: of etcd's database; past it etcd takes nothing. The same on all voters.
         etcd_program: path or name on PATH.
@@ -84,6 +88,10 @@ class Settings:
     container_program: str = "auto"
     container_ids: int = 0
     tmp_bytes: int = 1 << 30  # what sorting and unpacking in it take; it is memory, so no more unless one asks
+    image_keep_bytes: int = 50 << 30
+    image_keep_s: float = 30 * 86400.0
+    image_unpacks: int = 2  # each takes a processor and the disk
+    registries_conf: str = ""
     etcd_client_port: int = ETCD_CLIENT_PORT
     etcd_peer_port: int = ETCD_PEER_PORT
     etcd_quota_bytes: int = 2 << 30  # etcd's own default

@@ -11,6 +11,7 @@ from spinetta.errors import UserError
 
 PEERS_MAX = 64  # one that answers is enough; more than this is a mistake
 NODE_TAGS_MAX = 64  # they travel with every heartbeat of the node's record
+UNPACKS_MAX = 64  # each takes a processor and the disk
 COUNTABLES_MAX = 32  # the same
 COUNT_MAX = 1_000_000
 KEEP_MAX = 10_000_000  # finished tasks in the store: ten times what etcd holds well
@@ -346,6 +347,12 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option(
         "tmp_size", "tmp_bytes", _size(TMP_BYTES_MIN, container.TMP_BYTES_MAX), "Size of /tmp in a container.", "SIZE"
     ),
+    Option("image_keep", "image_keep_bytes", units.parse_bytes, "What images may take here (0: any).", "SIZE"),
+    Option(
+        "image_keep_time", "image_keep_s", units.parse_duration, "How long unused images stay (0: ever).", "TIME"
+    ),
+    Option("image_unpacks", "image_unpacks", _whole(1, UNPACKS_MAX), "Images unpacked at once.", "N"),
+    Option("registries_conf", "registries_conf", _path, "The site's registries.conf, for bare names.", "PATH"),
     Option("etcd_client_port", "etcd_client_port", _PORT, "etcd's port for clients (0: any free one).", "PORT"),
     Option("etcd_peer_port", "etcd_peer_port", _PORT, "etcd's port for its peers (0: any free one).", "PORT"),
     Option("etcd_quota", "etcd_quota_bytes", _size(16 << 20, 64 << 30), "How large etcd's file may be.", "SIZE"),

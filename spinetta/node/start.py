@@ -14,6 +14,7 @@ from spinetta.config import Resolved, Settings
 from spinetta.errors import RuntimeUnavailable, StoreUnavailable, UserError
 from spinetta.node import founding, recovery
 from spinetta.node.admission import admit
+from spinetta.node.containers import open_containers
 from spinetta.node.daemon import BEGIN_ANEW, EXIT_OK, Daemon
 from spinetta.node.entry import Entrance, enter, etcd_tls, remembered
 from spinetta.node.lock import DirectoryLock
@@ -130,6 +131,7 @@ async def _live_once(settings: Settings, data_dir: Path, stop: StopSignals) -> i
         runtime = await stack.enter_async_context(
             ProcessRuntime.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
         )
+        containers = await stack.enter_async_context(open_containers(settings, data_dir, runtime))
         try:
             entrance = await enter(settings, data_dir, runtime, known, credentials, dialer)
             store = _store(entrance, credentials, dialer)
@@ -146,7 +148,7 @@ async def _live_once(settings: Settings, data_dir: Path, stop: StopSignals) -> i
             await _leave_no_idle_shim(runtime, with_etcd=stop.wish is Wish.EVERYTHING)
             raise
         stack.push_async_callback(asyncio.to_thread, log_of_calls.close)
-        daemon = Daemon(settings, entrance, runtime, store, credentials, dialer, log_of_calls, stop)
+        daemon = Daemon(settings, entrance, runtime, containers, store, credentials, dialer, log_of_calls, stop)
         stop.started()
         return await daemon.run()
 

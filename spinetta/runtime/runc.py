@@ -1,0 +1,336 @@
+"""The container runtime: images and OCI configurations for the shim, which holds containers as it holds processes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import stat
+import time
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from spinetta import imageref, ociconfig, ocirequest
+from spinetta.container import CONTAINER, ContainerSpec, Mount, needs, refusals
+from spinetta.errors import RuntimeUnavailable, UserError
+from spinetta.model import Exit, Reason, Usage
+from spinetta.runtime.images.errands import TRANSIENT
+from spinetta.runtime.images.store import ImageStore, PreparedImage
+from spinetta.runtime.lookup import NotInImage, kind_of, program_missing
+from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.protocol import AttemptKey, ContainerLaunch, Exited, Held, Launch, ShimLost
+from spinetta.trust.backoff import Backoff
+
+TASK_USER = (1000, 1000)  # who a command is when neither the task nor the image says, or the image says root
+IMAGE_TRIES = 5  # for what may pass: a registry that is started again, a disk that is being emptied
+IMAGE_AGAIN_FIRST_S, IMAGE_AGAIN_MOST_S = 2.0, 30.0
+NO_SPACE = "no-space"
+SECRETS_VARIABLE = "SPINETTA_SECRETS"
+HOST_HOSTS, HOST_RESOLV = "/etc/hosts", "/etc/resolv.conf"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What this node's machine and its administrator give containers.
+
+    Attributes:
+        program: absolute path of runc or crun.
+        init: absolute path of the static init that is process 1 of each.
+        host: what the machine can do.
+        rules: what is insisted on with that program.
+        uids, gids: which ids of the host are those of containers.
+        overlay: root file systems can be laid over each other.
+        allows: words of `container.check_allowance`, and what runs here.
+        devices: files of the node by countable.
+        tmp_bytes: size of /tmp.
+        task_user: see `TASK_USER`.
+    """
+
+    program: str
+    init: str
+    host: ocirequest.Host
+    rules: ocirequest.Hardening
+    uids: tuple[ocirequest.IdRange, ...]
+    gids: tuple[ocirequest.IdRange, ...]
+    overlay: bool
+    allows: frozenset[str]
+    devices: Mapping[str, tuple[str, ...]]
+    tmp_bytes: int
+    task_user: tuple[int, int] = TASK_USER
+
+    @property
+    def may_be_root(self) -> bool:
+        """Whether a command may be user 0 of its container."""
+        return self.task_user[0] == 0 or (self.rules.root_inside and "user:root" in self.allows)
+
+
+class Unfit(Exception):
+    """This node cannot start it, another might: `reason` says so to the agent."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class RuncRuntime:
+    """Runs attempts in containers, and as plain processes when they want none; implements `protocol.Runtime`.
+
+    All that runs is held by the shim; this prepares. An image is in use from `prepare` to `forget`.
+    """
+
+    def __init__(self, shim: ProcessRuntime, images: ImageStore, site: Site) -> None:
+        self._shim = shim
+        self._images = images
+        self._site = site
+
+    def capabilities(self) -> tuple[str, ...]:
+        """Names of what is enforced here."""
+        return (*self._shim.capabilities(), CONTAINER)
+
+    async def prepare(self, launch: Launch) -> Launch | Exit:
+        """Bring in the image and make the configuration; see `protocol.Runtime.prepare`."""
+        if launch.wants is None:
+            return launch
+        try:
+            return await self._contain(launch, launch.wants)
+        except Unfit as e:
+            return _never(e.reason, str(e))
+        except UserError as e:
+            return _never(Reason.SPAWN_FAILED, str(e))
+
+    async def start(self, launch: Launch) -> Exit | None:
+        """Start an attempt that was prepared; see `protocol.Runtime.start`."""
+        return await self._shim.start(launch)
+
+    async def stop(self, key: AttemptKey, why: str) -> None:
+        """Ask for the end of an attempt; see `protocol.Runtime.stop`."""
+        await self._shim.stop(key, why)
+
+    async def renew(self, renewed_at_s: float) -> None:
+        """Tell of a committed renewal; see `protocol.Runtime.renew`."""
+        await self._shim.renew(renewed_at_s)
+
+    async def forget(self, key: AttemptKey) -> None:
+        """Remove all but the logs of an ended attempt; its image may go."""
+        await self._shim.forget(key)
+        self._images.release(key)
+
+    async def held(self) -> Sequence[Held]:
+        """All attempts that run or have ended and are not forgotten, by key."""
+        return await self._shim.held()
+
+    async def usage(self, key: AttemptKey) -> Usage | None:
+        """Use so far of a running attempt; None when it is over or nothing here counts it."""
+        return await self._shim.usage(key)
+
+    def events(self) -> AsyncIterator[Exited | ShimLost]:
+        """Ends of attempts as they happen, beginning with those not forgotten yet."""
+        return self._shim.events()
+
+    def log_path(self, key: AttemptKey, stream: str) -> Path:
+        """Where ``stdout`` or ``stderr`` of an attempt is, or would be."""
+        return self._shim.log_path(key, stream)
+
+    # --- from what is asked for to a configuration ---
+
+    async def _contain(self, launch: Launch, asked: ContainerSpec) -> Launch:
+        if refused := refusals(needs(asked), self._site.allows):
+            raise Unfit(Reason.NODE_UNFIT, f"this node does not allow {', '.join(refused)}")
+        mounts = await asyncio.to_thread(resolve_mounts, asked.mounts, self._site.allows)
+        image = await self._image(imageref.parse(asked.image), launch.key)
+        return await asyncio.to_thread(self._configure, launch, asked, mounts, image)
+
+    async def _image(self, ref: imageref.ImageRef, key: AttemptKey) -> PreparedImage:
+        again = Backoff(IMAGE_AGAIN_FIRST_S, IMAGE_AGAIN_MOST_S)
+        while True:
+            try:
+                return await self._images.acquire(ref, key, allows=self._site.allows)
+            except (UserError, RuntimeUnavailable) as e:
+                reason = e.reason if isinstance(e, UserError) else ""
+                if isinstance(e, UserError) and reason not in TRANSIENT:
+                    raise
+                if again.tries + 1 >= IMAGE_TRIES:
+                    if reason == NO_SPACE or isinstance(e, RuntimeUnavailable):
+                        raise Unfit(Reason.NODE_UNFIT, str(e)) from e
+                    raise
+            await again.pause()
+
+    def _configure(
+        self, launch: Launch, asked: ContainerSpec, mounts: tuple[Mount, ...], image: PreparedImage
+    ) -> Launch:
+        site, state = self._site, self._shim.state_dir
+        root_inside = site.may_be_root
+        if not asked.user and image.user_trouble:
+            raise UserError(
+                f"the user of the image {asked.image}: {image.user_trouble}", hint="name another with --user"
+            )
+        uid, gid = user_of(asked.user, image.user, site.task_user, root_inside=root_inside)
+        env = environment(image.env, launch)
+        missing = program_missing(image.rootfs, launch.argv[0], env["PATH"], [m.target for m in mounts])
+        if missing and not asked.writable:
+            raise UserError(f"{missing} in the image {asked.image}")
+        lower = [str(image.rootfs)]
+        if (skeleton := self._skeleton(image.rootfs, mounts)) is not None:
+            lower.insert(0, str(skeleton))
+        if (len(lower) > 1 or asked.writable) and not site.overlay:
+            raise Unfit(
+                Reason.NODE_UNFIT, "this node cannot lay file systems over each other, which this container needs"
+            )
+        host_network = asked.network == "host"
+        config = ociconfig.runtime_config(
+            ocirequest.Request(
+                command=tuple(launch.argv),
+                env=env,
+                uid=uid,
+                gid=gid,
+                groups=image.groups if (uid, gid) == image.user else (),
+                uids=site.uids,
+                gids=site.gids,
+                cwd=launch.working_directory or ocirequest.SCRATCH,
+                init_path=site.init,
+                scratch_path=str(state / "scratch" / launch.key),
+                secrets_path=str(state / "bundle" / "secrets") if launch.secrets else "",
+                hostname=launch.key.replace(".", "-")[-63:].strip("-"),
+                network=asked.network,
+                hosts_path=_if_there(HOST_HOSTS) if host_network else "",
+                resolv_path=_if_there(HOST_RESOLV) if host_network else "",
+                writable=asked.writable,
+                capabilities=asked.capabilities,
+                mounts=mounts,
+                devices=devices_of(launch.countables, site.devices),
+                tmp_bytes=asked.tmp_bytes or site.tmp_bytes,
+                host=site.host,
+                rules=replace(site.rules, root_inside=root_inside),
+            )
+        )
+        owner = (outside(site.uids, uid), outside(site.gids, gid))
+        return replace(launch, container=ContainerLaunch(site.program, config, tuple(lower), asked.writable, owner))
+
+    def _skeleton(self, rootfs: Path, mounts: Sequence[Mount]) -> Path | None:
+        """A folder with the mount points that the image lacks; None when it lacks none. Made once, kept for ever."""
+        lacking: list[tuple[str, bool]] = []
+        for mount in mounts:
+            is_folder = Path(mount.source).is_dir()
+            try:
+                there = kind_of(rootfs, mount.target)
+            except NotInImage:
+                lacking.append((mount.target, is_folder))
+                continue
+            wanted = "folder" if is_folder else "file"
+            if there != wanted:
+                raise UserError(f"{mount.target} is a {there} in the image, {mount.source} of this node is a {wanted}")
+        if not lacking:
+            return None
+        name = hashlib.sha256(repr((sorted(lacking), self._site.uids)).encode()).hexdigest()[:32]
+        folder = self._shim.state_dir / "skeletons" / name
+        if not folder.is_dir():
+            _make_skeleton(folder, lacking, outside(self._site.uids, 0), outside(self._site.gids, 0))
+        return folder
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def environment(of_image: Sequence[str], launch: Launch) -> dict[str, str]:
+    """What the command sees: the usual, then what its image says, then what the task says."""
+    usual = {"PATH": ociconfig.PATH_DEFAULT, "LANG": "C.UTF-8", "HOME": ocirequest.SCRATCH}
+    pairs = (line.partition("=") for line in of_image)
+    secrets = {SECRETS_VARIABLE: ocirequest.SECRETS} if launch.secrets else {}
+    return {**usual, **{name: value for name, _, value in pairs if name}, **launch.env, **secrets}
+
+
+def user_of(
+    asked: str, of_image: tuple[int, int] | None, otherwise: tuple[int, int], *, root_inside: bool
+) -> tuple[int, int]:
+    """User and group inside.
+
+    Raises:
+        UserError: root was asked for and may not be.
+    """
+    if not asked:
+        return of_image if of_image is not None and of_image[0] != 0 else otherwise
+    uid_text, _, gid_text = ("0" if asked == "root" else asked).partition(":")
+    uid = int(uid_text)
+    gid = int(gid_text) if gid_text else uid
+    if uid == 0 and not root_inside:
+        raise UserError("no command runs as root of its container here")
+    return uid, gid
+
+
+def outside(ranges: Sequence[ocirequest.IdRange], number: int) -> int:
+    """The host's id of one of a container's."""
+    for ids in ranges:
+        if number in ids:
+            return ids.host_id + number - ids.container_id
+    raise UserError(f"user or group {number} is nobody on this node")
+
+
+def resolve_mounts(mounts: Sequence[Mount], allows: Collection[str]) -> tuple[Mount, ...]:
+    """With the links in their sources followed, and what they lead to allowed as well.
+
+    Raises:
+        UserError: it is not there, or leads out of what is allowed.
+    """
+    found = []
+    for mount in mounts:
+        try:
+            source = os.path.realpath(mount.source, strict=True)
+        except OSError as error:
+            raise UserError(f"cannot mount {mount.source} of this node: {error.strerror}") from None
+        there = replace(mount, source=source)
+        if source != mount.source and refusals(needs(ContainerSpec("x", mounts=(there,))), allows):
+            raise UserError(f"{mount.source} leads to {source}, which this node does not allow")
+        found.append(there)
+    return tuple(found)
+
+
+def devices_of(
+    countables: Sequence[tuple[str, int]], devices: Mapping[str, tuple[str, ...]]
+) -> tuple[ocirequest.Device, ...]:
+    """The device files that go with what was granted.
+
+    Raises:
+        Unfit: one is not there.
+    """
+    found = []
+    for name, count in countables:
+        for path in devices.get(name, ()) if count else ():
+            try:
+                seen = Path(path).stat()
+            except OSError as error:
+                raise Unfit(Reason.NODE_UNFIT, f"the device {path} of {name}: {error.strerror}") from None
+            if not stat.S_ISCHR(seen.st_mode) and not stat.S_ISBLK(seen.st_mode):
+                raise Unfit(Reason.NODE_UNFIT, f"{path}, given as a device of {name}, is none")
+            kind = "c" if stat.S_ISCHR(seen.st_mode) else "b"
+            found.append(ocirequest.Device(path, kind, os.major(seen.st_rdev), os.minor(seen.st_rdev)))
+    return tuple(found)
+
+
+def _make_skeleton(folder: Path, lacking: Sequence[tuple[str, bool]], uid: int, gid: int) -> None:
+    new = folder.with_name(f"{folder.name}.{os.getpid()}.new")
+    new.mkdir(parents=True, exist_ok=True)
+    for target, is_folder in lacking:
+        path = new / target.lstrip("/")
+        (path if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
+        if not is_folder:
+            path.touch()
+    for top, folders, files in os.walk(new):
+        for name in (".", *folders, *files):
+            path = Path(top, name)
+            os.chown(path, uid, gid)
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    try:
+        new.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else somebody else was faster
+            raise
+
+
+def _if_there(path: str) -> str:
+    found = os.path.realpath(path)
+    return found if Path(found).is_file() else ""
+
+
+def _never(reason: Reason, message: str) -> Exit:
+    return Exit(reason, message=message, ended_ms=time.time_ns() // 1_000_000)
