@@ -89,7 +89,8 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
         if progress is None:  # a writer that is faster than the reader must not keep the call from ending
             left = min(left or size, size - position)
         delay_s = limits.LOG_POLL_MIN_S
-        seen = b""  # the end of what came last, for a marker in two parts
+        before = min(position, logcap.MARKER_BYTES_MAX)
+        seen, _ = _read(fd, position - before, before, name)  # what came last, for a marker in two parts
         shorter = -1  # what it was found to be
         while left is None or left > 0:
             # Looked at before reading: what was written before the end is then read after it was seen.
@@ -107,13 +108,13 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
                 await progress.moved(limits.LOG_POLL_MAX_S)
                 continue
             if data:
-                end = logcap.end_of_cut(seen + data, position - len(seen)) - len(seen)
+                end = logcap.end_of_cut(seen + data, position - len(seen))
                 if end >= 0:
-                    data = data[:end]
-                yield Part(position, data)
-                if end >= 0:
+                    if data := data[: max(end - len(seen), 0)]:
+                        yield Part(position, data)
                     await _over(progress)
                     return
+                yield Part(position, data)
                 seen = (seen + data)[-logcap.MARKER_BYTES_MAX :]
                 position += len(data)
                 left = None if left is None else left - len(data)
