@@ -27,6 +27,10 @@ from spinetta.ocirequest import MOUNT_POINT_DIRECTORIES, MOUNT_POINT_FILES, Host
 
 HERE = Path(__file__).parent
 RUNC = shutil.which("runc", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+CRUN = shutil.which("crun")
+# It refuses machines with both versions of cgroups: show it the newer one only.
+WITH_CGROUP2 = ("unshare", "--mount", "sh", "-c", 'mount -t cgroup2 none /sys/fs/cgroup && exec "$@"', "sh")
+ONLY_V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
 TINI = shutil.which("tini-static")
 PYTHON_PREFIX = Path(os.path.realpath(sys.base_prefix))
 PYTHON = str(PYTHON_PREFIX / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
@@ -115,10 +119,11 @@ class Yard:
         change: Change | None = None,
         wrapper: Sequence[str] = (),
         owner: int = 0,
+        crun: bool = False,
         **changes: Any,
     ) -> Ended:
         """A container from start to end."""
-        with self.started(command, change=change, wrapper=wrapper, owner=owner, **changes) as process:
+        with self.started(command, change=change, wrapper=wrapper, owner=owner, crun=crun, **changes) as process:
             out, err = process.communicate(timeout=LIMIT_S)
             return Ended(process.returncode, out, err)
 
@@ -130,6 +135,7 @@ class Yard:
         change: Change | None = None,
         wrapper: Sequence[str] = (),
         owner: int = 0,
+        crun: bool = False,
         **changes: Any,
     ) -> Iterator[subprocess.Popen[str]]:
         """A container that runs until the end of the block.
@@ -138,13 +144,17 @@ class Yard:
             change: made to the configuration.
             wrapper: a program that runs runc.
             owner: as whom it does so.
+            crun: by crun instead, and without groups, which it would not make on every machine.
             changes: of the request.
         """
         key = f"spinetta-cell-{os.getpid()}-{next(_numbers)}"
         config: dict[str, Any] = ociconfig.runtime_config(self.request(command, **changes))
         config["root"]["path"] = str(self.rootfs)
-        config["linux"]["cgroupsPath"] = key
-        config["linux"].setdefault("resources", {})["pids"] = {"limit": PIDS}
+        if crun:
+            config["linux"].pop("resources", None)
+        else:
+            config["linux"]["cgroupsPath"] = f"/{key}" if ONLY_V2 else key
+            config["linux"].setdefault("resources", {})["pids"] = {"limit": PIDS}
         if change:
             change(config)
         bundle = self.folder / key
@@ -155,18 +165,22 @@ class Yard:
         os.chown(bundle, owner, owner)
         os.chown(state, owner, owner)
         assert RUNC
-        runc = [RUNC, "--root", str(state), "--log", str(bundle / "log")]
+        program = [*WITH_CGROUP2, str(CRUN), "--cgroup-manager=disabled"] if crun else [RUNC]
+        program += ["--root", str(state), "--log", str(bundle / "log")]
         process = subprocess.Popen(
-            [*wrapper, *runc, "run", "--bundle", str(bundle), key],
-            stdin=subprocess.DEVNULL,
+            [*wrapper, *program, "run", "--bundle", str(bundle), key],
+            stdin=subprocess.PIPE,  # not /dev/null, whose owner crun before 1.24 changes, on the machine
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        assert process.stdin
+        process.stdin.close()
+        process.stdin = None
         try:
             yield process
         finally:
-            subprocess.run([*runc, "delete", "--force", key], capture_output=True, timeout=LIMIT_S, check=False)
+            subprocess.run([*program, "delete", "--force", key], capture_output=True, timeout=LIMIT_S, check=False)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()

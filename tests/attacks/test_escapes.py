@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from spinetta.ocirequest import Hardening
-from tests.attacks.cells import FIRST_ID, OPEN_FILES, RUNC, Yard, missing, numbers_of, yard
+from tests.attacks.cells import CRUN, FIRST_ID, OPEN_FILES, RUNC, Yard, missing, numbers_of, yard
 from tests.attacks.inside.attempts import ATTACKS
 from tests.cluster.harness import eventually
 
@@ -92,10 +92,13 @@ def prey(cells: Yard) -> Iterator[Prey]:
         assert other.poll() is None, "another task was ended"
 
 
-@pytest.fixture(scope="module", params=["task", "root"])
+@pytest.fixture(scope="module", params=["task", "root", "crun"])
 def outcome(request: pytest.FixtureRequest, cells: Yard, prey: Prey) -> dict[str, list[str]]:
-    """All attacks at once, by an ordinary user, and by root of the container, who has no capabilities either."""
-    return cells.attack(arguments=prey.arguments, **(AS_ROOT if request.param == "root" else {}))
+    """All attempts at once, by an ordinary user, and by root of the container, who has no capabilities either."""
+    if request.param == "crun" and not CRUN:
+        pytest.skip("crun is not installed")
+    changes = {"root": AS_ROOT, "crun": {"crun": True}}.get(request.param, {})
+    return cells.attack(arguments=prey.arguments, **changes)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -270,19 +273,22 @@ REFUSED_ANYHOW = {
 EPERM, ENOSYS = -1, -38
 
 
-def test_each_dangerous_system_call_is_refused_by_the_filter(cells: Yard) -> None:
+@pytest.mark.parametrize("crun", [False, True], ids=["runc", "crun"])
+def test_each_dangerous_system_call_is_refused_by_the_filter(cells: Yard, crun: bool) -> None:
+    if crun and not CRUN:
+        pytest.skip("crun is not installed")
     numbers = numbers_of(*(name.split()[0] for name in DANGEROUS))
     wanted = [(name, numbers[word], given) for name, given in DANGEROUS.items() if (word := name.split()[0]) in numbers]
     assert len(wanted) > 40
     # All capabilities, so that what refuses is the filter.
-    told = cells.calls(wanted, change=_all_capabilities, **AS_ROOT)
+    told = cells.calls(wanted, change=_all_capabilities, crun=crun, **AS_ROOT)
     assert {name: code for name, code in told.items() if code != EPERM} == {}
 
     def unfiltered(config: dict[str, Any]) -> None:
         _all_capabilities(config)
         _no_filter(config)
 
-    told = cells.calls(wanted, change=unfiltered, **AS_ROOT)
+    told = cells.calls(wanted, change=unfiltered, crun=crun, **AS_ROOT)
     assert {name for name, code in told.items() if code == EPERM} <= REFUSED_ANYHOW
 
 
@@ -299,7 +305,10 @@ def test_programs_are_told_that_there_is_no_clone3_and_use_clone(cells: Yard) ->
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="two more ways to make system calls are x86's")
-def test_other_ways_to_make_system_calls_are_no_way_round(cells: Yard) -> None:
+@pytest.mark.parametrize("crun", [False, True], ids=["runc", "crun"])
+def test_other_ways_to_make_system_calls_are_no_way_round(cells: Yard, crun: bool) -> None:
+    if crun and not CRUN:
+        pytest.skip("crun is not installed")
     calls_32: dict[str, tuple[int, list[Any]]] = {
         "getpid": (20, []),
         "socketcall for a socket of AF_ALG": (102, [1, [38, 5, 0]]),
@@ -314,11 +323,11 @@ def test_other_ways_to_make_system_calls_are_no_way_round(cells: Yard) -> None:
         "io_uring_setup": (425, [0, 1]),
     }
     wanted = [(name, number, given) for name, (number, given) in calls_32.items()]
-    told = cells.calls(wanted, "calls_of_32_bits", change=_all_capabilities, **AS_ROOT)
+    told = cells.calls(wanted, "calls_of_32_bits", change=_all_capabilities, crun=crun, **AS_ROOT)
     works = told.pop("getpid")
     assert works > 0 or works == -1000 - signal.SIGSEGV, "kernels may be without 32-bit programs"
     assert {name: code for name, code in told.items() if code not in (EPERM, ENOSYS, -1000 - signal.SIGSEGV)} == {}
     with_bit: dict[str, tuple[int, list[int]]] = {"getpid": (39, []), "keyctl": (250, [0, -3, 0]), "mount": (165, [0])}
     x32 = [(name, 0x40000000 | number, given) for name, (number, given) in with_bit.items()]
-    told = cells.calls(x32, change=_all_capabilities, **AS_ROOT)
+    told = cells.calls(x32, change=_all_capabilities, crun=crun, **AS_ROOT)
     assert {name: code for name, code in told.items() if code not in (EPERM, ENOSYS, -1000 - signal.SIGSYS)} == {}
