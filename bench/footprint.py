@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """What an idle node costs: CPU and memory of its daemon, its shim and its etcd; a voter and a worker, open and secured.
 
+The shim has a second process that writes, and once there are tasks with limits on disk or logs a third that watches.
+
 CPU is the time that the processes used during the measurement, in percent of one core. Memory is the resident set
 (RSS) and, because Python processes share pages, the proportional set (PSS). Each row is the mean over the nodes of its
 kind; the clusters are measured at the same time. Needs to read other processes of the same user, so it measures
@@ -21,11 +23,12 @@ import psutil
 
 from bench import common
 
+PARTS = {"etcd": "etcd", "spinetta-writer": "writer", "spinetta-watch": "watcher"}  # of the shim's children
 SETTLE_S = 10.0  # after the start: voters join, caches fill
 
 
 def processes(state: Path) -> dict[str, dict[str, list[psutil.Process]]]:
-    """Node → part (daemon, shim, etcd) → processes."""
+    """Node → part (daemon, shim, its writer and watcher, etcd) → processes."""
     found: dict[str, dict[str, list[psutil.Process]]] = {}
     for pid_file in sorted(state.glob("n*.pid")):
         name = pid_file.stem
@@ -35,7 +38,7 @@ def processes(state: Path) -> dict[str, dict[str, list[psutil.Process]]]:
         parts["daemon"].append(daemon)
         parts["shim"].append(shim)
         for child in shim.children(recursive=True):
-            parts["etcd" if child.name() == "etcd" else "shim"].append(child)
+            parts[PARTS.get(child.name(), "tasks")].append(child)
         found[name] = parts
     return found
 
