@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "wait": ("tasks", "wait", "Wait until tasks have ended."),
     "top": ("top", "top", "Watch nodes and tasks live."),
     "node": ("node", "node", "Run, list, drain and stop nodes."),
+    "image": ("image", "image", "Get, list, pin and remove images of containers."),
     "login": ("login", "login", "Get a certificate of a secured cluster."),
     "logout": ("login", "logout", "Remove it from this machine."),
     "whoami": ("login", "whoami", "Show who the cluster takes you for."),
