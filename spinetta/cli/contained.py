@@ -7,7 +7,7 @@ from typing import Any
 
 from spinetta import units
 from spinetta.container import CONTAINER, PROCESS, refusals
-from spinetta.model import ContainerSpec, Mount, QueueHint, TaskSpec
+from spinetta.model import ContainerSpec, Mount, NodeRecord, QueueHint, TaskSpec
 
 
 def container_document(c: ContainerSpec) -> dict[str, Any]:
@@ -54,9 +54,11 @@ def allowed_words(allows: Collection[str]) -> list[str]:
     return [word for word in allows if word not in (PROCESS, CONTAINER)]
 
 
-def advice(hint: QueueHint, allows: Collection[str]) -> str:
+def advice(hint: QueueHint, node: NodeRecord) -> str:
     """What an administrator of a node that does not allow a task would have to do about it; begins with ``;``."""
-    refused = refusals(hint.needs, allows)
+    refused, allows = refusals(hint.needs, node.allows), node.allows
+    if CONTAINER in refused and CONTAINER in node.runtimes:
+        return "; it is set to, and cannot: see the warnings of spinetta node show " + node.name
     if CONTAINER in refused:
         return "; its administrator could add container to its setting runtimes"
     if PROCESS in refused:

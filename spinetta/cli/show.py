@@ -329,7 +329,7 @@ def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
         if never is not None:
             reason = never.detail
             if never.obstacle is Obstacle.NOT_ALLOWED:
-                reason += advice(hint, r.allows)
+                reason += advice(hint, r)
         elif n.status != "ready":
             reason = f"the node is {n.status}"
         elif now is not None:

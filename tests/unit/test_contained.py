@@ -335,6 +335,10 @@ def test_a_node_without_containers() -> None:
         "no node of the cluster can ever run it:",
         "n1, n2: the node runs no containers; its administrator could add container to its setting runtimes",
     ]
+    broken = nodes(node_record("n1", allows=("process",), runtimes=("process", "container")))
+    assert waits(broken, container=contained())[1:] == [
+        "n1: the node runs no containers; it is set to, and cannot: see the warnings of spinetta node show n1"
+    ]
     assert waits(nodes(node_record("n1", allows=("container",)))) == [
         "no node of the cluster can ever run it:",
         "n1: the node runs tasks in containers only, and this one names no image; name one with --image",
