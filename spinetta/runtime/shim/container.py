@@ -54,6 +54,9 @@ class Container:
 
     Attributes:
         config: emptied once it has been handed over.
+        process: as what its command runs, without the command: for others that are to run beside it.
+        waiting_as: name of its first process while it waits; another says that the runtime has made way for what it was
+            to run.
         too_small: what the runtime said shows that memory ran out on the way: it removes the groups that would tell.
         fifo_fd: from which we hear that it has started.
         helper: pid of a process of the runtime's that starts or removes it; 0 for none.
@@ -64,10 +67,16 @@ class Container:
     lower: list[str]
     writable: bool
     owner: tuple[int, int]
+    process: dict[str, Any] = field(init=False, repr=False)
     stage: Stage = Stage.CREATING
+    waiting_as: str = ""
     too_small: bool = False
     fifo_fd: int = -1
     helper: int = 0
+
+    def __post_init__(self) -> None:
+        """Keep what is needed later."""
+        self.process = {name: value for name, value in _section(self.config, "process").items() if name != "args"}
 
 
 @dataclass(frozen=True)

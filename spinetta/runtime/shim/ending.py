@@ -68,11 +68,12 @@ class Ending:
         held.status = status
         held.ended_ms = now_ms()
         held.phase = Phase.ENDING
-        held.cancel_timer("walltime", "kill", "create", "begin")
+        held.cancel_timer("walltime", "kill", "create", "begin", "signal")
         if held.pidfd >= 0:
             self._loop.unwatch(held.pidfd)
         if held.report_fd >= 0:
-            read_report(held)
+            if held.container is None:
+                read_report(held)
             self._loop.unwatch(held.report_fd)
             os.close(held.report_fd)
             held.report_fd = -1

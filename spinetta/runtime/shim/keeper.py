@@ -287,8 +287,6 @@ class Keeper:
         self._loop.unwatch(held.report_fd)
         os.close(held.report_fd)
         held.report_fd = -1
-        if held.container:
-            held.container.executed = True  # or it never will be
         if held.phase is not Phase.SPAWNING or held.spawn_error or held.container:
             return  # its exit tells the rest
         self._running(held)

@@ -41,6 +41,36 @@ def read_all() -> list[Process]:
     return [process for process in found if process is not None]
 
 
+def name_of(pid: int) -> str:
+    """Of the program that it runs, or what it calls itself; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
+    return ""
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether it has a handler for a signal: the first of a pid namespace gets no other, unless it waits for it."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text("utf-8", "replace").splitlines():
+            name, _, mask = line.partition(":\t")
+            if name == "SigCgt":
+                return bool(int(mask, 16) >> (number - 1) & 1)
+    return False
+
+
+def leads_another_group(pid: int) -> bool:
+    """Whether a process has a child that leads a process group of its own: an init has started its command."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()]
+    except OSError:
+        children = [process.pid for process in read_all() if process.parent == pid]
+    for child in children:
+        with contextlib.suppress(OSError):
+            if os.getpgid(child) == child:
+                return True
+    return False
+
+
 def kill_session(session: int, not_before_ticks: int = 0) -> bool:
     """SIGKILL to all living processes of a session; True when there were any."""
     some = False

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import child
+from . import child, proctable
 from .attempt import Held, Phase
 from .bundle import pid_file
 from .cgroup import Group
@@ -25,6 +25,8 @@ from .spawn import TASK_OOM_SCORE_ADJ, drain_report
 CREATE_LIMIT_S = 60.0  # it takes 0.03 s on an idle machine
 FIFO_LIMIT_S = 5.0  # for the first process to come to the fifo; past it the runtime's own `start` is tried
 START_LIMIT_S = 20.0  # for that
+SIGNAL_AGAIN_S = 0.01  # an init that has just begun
+SIGNAL_TRIES_MAX = 100  # or another kind of program, which perhaps waits for signals, perhaps is not to be reached
 CLEAN_TRIES_MAX = 50
 CLEAN_AGAIN_S = 0.1
 
@@ -58,7 +60,9 @@ class Containers:
         made = held.container
         if made is None or made.stage is Stage.STARTED:
             return status
-        lines = _drained(held, self._loop)
+        if self._has_passed(held):
+            return status
+        lines = _said(held)
         if made.stage is Stage.CREATED:
             if held.stop_why and held.signalled:
                 return status
@@ -85,7 +89,7 @@ class Containers:
             held.spawn_unfit = True
             held.spawn_error = "its first process was killed before its command was started"
             return False, int(signal.SIGKILL)
-        held.pid = pid
+        held.pid, made.waiting_as = pid, proctable.name_of(pid)
         self.unreaped.add(pid)
         self._loop.watch(held.pidfd, READ, lambda _mask: self.on_pidfd(held))
         # Not here: whoever is just looking whether it has ended may be about to stop it.
@@ -106,6 +110,23 @@ class Containers:
             self._loop.call_in(CLEAN_AGAIN_S, lambda: self.clear(held, tries + 1))
         else:
             self._log(f"{held.key}: what the container runtime made for it cannot be removed")
+
+    def signal(self, held: Held, number: int, tries: int = 0) -> None:
+        """To its first process, which passes it on to the command and its children, once it can."""
+        if held.phase is not Phase.RUNNING or held.container is None:
+            return
+        # To the first process of a pid namespace the kernel gives no signal that it does not handle: it is lost. What
+        # it waits for is not seen from outside; but an init that has started its command waits for all.
+        # (The name first: what the runtime itself handles is of no use to the program that follows it.)
+        ready = proctable.name_of(held.pid) != held.container.waiting_as and (
+            proctable.handles(held.pid, number) or proctable.leads_another_group(held.pid)
+        )
+        if tries < SIGNAL_TRIES_MAX and not ready:
+            held.set_timer("signal", self._loop.call_in(SIGNAL_AGAIN_S, lambda: self.signal(held, number, tries + 1)))
+            return
+        for each in (number, signal.SIGCONT):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(held.pidfd, each)
 
     # Letting it go -----------------------------------------------------------------------------------------------
 
@@ -155,6 +176,11 @@ class Containers:
             self._started(held)
         # else it has died, which its pidfd tells, or is about to come again: the timer looks
 
+    def _has_passed(self, held: Held) -> bool:
+        """Look at the fifo: a short command may have ended before we came to hear that it had started."""
+        self._let_go(held)
+        return held.container is not None and held.container.stage is Stage.STARTED
+
     def _start_otherwise(self, held: Held) -> None:
         """By the runtime's own ``start``."""
         _close_fifo(held, self._loop)
@@ -183,7 +209,6 @@ class Containers:
         held.cancel_timer("begin")
         with contextlib.suppress(OSError):  # as the runtime's `start` does, which tells its `exec` that it runs
             os.unlink(f"{self.place.state}/{held.key}/exec.fifo")  # noqa: PTH108 - as text, like above
-        _drained(held, self._loop)
         self.running(held)
 
     def _give_up(self, held: Held, why: str) -> None:
@@ -264,13 +289,10 @@ def _close_fifo(held: Held, loop: Loop) -> None:
         made.fifo_fd = -1
 
 
-def _drained(held: Held, loop: Loop) -> list[bytes]:
-    """What has been said of its start so far, without the first line; nothing more is listened to."""
+def _said(held: Held) -> list[bytes]:
+    """What has been said of its start so far, without the first line."""
     if held.report_fd >= 0:
         drain_report(held)
-        loop.unwatch(held.report_fd)
-        os.close(held.report_fd)
-        held.report_fd = -1
     return held.report.splitlines()[1:]
 
 
