@@ -317,8 +317,9 @@ def _create(argv: list[str], out: int, bundle: Path) -> str:
     errors = bundle / "errors"
     with errors.open("wb") as err:
         try:
+            # Not /dev/null as input: crun 1.8 makes the user of the container its owner, on the machine.
             code = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=ENVIRONMENT, timeout=COMMAND_S, check=False
+                argv, input=b"", stdout=out, stderr=err, env=ENVIRONMENT, timeout=COMMAND_S, check=False
             ).returncode
         except OSError as error:
             return str(error.strerror)

@@ -169,7 +169,7 @@ class Yard:
         program += ["--root", str(state), "--log", str(bundle / "log")]
         process = subprocess.Popen(
             [*wrapper, *program, "run", "--bundle", str(bundle), key],
-            stdin=subprocess.PIPE,  # not /dev/null, whose owner crun before 1.24 changes, on the machine
+            stdin=subprocess.PIPE,  # not /dev/null, whose owner crun 1.8 changes, on the machine
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -191,14 +191,25 @@ def restore_limits(nofile: tuple[int, int], core: tuple[int, int]) -> None:
 
 
 def _open_streams(spawn: Spawn) -> None:
-    null = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(null, 0)
+    os.dup2(_nothing(for_runtime=spawn.bundle is not None), 0)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for number, path in ((1, spawn.stdout), (2, spawn.stderr)):
         with contextlib.suppress(FileExistsError):
             os.mkdir(os.path.dirname(path), 0o700)  # noqa: PTH102, PTH120 - no pathlib between fork and exec
         fd = os.open(path, flags, 0o640)
         os.dup2(fd, number)
+
+
+def _nothing(*, for_runtime: bool) -> int:
+    """An input that ends at once.
+
+    For a container's runtime not /dev/null: crun 1.8 makes the user of the container its owner, on the machine.
+    """
+    if not for_runtime:
+        return os.open("/dev/null", os.O_RDONLY)
+    reading, writing = os.pipe()
+    os.close(writing)
+    return reading
 
 
 def become_program(argv: Sequence[str], env: dict[str, str], stage: list[str]) -> NoReturn:
