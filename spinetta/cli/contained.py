@@ -54,6 +54,13 @@ def allowed_words(allows: Collection[str]) -> list[str]:
     return [word for word in allows if word not in (PROCESS, CONTAINER)]
 
 
+def images_cell(node: NodeRecord) -> str:
+    """How many images a node has and is getting, e.g. ``3+1``; ``-`` where no containers run, empty when unknown."""
+    if CONTAINER not in node.allows:
+        return "-" if node.address else ""
+    return f"{len(node.images)}+{len(node.images_coming)}" if node.images_coming else str(len(node.images))
+
+
 def advice(hint: QueueHint, node: NodeRecord) -> str:
     """What an administrator of a node that does not allow a task would have to do about it; begins with ``;``."""
     refused, allows = refusals(hint.needs, node.allows), node.allows

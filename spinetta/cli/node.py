@@ -117,7 +117,7 @@ def list_nodes(as_json: bool, node: str | None, timeout: str | None, config_file
 
     ROLE: a voter runs an etcd member, a worker does not; * holds the office of the leader. AGE is the time since the
     node started, SEEN since its last heartbeat was noticed. Resources are free/total. CLEARANCE is shown when a node
-    is cleared for a label. A draining node shows how many tasks it still has; of a lost one no more is known than its
+    is cleared for a label, IMAGES (those it has + those on their way, - for none) when one runs containers. A draining node shows how many tasks it still has; of a lost one no more is known than its
     name.
 
     \b
@@ -138,10 +138,13 @@ def node_table(found: NodeList) -> None:
     """Nodes as a table; notices to standard error."""
     from spinetta import units
     from spinetta.cli import show
+    from spinetta.cli.contained import images_cell
+    from spinetta.container import CONTAINER
 
     cleared = any(n.record.clearances for n in found.nodes)  # in open clusters no node ever is
     header = ["NAME", "ADDRESS", "STATUS", "ROLE", "CORES", "MEMORY", "DISK", "OTHER", "RUNNING", "AGE", "SEEN", "TAGS"]
-    header += ["CLEARANCE"] * cleared
+    contained = any(CONTAINER in n.record.allows for n in found.nodes)
+    header += ["CLEARANCE"] * cleared + ["IMAGES"] * contained
     rows, colours = [], {}
     for i, n in enumerate(found.nodes):
         free, all_, r = n.record.free, n.record.capacity, n.record
@@ -159,6 +162,7 @@ def node_table(found: NodeList) -> None:
                 "" if n.beat_age_ms < 0 else units.format_duration(n.beat_age_ms / 1000),
                 ",".join(r.tags),
                 *((",".join(r.clearances),) if cleared else ()),
+                *((images_cell(r),) if contained else ()),
             )
         )
         colours[(i, 2)] = {"ready": "green", "draining": "yellow", "leaving": "yellow"}.get(n.status, "red")

@@ -381,6 +381,12 @@ def test_the_nearest_allowance(need: str, allows: tuple[str, ...], near: str) ->
     assert nearest(need, allows) == near
 
 
-def test_tables_of_nodes_stay_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
-    node_table(nodes(node_record("n1", allows=("container", "mount:/data"), images=("sha256:1",))))
-    assert "mount:/data" not in capsys.readouterr().out  # `node show` has room for it
+def test_the_table_of_nodes_tells_of_images_where_containers_run(capsys: pytest.CaptureFixture[str]) -> None:
+    node_table(nodes(node_record("n1"), node_record("n2", allows=("process",))))
+    assert "IMAGES" not in capsys.readouterr().out
+    some = node_record("n1", allows=("container", "mount:/data"), images=("sha256:1",))
+    more = replace(some, name=NodeId("n2"), images_coming=("sha256:2", "sha256:3"))
+    node_table(nodes(some, more, node_record("n3"), replace(node_record("n4"), address="")))
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert [row[header.index("IMAGES") :] for row in rows] == ["1", "1+2", "-", ""]
+    assert "mount:/data" not in "".join(rows)  # `node show` has room for it
