@@ -12,14 +12,16 @@ import fcntl
 import json
 import os
 import signal
+import struct
 import termios
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import child, proctable, secretfiles, sysapi
 from .attempt import Held, Phase
 from .connection import Connection
+from .container import Container
 from .keeper import Keeper, Refused
 from .loop import READ, Loop
 from .spawn import TASK_OOM_SCORE_ADJ, Surroundings
@@ -29,6 +31,8 @@ HANGUP_WAIT_S = 2.0  # between HUP and KILL, for a shell to write its history
 KILL_AGAIN_S = 0.2
 KILL_TRIES_MAX = 50
 REPORT_BYTES_MAX = 4096
+INIT_ENDS_S = 0.1
+_KILLED_INSIDE = 128 + signal.SIGKILL  # as a container's runtime says it
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Plan:
     env: dict[str, str] = field(repr=False)
     cwd: str
     fds: Sequence[int]
+    process: dict[str, Any] | None = field(repr=False)  # what the container runtime is to run; None: we do
     join: Sequence[str]
     mounts: str  # of a process whose mounts it is to see; empty: ours
     around: Surroundings
@@ -128,6 +133,8 @@ class Execs:
         connection.on_close = lambda: self._hang_up(one)
 
     def _plan(self, held: Held, argv: list[str], more: dict[str, str], cwd: str, fds: Sequence[int]) -> Plan:
+        if held.container is not None:
+            return self._contained(held, held.container, argv, more, cwd, fds)
         env = {**held.env, **self._around.mark, **more}
         if held.secret_names:
             env[secretfiles.VARIABLE] = self._around.place.of(held.key)
@@ -137,8 +144,39 @@ class Execs:
             env=env,
             cwd=os.path.join(base, cwd),  # noqa: PTH118 - as text: an absolute one stands for itself
             fds=fds,
+            process=None,
             join=held.group.join_files() if held.group else [],
             mounts=f"/proc/{held.pid}/ns/mnt" if held.secret_names and self._around.place.mount else "",
+            around=self._around,
+            parent=os.getpid(),
+        )
+
+    def _contained(
+        self, held: Held, made: Container, argv: list[str], more: dict[str, str], cwd: str, fds: Sequence[int]
+    ) -> Plan:
+        """By the container's runtime, as whom and with what its first command runs."""
+        if problem := child.unusable(argv, more):
+            raise Refused("cannot-start", problem)
+        place, mark = self._around.containers, self._around.mark
+        env = dict(item.split("=", 1) for item in made.process.get("env", []) if "=" in item)
+        process = {
+            **made.process,
+            "args": argv,
+            "env": [f"{name}={value}" for name, value in {**env, **mark, **more}.items()],
+            "cwd": os.path.join(str(made.process.get("cwd") or "/"), cwd),  # noqa: PTH118 - as text
+            "terminal": len(fds) == 1,
+        }
+        if len(fds) == 1:
+            rows, columns, _, _ = struct.unpack("4H", fcntl.ioctl(fds[0], termios.TIOCGWINSZ, bytes(8)))
+            process["consoleSize"] = {"height": rows, "width": columns}
+        return Plan(
+            argv=[made.program, "--root", place.state, "exec", "--process", "/proc/self/fd/{}", held.key],
+            env={"PATH": child.DEFAULT_PATH, **mark},
+            cwd="/",
+            fds=fds,
+            process=process,
+            join=place.join_files(held.group),
+            mounts="",
             around=self._around,
             parent=os.getpid(),
         )
@@ -194,13 +232,21 @@ class Execs:
         if one.report:
             return  # told already
         exited = result.si_code == os.CLD_EXITED
-        # That the attempt's end ended it can be seen only while the attempt has not been forgotten.
-        with_it = not exited and one.held.phase >= Phase.ENDING
+        code = result.si_status
+        if one.held.container is not None and code == _KILLED_INSIDE and one.held.phase < Phase.ENDING:
+            # When a container's first process ends all others do so before it, so that we hear of them first.
+            self._loop.call_in(INIT_ENDS_S, lambda: self._tell(one, exited=exited, code=code))
+        else:
+            self._tell(one, exited=exited, code=code)
+
+    def _tell(self, one: Exec, *, exited: bool, code: int) -> None:
+        by_force = not exited or (one.held.container is not None and code == _KILLED_INSIDE)
+        with_it = by_force and (one.held.phase >= Phase.ENDING or bool(one.held.stop_why))
         one.connection.send(
             {
                 "event": "exec-ended",
-                "exit_code": result.si_status if exited else None,
-                "signal": 0 if exited else result.si_status,
+                "exit_code": code if exited else None,
+                "signal": 0 if exited else code,
                 "message": "the task has ended" if with_it else "",
             }
         )
@@ -222,7 +268,8 @@ class Execs:
         if one.pid not in self._all or one.tries >= KILL_TRIES_MAX:
             return
         one.tries += 1
-        proctable.kill_session(one.pid)
+        # Of a container's runtime also the command, which has a session of its own.
+        proctable.kill_family(one.pid, (), strays=False)
         with contextlib.suppress(ProcessLookupError):  # before it has a session of its own
             os.kill(one.pid, signal.SIGKILL)
         self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(one))
@@ -271,5 +318,11 @@ def _become(plan: Plan, stage: list[str]) -> NoReturn:
     stage[0] = "setup"
     for number, fd in enumerate(plan.fds if len(plan.fds) == 3 else [plan.fds[0]] * 3):
         os.dup2(fd, number)
+    argv = list(plan.argv)
+    if plan.process is not None:  # in memory: it may say what nobody else is to know
+        fd = os.memfd_create("process", 0)
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape", closefd=False) as file:
+            json.dump(plan.process, file, ensure_ascii=False)
+        argv = [item.replace("{}", str(fd)) for item in argv]
     stage[0] = "exec"
-    child.become_program(plan.argv, plan.env, stage)
+    child.become_program(argv, plan.env, stage)
