@@ -20,6 +20,7 @@ from spinetta.runtime.detect import read_text
 
 MEASURE_S = 3.0
 ANSWER_S = 20.0  # for a disk that hangs; then what has been measured so far is judged
+REMOVE_S = 1.0
 WRITE_BYTES = 2048  # an entry of etcd's log
 LAID_OUT_BYTES = 16 << 20  # etcd lays its log out in advance, too, so that a write changes no length
 WRITES_MAX = 100_000  # in three seconds only memory takes so many
@@ -116,7 +117,7 @@ async def speed(path: Path, measure_s: float = MEASURE_S, *, voter: bool = True)
     """Write a little and make it last, over and over for `measure_s`; judged as etcd's advice has it."""
     where = existing(path)
     times_s: list[float] = []
-    stop = threading.Event()
+    stop, over = threading.Event(), threading.Event()
 
     def measure() -> str:
         try:
@@ -124,12 +125,15 @@ async def speed(path: Path, measure_s: float = MEASURE_S, *, voter: bool = True)
                 _write(trial, times_s, time.monotonic() + measure_s, stop)
         except OSError as error:
             return error.strerror or "refused"
+        finally:
+            over.set()
         return ""
 
     try:
         problem = await _in_thread(measure, lambda: "", measure_s + ANSWER_S)
     finally:
         stop.set()
+        over.wait(REMOVE_S)  # its file goes before we do, unless the disk hangs
     if problem and not times_s:
         seen = f"it could not be measured at {where}: {problem}"
         return [Finding("disk-speed", Level.WARNING, seen, "whether etcd can run here is not known", _MEND_RIGHTS)]

@@ -16,6 +16,7 @@ from spinetta.errors import UserError
 from spinetta.node.lock import holder
 from spinetta.store import identity as identities
 
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared with
 CHOOSE = "stop that program, or choose another port: spinetta node join --address HOST:PORT --etcd-client-port PORT"
 
 
@@ -48,11 +49,11 @@ def _port(settings: Settings, host: str, port: int, what: str) -> Finding:
             sock.bind((host, port))
             sock.listen(1)
         except OSError as error:
-            return _refused(settings, port, f"{address} for {what}", error)
+            return _refused(settings, (host, port), f"{address} for {what}", error)
     return ok("ports", f"{address} is free for {what}")
 
 
-def _refused(settings: Settings, port: int, seen: str, error: OSError) -> Finding:
+def _refused(settings: Settings, address: tuple[str, int], seen: str, error: OSError) -> Finding:
     if error.errno == errno.EADDRNOTAVAIL:
         return Finding(
             "ports", Level.PROBLEM, f"{seen}: no address of this machine", "the node cannot start",
@@ -60,7 +61,7 @@ def _refused(settings: Settings, port: int, seen: str, error: OSError) -> Findin
         )  # fmt: skip
     if error.errno != errno.EADDRINUSE:
         return Finding("ports", Level.PROBLEM, f"{seen}: {error.strerror}", "the node cannot start", CHOOSE)
-    who = listener(port)
+    who = listener(*address)
     if who is None:
         return Finding(
             "ports", Level.WARNING, f"{seen} is in use, by whom this user may not see",
@@ -73,11 +74,12 @@ def _refused(settings: Settings, port: int, seen: str, error: OSError) -> Findin
     )
 
 
-def listener(port: int) -> psutil.Process | None:
-    """A process that listens on a port of this machine; None when we may not see it."""
+def listener(host: str, port: int) -> psutil.Process | None:
+    """A process that listens on an address of this machine; None when we may not see it."""
+    wanted = {(h, port) for h in (host, f"::ffff:{host}", *EVERYWHERE)}  # gRPC listens by IPv6 for both
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,) and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr) in wanted and connection.pid:
                 return psutil.Process(connection.pid)
     except (psutil.Error, OSError):
         pass
