@@ -21,6 +21,7 @@ from tests.contract.shims import (
     end_of,
     groups_of,
     isolate,
+    kill_shim,
     launch,
     living,
     name_of,
@@ -277,6 +278,15 @@ async def test_a_watcher_that_dies_is_started_again(state_dir: Path, isolate: bo
         assert watchers_of(rt) == [second]
         await rt.shutdown_shim()
     await until(lambda: not Path(f"/proc/{second}").exists())
+
+
+@asynchronous
+async def test_a_watcher_goes_with_its_shim(state_dir: Path, isolate: bool) -> None:
+    async with runtime(state_dir, isolate=isolate) as rt:
+        await rt.start(shell("held.1", "sleep 1000", log_bytes_max=MIB))
+        (watching,) = watchers_of(rt)
+        kill_shim(state_dir)
+    await until(lambda: name_of(watching) != "spinetta-watch")
 
 
 @asynchronous

@@ -9,7 +9,7 @@ import pytest
 
 from spinetta.model import Reason
 from tests.contract.containers import OWNER, rootfs, script, traces
-from tests.contract.shims import asynchronous, end_of, isolate, ran, runtime, state_dir, until
+from tests.contract.shims import asynchronous, end_of, groups_of, isolate, ran, runtime, state_dir, until
 from tests.contract.test_limits import counter
 
 pytestmark = pytest.mark.contract
@@ -71,6 +71,9 @@ async def test_a_cpu_quota_and_what_is_used_now(state_dir: Path, rootfs: Path) -
         spin = script(state_dir, rootfs, "spin.1", "while :; do :; done", cpu_millis=100, stop_wait_s=0.1)
         assert await rt.start(spin) is None
         await until(lambda: counter("spin.1", "cpu.stat", "nr_throttled") >= 3)
+        # In proportion, too, as the shim has set it: the runtime has left it alone.
+        shares = [path / name for path in groups_of("spin.1") for name in ("cpu.shares", "cpu.weight")]
+        assert [path.read_text().strip() for path in shares if path.exists()] in (["102"], ["10"])
         sample = await rt.sample("spin.1")
         assert sample is not None
         assert sample.memory_bytes > 0

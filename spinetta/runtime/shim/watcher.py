@@ -186,6 +186,8 @@ def _watcher_main(sock: socket.socket) -> NoReturn:
         sysapi.set_name("spinetta-watch")
         signal.set_wakeup_fd(-1)
         with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)  # the shim's own may be better
+        with contextlib.suppress(OSError):
             sysapi.lock_memory()  # of the shim's memory we have a copy, and what it was about to give to a task
         kept = sock.fileno()
         os.dup2(0, 1)
