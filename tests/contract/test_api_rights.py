@@ -59,10 +59,23 @@ CALLS: dict[str, tuple[Call, Do]] = {
     "Leave": (Call.LEAVE, lambda s, _: all_of(s.api.Leave(api.LeaveRequest()))),
     "ConfirmDead": (Call.CONFIRM_DEAD, lambda s, _: s.api.ConfirmDead(api.ConfirmDeadRequest(node="nobody"))),
     "Backup": (Call.BACKUP, lambda s, _: all_of(s.api.Backup(api.BackupRequest()))),
+    "PullImage": (
+        Call.IMAGE_CHANGE,
+        lambda s, _: all_of(s.api.PullImage(api.PullImageRequest(reference="docker://r.invalid/a"))),
+    ),
+    "PullImage of files": (
+        Call.IMAGE_IMPORT,
+        lambda s, _: all_of(s.api.PullImage(api.PullImageRequest(reference="rootfs:/etc"))),
+    ),
+    "ListImages": (Call.IMAGES, lambda s, _: s.api.ListImages(api.ListImagesRequest())),
+    "RemoveImage": (Call.IMAGE_CHANGE, lambda s, _: s.api.RemoveImage(api.RemoveImageRequest(image="a"))),
+    "PinImage": (Call.IMAGE_CHANGE, lambda s, _: s.api.PinImage(api.PinImageRequest(image="a"))),
+    "VerifyImage": (Call.IMAGE_CHANGE, lambda s, _: all_of(s.api.VerifyImage(api.VerifyImageRequest(image="a")))),
     "TakeSeat": (Call.PEER, lambda s, _: s.peer.TakeSeat(api.TakeSeatRequest(member_id=1))),
     "GiveUpSeat": (Call.PEER, lambda s, _: s.peer.GiveUpSeat(api.GiveUpSeatRequest(member_id=1))),
     "Archive": (Call.PEER, lambda s, _: s.peer.Archive(api.ArchiveRequest())),
     "ReadArchive": (Call.PEER, lambda s, _: s.peer.ReadArchive(api.ReadArchiveRequest())),
+    "Sample": (Call.USAGE, lambda s, _: s.peer.Sample(api.SampleRequest())),
     "Check": (Call.HEALTH, lambda s, _: s.health.Check(health_pb2.HealthCheckRequest())),
     "ServerReflectionInfo": (
         Call.REFLECTION,
@@ -76,8 +89,13 @@ WHO: dict[str, Caller] = {
     **{r.name.lower(): Caller(CallerKind.USER, "ann", role=r) for r in UserRole},
     **{r.name.lower(): Caller(CallerKind.NODE, "n9", node_role=r) for r in NodeRole},
 }
-NOTHING_THERE = {("Log", "not-started"), ("ConfirmDead", "not-found")}  # what is asked for above is allowed, and absent
-ONLY_PASSED_ON = {Call.LOG, Call.DRAIN, Call.LEAVE}  # by a node
+# What is asked for above is allowed, and absent.
+NOTHING_THERE = {
+    ("Log", "not-started"),
+    ("ConfirmDead", "not-found"),
+    *((n, "no-containers") for n in ("PullImage", "PullImage of files", "RemoveImage", "PinImage", "VerifyImage")),
+}
+ONLY_PASSED_ON = {Call.LOG, Call.DRAIN, Call.LEAVE, Call.IMAGES, Call.IMAGE_CHANGE, Call.IMAGE_IMPORT}  # by a node
 
 
 def is_allowed(who: str, call: Call) -> bool:
