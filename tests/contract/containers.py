@@ -23,13 +23,13 @@ INIT = "/usr/bin/tini-static"
 OUTSIDE = 1_000_000  # the host's id of a container's root
 INSIDE = 1000  # who runs in it
 OWNER = (OUTSIDE + INSIDE, OUTSIDE + INSIDE)
-MOUNT_POINTS = ("proc", "dev", "sys", "tmp", "work", "run/secrets/spinetta")
+MOUNT_POINTS = ("proc", "dev", "sys", "tmp", "work", "outside", "run/secrets/spinetta")
 ENV = {"PATH": "/bin"}
 MASKED = ("/proc/kcore", "/proc/keys", "/sys/firmware")
 
 
-def make_rootfs(folder: Path) -> Path:
-    """A root file system with busybox, owned by the container's root."""
+def make_rootfs(folder: Path, owner: int = OUTSIDE) -> Path:
+    """A root file system with busybox, owned by the container's root; `owner` 0: to be made an image of."""
     (folder / "bin").mkdir(parents=True)
     (folder / ".spinetta").mkdir()
     for name in MOUNT_POINTS:
@@ -41,7 +41,7 @@ def make_rootfs(folder: Path) -> Path:
     shutil.copy(INIT, folder / ".spinetta/init")
     for where, folders, files in os.walk(folder):
         for name in ("", *folders, *files):
-            os.chown(Path(where) / name, OUTSIDE, OUTSIDE, follow_symlinks=False)
+            os.chown(Path(where) / name, owner, owner, follow_symlinks=False)
     return folder
 
 
