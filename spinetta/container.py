@@ -88,10 +88,15 @@ def needs(asked: ContainerSpec | None) -> tuple[str, ...]:
     wanted |= {f"capability:{name}" for name in asked.capabilities}
     if asked.user.split(":")[0] in ("0", "root"):
         wanted.add("user:root")
-    wanted |= {f"{'mount-rw' if m.writable else 'mount'}:{m.source}" for m in asked.mounts}
+    wanted |= {mount_need(m) for m in asked.mounts}
     if need := _image_need(asked.image):
         wanted.add(need)
     return tuple(sorted(wanted))
+
+
+def mount_need(mount: Mount) -> str:
+    """The word for one mount."""
+    return f"{'mount-rw' if mount.writable else 'mount'}:{mount.source}"
 
 
 def _image_need(image: str) -> str:
@@ -110,10 +115,11 @@ def refusals(wanted: Iterable[str], allows: Collection[str]) -> list[str]:
     if CONTAINER not in asked:
         asked.add(PROCESS)
     granted = set(allows) or {PROCESS}
-    return sorted(need for need in asked if not _granted(need, granted))
+    return sorted(need for need in asked if not is_granted(need, granted))
 
 
-def _granted(need: str, granted: Collection[str]) -> bool:
+def is_granted(need: str, granted: Collection[str]) -> bool:
+    """Whether one word is among these allowances, or below one of them."""
     if need in granted:
         return True
     if need.startswith(imageref.ALLOWANCE):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spinetta import imageref, ociconfig, ocirequest
-from spinetta.container import CONTAINER, ContainerSpec, Mount, needs, refusals
+from spinetta.container import CONTAINER, ContainerSpec, Mount, is_granted, mount_need, needs, refusals
 from spinetta.errors import RuntimeUnavailable, UserError
 from spinetta.model import Exit, Reason, Usage
 from spinetta.runtime.images.errands import TRANSIENT
@@ -279,7 +279,7 @@ def resolve_mounts(mounts: Sequence[Mount], allows: Collection[str]) -> tuple[Mo
         except OSError as error:
             raise UserError(f"cannot mount {mount.source} of this node: {error.strerror}") from None
         there = replace(mount, source=source)
-        if source != mount.source and refusals(needs(ContainerSpec("x", mounts=(there,))), allows):
+        if source != mount.source and not is_granted(mount_need(there), allows):
             raise UserError(f"{mount.source} leads to {source}, which this node does not allow")
         found.append(there)
     return tuple(found)
