@@ -45,6 +45,7 @@ class Call(enum.StrEnum):
     REFLECTION = "reflection"
     ENROLL = "enroll"  # join, log in, whom to believe
     PEER = "peer"  # TakeSeat and GiveUpSeat
+    USAGE = "usage"  # what tasks that run on the node use now
     GATEWAY = "gateway"
 
 
@@ -173,6 +174,7 @@ _VOTER: Mapping[Call, Reach] = {
     Call.IMAGE_CHANGE: _ANY,
     Call.IMAGE_IMPORT: _ANY,
     Call.PEER: _ANY,
+    Call.USAGE: _ANY,
 }
 
 FOR_ALL = frozenset({Call.HEALTH, Call.ENROLL})
@@ -242,6 +244,7 @@ DOING: Mapping[Call, str] = {
     Call.REFLECTION: "list the services",
     Call.ENROLL: "ask to be let in",
     Call.PEER: "give or take voters' seats",
+    Call.USAGE: "ask a node what its tasks use",
     Call.GATEWAY: "use the gateway to the store",
 }
 

@@ -52,6 +52,7 @@ RIGHT: dict[str, Call] = {
     "Peer.GiveUpSeat": Call.PEER,
     "Peer.Archive": Call.PEER,
     "Peer.ReadArchive": Call.PEER,
+    "Peer.Sample": Call.USAGE,
     "Enroll.GetAuthorities": Call.ENROLL,
     "Enroll.Join": Call.ENROLL,
     "Enroll.Login": Call.ENROLL,

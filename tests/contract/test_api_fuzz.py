@@ -54,6 +54,7 @@ def true_requests(task: str) -> list[bytes]:
         api.LeaveRequest(node="a", timeout_s=1.0),
         api.ListArchivedRequest(filter=api.Filter(owner="ann"), page_size=3, since_ms=1, newest_first=True),
         api.ReadArchiveRequest(limit=3, after=task, since_ms=1),
+        api.SampleRequest(ids=[task]),
         api.ArchiveRequest(records=[pb.Task(spec=spec(), state=pb.COMPLETE).SerializeToString()]),
         api.TakeSeatRequest(member_id=7, initial_cluster="x", cluster_id="y"),
     ]

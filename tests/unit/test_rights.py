@@ -37,7 +37,7 @@ def test_a_higher_role_may_all_that_a_lower_one_may() -> None:
 
 def test_an_admin_may_everything_that_is_for_people() -> None:
     refused = {c for c in Call if refusal(user(UserRole.ADMIN), c) is not None}
-    assert refused == {Call.PEER, Call.GATEWAY}
+    assert refused == {Call.PEER, Call.USAGE, Call.GATEWAY}
 
 
 def test_only_admins_change_who_may_what() -> None:

@@ -236,8 +236,7 @@ class PeerApi(rpc.PeerServicer):
         )
 
     async def Sample(self, request: api.SampleRequest, context: Any) -> api.SampleResponse:
-        # Usage is no secret, and asked for once a second: no entry in the audit log.
-        return await self._desk.answer(context, Call.NODES, lambda _: self._usage.sample(request))
+        return await self._desk.answer(context, Call.USAGE, lambda _: self._usage.sample(request))
 
 
 class ApiServer:
