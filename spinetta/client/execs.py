@@ -67,14 +67,29 @@ class _Requests:
     def __init__(self, start: api.ExecStart) -> None:
         self._start = start
         self.id = start.id  # of the task; a node that we are sent to by another wants all of it
-        self.queue: asyncio.Queue[api.ExecRequest] = asyncio.Queue(_AHEAD)
+        self.queue: asyncio.Queue[api.ExecRequest | None] = asyncio.Queue(_AHEAD)
+        self.is_over = False
 
     async def sent(self) -> AsyncIterator[api.ExecRequest]:
         """To one node."""
+        self.end()  # of what was sent to the one before: gRPC goes on reading what a call that has failed would send
+        queue = self.queue = asyncio.Queue(_AHEAD)
         self._start.id = self.id
         yield api.ExecRequest(start=self._start)
-        while True:
-            yield await self.queue.get()
+        while (request := await queue.get()) is not None:
+            yield request
+
+    def end(self) -> None:
+        """Nothing more is sent to the present node."""
+        with contextlib.suppress(asyncio.QueueFull):  # then nobody waits for more
+            self.queue.put_nowait(None)
+
+    def close(self) -> None:
+        """Nor to another; who waits to send need not wait any longer."""
+        self.is_over = True
+        while not self.queue.empty():
+            self.queue.get_nowait()
+        self.end()
 
 
 class Execution:
@@ -94,7 +109,7 @@ class Execution:
         self._answers = answers
 
     async def send(self, data: bytes) -> None:
-        """To its standard input; waits while the command does not read."""
+        """To its standard input; waits while the command does not read, and is lost once it has ended."""
         for i in range(0, len(data), INPUT_BYTES_MAX):
             await self._put(api.ExecRequest(input=data[i : i + INPUT_BYTES_MAX]))
 
@@ -128,6 +143,8 @@ class Execution:
                         self.end = ExecEnd(ended.exit_code, ended.signal, ended.message)
         except StoreUnavailable as e:
             raise self._lost(str(e)) from e
+        finally:
+            self._requests.close()
         if self.end is None:
             raise self._lost(f"node {self.node} ended the call")
 
@@ -138,7 +155,8 @@ class Execution:
         )
 
     async def _put(self, request: api.ExecRequest) -> None:
-        await self._requests.queue.put(request)
+        if not self._requests.is_over:
+            await self._requests.queue.put(request)
 
 
 @asynccontextmanager
@@ -171,7 +189,9 @@ async def execute(
 
     # Not a call of one request; of a stream of requests the node is found in the same way.
     answers = cast("AsyncGenerator[api.ExecResponse, None]", nodes.stream(method, requests))
-    async with contextlib.aclosing(answers):
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(requests.close)
+        await stack.enter_async_context(contextlib.aclosing(answers))
         async for answer in answers:
             yield Execution(answer.started, requests, answers)
             return
