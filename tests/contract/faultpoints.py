@@ -4,9 +4,9 @@ The shim is the real one, in real processes. It is started through a directory o
 by which it changes the world, counts their calls in one of its processes, and ends that process just before the n-th.
 Afterwards another shim, without a fault, has to make everything good.
 
-    python -m tests.contract.faultpoints [--role shim|writer|child] [--subreaper] [--from N] [--step N]
+    python -m tests.contract.faultpoints [--role shim|writer|child] [--subreaper] [--containers] [--from N] [--step N]
 
-goes through all points, one after the other; the tests take some of them.
+goes through all points, one after the other; the tests take some of them. With containers all that it runs is in some.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from spinetta.runtime import launch as launching
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.runtime.protocol import Launch
 from spinetta.runtime.shim import remains
+from tests.contract.containers import OUTSIDE, make_rootfs, script
 from tests.contract.shims import KILL_MARGIN_S, boottime_s, clean_up, groups_of, living, shell, until
 
 ROLES = ("shim", "writer", "child")
@@ -44,7 +46,7 @@ SHIM = Path({shim!r})
 ROLE, NUMBER = {role!r}, {number}
 ARMED, HIT = str(HERE / "armed"), str(HERE / "hit")
 CALLS = ("open write pwrite ftruncate rename replace unlink rmdir mkdir fsync fork kill killpg pidfd_open waitid "
-         "setsid _exit execve").split()
+         "setsid _exit execve chown listdir").split()
 state = {{"role": "shim", "count": 0}}
 real = {{name: getattr(os, name) for name in CALLS}}
 
@@ -132,6 +134,18 @@ def attempts(marker: str, ledger: Path) -> list[Launch]:
     return [shell(key, script, env={**env, "SPINETTA_KEY": key}) for key, script in scripts.items()]
 
 
+def contained_attempts(state_dir: Path, rootfs: Path, marker: str, ledger: Path) -> list[Launch]:
+    """The same in containers, one with a root of its own to write to."""
+    found = []
+    for plain in attempts(marker, Path("/outside") / ledger.name):
+        launch = script(state_dir, rootfs, plain.key, plain.argv[-1], env=plain.env, writable=plain.key == "fails.1")
+        assert launch.container is not None
+        mount = {"destination": "/outside", "type": "bind", "source": str(ledger.parent), "options": ["bind", "rw"]}
+        launch.container.config["mounts"].append(mount)  # type: ignore[attr-defined]
+        found.append(launch)
+    return found
+
+
 async def _live(state_dir: Path, isolate: bool, launches: list[Launch], told: Told) -> None:
     """What a daemon does: bring up what it holds, end it, forget it. Raises RuntimeUnavailable when a shim dies."""
     async with ProcessRuntime.connect(state_dir, node="n1", kill_margin_s=KILL_MARGIN_S, isolate=isolate) as rt:
@@ -160,10 +174,17 @@ async def _live(state_dir: Path, isolate: bool, launches: list[Launch], told: To
         await rt.shutdown_shim()
 
 
-async def story(folder: Path, role: str, number: int, *, isolate: bool) -> bool:
+async def story(folder: Path, role: str, number: int, *, isolate: bool, containers: bool = False) -> bool:
     """Live through one death; whether the point was reached. AssertionError: something was not made good."""
-    state_dir, ledger, marker, told = folder / "state", folder / "ledger", uuid.uuid4().hex, Told()
-    launches = attempts(marker, ledger)
+    state_dir, outside, marker, told = folder / "state", folder / "outside", uuid.uuid4().hex, Told()
+    outside.mkdir()
+    ledger = outside / "ledger"
+    if containers:
+        rootfs = make_rootfs(folder / "rootfs")
+        os.chown(outside, OUTSIDE + 1000, OUTSIDE + 1000)
+        launches = contained_attempts(state_dir, rootfs, marker, ledger)
+    else:
+        launches = attempts(marker, ledger)
     state_dir.mkdir()
     name = remains.name_of(state_dir, "n1")
     try:
@@ -198,7 +219,9 @@ def _judge(told: Told, lines: list[str]) -> None:
             assert end.signal == 9, end  # killed before its program had taken over
             assert key not in lines
         elif end.reason is not Reason.SHIM_LOST:
-            assert (end.reason, end.exit_code) == expected[key], f"{key}: {end}"
+            # A container's command that ends by TERM is told with the exit code of its init.
+            code = None if end.reason is Reason.CANCELLED and end.exit_code == 143 else end.exit_code
+            assert (end.reason, code) == expected[key], f"{key}: {end}"
             assert key in lines or key == "stays.1"
     assert set(told.ends) == set(expected)
 
@@ -211,8 +234,9 @@ async def _nothing_left(state_dir: Path, name: str, marker: str) -> None:
 
 def leftovers(state_dir: Path, name: str) -> list[str]:
     """What should have gone with a shim that has ended: files, control groups, mounts."""
-    left = [str(path) for path in state_dir.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
-    for folder in ("attempts", "services", "scratch"):
+    found = (Path(where) / name for where, _, names in os.walk(state_dir) for name in names)  # trash goes meanwhile
+    left = [str(path) for path in found if path.name.startswith(".") or path.suffix == ".tmp"]
+    for folder in ("attempts", "services", "scratch", "runc", "bundle"):
         left += [str(path) for path in (state_dir / folder).iterdir()]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     left += map(str, groups_of(name))
@@ -220,16 +244,16 @@ def leftovers(state_dir: Path, name: str) -> list[str]:
     return left + [line for line in mounts if str(state_dir) in line]
 
 
-def once(role: str, number: int, *, isolate: bool) -> bool:
+def once(role: str, number: int, *, isolate: bool, containers: bool = False) -> bool:
     """One story in a directory of its own."""
     with tempfile.TemporaryDirectory(prefix="spinetta-fault-") as folder:
-        return asyncio.run(story(Path(folder), role, number, isolate=isolate))
+        return asyncio.run(story(Path(folder), role, number, isolate=isolate, containers=containers))
 
 
-def points(*, isolate: bool) -> int:
+def points(*, isolate: bool, containers: bool = False) -> int:
     """About how many points the life of a shim has here: it depends on the machine's control groups, and on time."""
     with tempfile.TemporaryDirectory(prefix="spinetta-fault-") as folder:
-        asyncio.run(story(Path(folder), "shim", 1_000_000, isolate=isolate))
+        asyncio.run(story(Path(folder), "shim", 1_000_000, isolate=isolate, containers=containers))
         return int((Path(folder) / "entry" / "count").read_text())
 
 
@@ -238,6 +262,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--role", choices=ROLES, action="append")
     parser.add_argument("--subreaper", action="store_true")
+    parser.add_argument("--containers", action="store_true")
     parser.add_argument("--from", dest="first", type=int, default=1)
     parser.add_argument("--step", type=int, default=1)
     options = parser.parse_args()
@@ -246,7 +271,7 @@ def main() -> int:
         number, begun_s = options.first, time.monotonic()
         while True:
             try:
-                if not once(role, number, isolate=not options.subreaper):
+                if not once(role, number, isolate=not options.subreaper, containers=options.containers):
                     break
             except (AssertionError, TimeoutError) as error:
                 failed += 1
