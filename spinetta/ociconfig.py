@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from spinetta import container, seccomp
 from spinetta.errors import InvariantViolation
 from spinetta.ocirequest import (
-    HOSTNAME_FILE,
     HOSTS_FILE,
     INIT,
     RESOLV_FILE,
@@ -182,11 +181,7 @@ def _mounts(request: Request) -> list[dict[str, object]]:
     recursive = request.host.recursive_read_only
     in_order = sorted(request.mounts, key=lambda mount: (mount.target.count("/"), mount.target))
     made += [_bind_of_node(mount, recursive) for mount in in_order]
-    for path, source in (
-        (HOSTS_FILE, request.hosts_path),
-        (RESOLV_FILE, request.resolv_path),
-        (HOSTNAME_FILE, request.hostname_path),
-    ):
+    for path, source in ((HOSTS_FILE, request.hosts_path), (RESOLV_FILE, request.resolv_path)):
         if source:
             made.append(_bind(path, source, "ro", "noexec"))
     if request.secrets_path:

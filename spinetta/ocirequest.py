@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from spinetta import container
 
 SCRATCH, TMP, SECRETS, INIT = "/work", "/tmp", "/run/secrets/spinetta", "/.spinetta/init"  # noqa: S108 - inside
-HOSTS_FILE, RESOLV_FILE, HOSTNAME_FILE = "/etc/hosts", "/etc/resolv.conf", "/etc/hostname"
+HOSTS_FILE, RESOLV_FILE = "/etc/hosts", "/etc/resolv.conf"
 
 # What every unpacked image must have before a container is made of it read-only. runc gives its /tmp the permissions of
 # the directory that it covers.
 MOUNT_POINT_DIRECTORIES = {"/proc": 0o755, "/dev": 0o755, "/sys": 0o755, TMP: 0o1777, SCRATCH: 0o755, SECRETS: 0o755}
-MOUNT_POINT_FILES = (INIT, HOSTS_FILE, RESOLV_FILE, HOSTNAME_FILE)
+MOUNT_POINT_FILES = (INIT, HOSTS_FILE, RESOLV_FILE)
 
 # No mount of a task may be one of these, above, or below them.
-RESERVED = ("/proc", "/sys", "/dev", "/.spinetta", SECRETS, SCRATCH, TMP, HOSTS_FILE, RESOLV_FILE, HOSTNAME_FILE)
+RESERVED = ("/proc", "/sys", "/dev", "/.spinetta", SECRETS, SCRATCH, TMP, HOSTS_FILE, RESOLV_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Request:
         scratch_path: on the host; becomes /work, the working directory unless `cwd` says otherwise.
         secrets_path: a folder on the host, seen read-only; empty: none.
         network: ``none``, ``host``, or ``bridge`` with `netns_path`.
-        hosts_path, resolv_path, hostname_path: files on the host that are seen in /etc; empty: the image's.
+        hosts_path, resolv_path: files on the host that are seen in /etc; empty: the image's.
         capabilities: names without ``CAP_``.
         tmp_bytes: size of /tmp; 0: the default.
         open_files: limit of file descriptors; 0: the runtime's.
@@ -139,7 +139,6 @@ class Request:
     netns_path: str = ""
     hosts_path: str = ""
     resolv_path: str = ""
-    hostname_path: str = ""
     writable: bool = False
     capabilities: tuple[str, ...] = ()
     mounts: tuple[container.Mount, ...] = ()
@@ -180,7 +179,7 @@ def refusals(request: Request) -> list[str]:
     if request.network not in container.NETWORKS or (request.network == "bridge") != bool(request.netns_path):
         found.append("a network name space goes with the network bridge, and with no other")
     paths = [request.scratch_path, request.secrets_path, request.init_path, request.netns_path]
-    paths += [request.hosts_path, request.resolv_path, request.hostname_path, *(d.path for d in request.devices)]
+    paths += [request.hosts_path, request.resolv_path, *(d.path for d in request.devices)]
     found += [f"not a plain absolute path: {path}" for path in paths if path and not _plain(path)]
     if not request.scratch_path:
         found.append("no scratch directory")

@@ -20,6 +20,7 @@ from spinetta.container import Mount
 from spinetta.errors import InvariantViolation
 from spinetta.ociconfig import Device, Hardening, Host, IdRange, Request
 from spinetta.ocirequest import MOUNT_POINT_DIRECTORIES, MOUNT_POINT_FILES, RESERVED
+from spinetta.runtime.images import tree
 
 SCHEMA = Path("/usr/share/gocode/src/github.com/opencontainers/runtime-spec/schema")
 IDS = (IdRange(0, 1_000_000, 65536),)
@@ -250,9 +251,14 @@ def test_every_place_where_something_is_mounted_is_checked_for_links() -> None:
     checked = ociconfig.paths_to_check([Mount("/srv", "/data/deep/down")])
     assert {*MOUNT_POINT_DIRECTORIES, *MOUNT_POINT_FILES} <= set(checked)
     assert {"/dev", "/proc", "/sys", "/dev/null", "/run", "/data", "/data/deep", "/data/deep/down"} <= set(checked)
-    config = made(mounts=(Mount("/srv", "/data/deep/down"),), secrets_path="/s", hosts_path="/h", hostname_path="/n")
+    config = made(mounts=(Mount("/srv", "/data/deep/down"),), secrets_path="/s", hosts_path="/h", resolv_path="/n")
     assert set(mounts(config)) <= set(checked)
     assert checked.index("/data") < checked.index("/data/deep") < checked.index("/data/deep/down")
+
+
+def test_unpacked_images_have_the_places_where_something_is_mounted() -> None:
+    assert {f"/{name}": mode for name, mode in tree.DIRECTORIES}.items() >= MOUNT_POINT_DIRECTORIES.items()
+    assert {f"/{name}" for name in (tree.INIT, *tree.NETWORK_FILES)} == set(MOUNT_POINT_FILES)
 
 
 # --- the specification -----------------------------------------------------------------------------------------------

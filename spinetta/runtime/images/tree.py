@@ -28,9 +28,13 @@ DIRECTORIES = (
     ("run/secrets", 0o755),
     ("run/secrets/spinetta", 0o755),
     (".spinetta", 0o755),
+    ("etc", 0o755),
 )
 """Where every container has something mounted. They must be real directories: a mount would follow a link."""
 INIT = ".spinetta/init"
+NETWORK_FILES = {"etc/hosts": b"127.0.0.1 localhost\n::1 localhost\n", "etc/resolv.conf": b""}
+"""What containers with the host's network have mounted; what the others see. The runtime would make a file that is
+missing, here, in the image of all; and where distributions have a link to what they make at boot, there."""
 DIFFERENCES_MAX = 20  # told of a tree that is not as it was
 LINKS_MAX = 40  # followed in one path, as the kernel does
 _BLOCK = 512
@@ -78,6 +82,16 @@ def prepare(root: Path, uid: int, gid: int) -> None:
     except FileExistsError:
         if not stat.S_ISREG(init.lstat().st_mode):
             raise Refused(f"/{INIT} in the image is no plain file", reason="unsafe-root", hint="leave it out") from None
+    for name, content in NETWORK_FILES.items():
+        path = root / name
+        if path.is_symlink():
+            path.unlink()
+        if not path.exists():
+            path.write_bytes(content)
+            path.chmod(0o644)
+            os.chown(path, uid, gid)
+        elif not path.is_file():
+            raise Refused(f"/{name} in the image is no plain file", reason="unsafe-root", hint="leave it out")
     os.chown(root, uid, gid)
     root.chmod(0o755)
 
