@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from spinetta.model import Reason
+from spinetta.model import Reason, Usage
+from spinetta.runtime.client import parse_sample
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.runtime.shim import watcher
+from spinetta.runtime.shim.records import seal
 from tests.contract.shims import (
     asynchronous,
     children,
@@ -183,6 +186,20 @@ async def test_the_next_shim_knows_that_a_log_was_cut(state_dir: Path) -> None:
         ended = await end_of(rt, "long.1")
         assert (ended.exit_code, ended.message) == (4, said)
         assert "stdout was cut" in said
+
+
+@asynchronous
+async def test_an_end_recorded_by_an_earlier_version_is_read(state_dir: Path) -> None:
+    """It says nothing of disks and processes."""
+    end = {"reason": "exit", "exit_code": 3, "signal": 0, "message": "", "started_ms": 1, "ended_ms": 2}
+    end |= {"cpu_user_s": 1.5, "cpu_system_s": 0.5, "memory_peak_bytes": 4096}
+    record = {"v": 2, "state": "ended", "key": "old.1", "token": 7, "incarnation": "i1", "started_ms": 1, "exit": end}
+    (state_dir / "attempts").mkdir(parents=True)
+    (state_dir / "attempts" / "old.1").write_text(json.dumps(seal(record)))
+    async with runtime(state_dir) as rt:
+        ended = await end_of(rt, "old.1")
+        assert (ended.exit_code, ended.usage) == (3, Usage(1.5, 0.5, 4096))
+    assert parse_sample({"cpu_user_s": 1.0, "cpu_system_s": 0.0, "memory_peak_bytes": 1}).pids == 0
 
 
 @asynchronous
