@@ -71,6 +71,25 @@ def test_waiting_ends_as_the_task_does(pair: Cluster, argv: Sequence[str], code:
     assert len(done.stdout.strip()) == 36
 
 
+def test_what_a_running_task_uses_is_told_by_any_node(pair: Cluster) -> None:
+    task_id = pair.cli("submit", "--tag", "away", "--", "sh", "-c", "sleep 60 & sleep 60").stdout.strip()
+
+    def now() -> dict[str, int] | None:
+        found: dict[str, int] | None = pair.json("status", task_id)["tasks"][0]["now"]
+        return found
+
+    eventually(lambda: (now() or {}).get("pids", 0) >= 3, within_s=30, what="its node tells the other one")
+    assert "memory, 3 processes" in pair.cli("status", task_id).stdout
+    lines = pair.cli("top", "--once").stdout.splitlines()
+    header = next(line for line in lines if line.startswith("ID"))
+    row = next(line for line in lines if line.startswith(task_id))
+    assert row[header.index("PROCS") :].split()[0] == "3"
+    assert json.loads(pair.cli("top", "--once", "--json").stdout)["running"][0]["now"]["memory_bytes"] > 0
+    assert pair.json("list", "--state", "running")["tasks"][0]["now"] is None  # not asked for
+    pair.cli("cancel", task_id)
+    pair.cli("wait", task_id, check=False)
+
+
 def test_following_keeps_the_streams_apart(pair: Cluster) -> None:
     done = pair.cli(
         "submit", "--follow", "--env", "WHO=me", "--tag", "away", "--",

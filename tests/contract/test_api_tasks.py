@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from spinetta import keys, validate
 from spinetta.model import Exit, Outcome, Reason, State, TaskId, Usage
+from spinetta.node.port import RunningSample
+from spinetta.node.services import limits
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
 from tests.contract.api_world import (
@@ -285,6 +288,24 @@ def test_any_node_tells_what_a_task_uses_now(etcd: Etcd, tmp_path: Path) -> None
             b.port.usage = None
             assert not (await a.get(there[0])).HasField("now")
 
+    run(scenario())
+
+
+def test_a_node_that_is_frozen_is_not_waited_for(etcd: Etcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(_: TaskId) -> RunningSample | None:
+        await asyncio.Event().wait()
+        return None
+
+    async def scenario() -> None:
+        async with node(etcd, tmp_path) as a, node(etcd, tmp_path, "b") as b:
+            (task_id,) = await a.submit()
+            await b.claim(task_id)
+            monkeypatch.setattr(b.port, "running_sample", never)
+            began_s = time.monotonic()
+            assert not (await a.get(task_id)).HasField("now")
+            assert 0.5 < time.monotonic() - began_s < 10.0
+
+    monkeypatch.setattr(limits, "SAMPLE_TIMEOUT_S", 0.5)
     run(scenario())
 
 
