@@ -1,4 +1,4 @@
-"""What a task can reach on the node that runs it. Tasks are plain processes under the node's own user: a great deal."""
+"""What a task can reach on the node that runs it. A plain process: all that its user may. A container: nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from spinetta.config import Settings
+from spinetta.container import ContainerSpec
+from spinetta.model import Exit
 from spinetta.node import founding
+from spinetta.node.containers import open_containers
+from tests.contract.containers import make_rootfs
 from tests.contract.shims import asynchronous, identity, ran, runtime, shell, state_dir, until
 
 _ = state_dir  # a fixture
@@ -34,6 +39,35 @@ async def test_a_task_does_not_reach_the_shim(state_dir: Path) -> None:
     where = shlex.quote(str(state_dir / "shim.sock"))
     async with runtime(state_dir) as rt:
         assert (await ran(rt, shell("t.1", f"test -w {where}"))).exit_code == 1
+
+
+@asynchronous
+async def test_a_task_in_a_container_reaches_neither_keys_nor_shim_nor_anything_of_the_node(
+    state_dir: Path, tmp_path: Path
+) -> None:
+    """The same, and by every path that there is: as they are on the node, and through its own processes."""
+    data_dir = state_dir.parent
+    data_dir.chmod(0o755)
+    await founding.found_cluster(data_dir / "trust", "n1", "127.0.0.1:7220")
+    image = make_rootfs(tmp_path / "image", 0)
+    settings = Settings(name="n1", address="127.0.0.1:1", data_dir=str(data_dir), allow=(f"image:{image}",))
+    places = " ".join(shlex.quote(str(p)) for p in (data_dir, data_dir / "trust", state_dir, state_dir / "shim.sock"))
+    script = f"""
+        for place in {places}; do test -e $place && echo "$place is there"; done
+        for pid in $(ls /proc | grep '[0-9]'); do
+            for place in {places}; do test -e /proc/$pid/root$place && echo "$place through $pid"; done
+        done
+        grep -E 'spinetta|shim' /proc/net/unix
+        ls /proc | grep -c '^[0-9]'
+    """
+    async with runtime(state_dir) as rt, open_containers(settings, data_dir, rt) as here:
+        wanted = shell("t.1", script, env={}, wants=ContainerSpec(f"rootfs:{image}"))
+        ready = await here.runtime.prepare(wanted)
+        assert not isinstance(ready, Exit), ready
+        end = await ran(rt, ready)
+        said = rt.log_path("t.1", "stdout").read_text()
+        assert end.exit_code == 0, (end, said)
+        assert int(said) <= 5, said  # its init, itself, and what it has just started
 
 
 @asynchronous
