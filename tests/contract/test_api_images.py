@@ -89,7 +89,7 @@ def test_commands_for_the_node_that_is_asked_and_for_another(etcd: Etcd, hub: Re
             assert imported["names"] == ["base:1", f"rootfs:{tmp_path}/root.tar"]
 
             assert b.port.images is not None
-            await b.port.images.pin(digest, True)
+            b.port.images.pin(digest, True)
             out, _ = await cli(a, "list", "--all")
             row = next(line for line in out.splitlines() if digest[7:19] in line)
             assert "a,b*" in row

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -234,7 +235,7 @@ def test_one_who_leaves_does_not_take_the_image_from_the_others_and_the_last_one
 ) -> None:
     async def scenario() -> None:
         slow = tmp_path / "slow"
-        files.layout(slow, [files.base(), files.layer(*(files.Entry(f"f{i}", os.urandom(2000)) for i in range(3000)))])
+        files.layout(slow, [files.base(), files.layer(*(files.Entry(f"f{i}", os.urandom(2000)) for i in range(1500)))])
         async with opened(tmp_path) as store:
             ref = parse(f"oci:{slow}")
             first = asyncio.create_task(store.acquire(ref, "t.1"))
@@ -245,7 +246,7 @@ def test_one_who_leaves_does_not_take_the_image_from_the_others_and_the_last_one
             assert first.cancelled()
             assert prepared.rootfs.is_dir()
             store.release("t.2")
-            await store.remove(prepared.digest)
+            store.remove(prepared.digest)
 
             alone = [asyncio.create_task(store.acquire(ref, f"t.{i}")) for i in range(3)]
             await until(store.coming, "it is being unpacked again")
@@ -266,7 +267,7 @@ def test_one_who_leaves_does_not_take_the_image_from_the_others_and_the_last_one
 def test_a_store_that_is_closed_ends_what_is_under_way(shared: Path, tmp_path: Path) -> None:
     async def scenario() -> None:
         slow = tmp_path / "slow"
-        files.layout(slow, [files.layer(*(files.Entry(f"f{i}", os.urandom(2000)) for i in range(3000)))])
+        files.layout(slow, [files.layer(*(files.Entry(f"f{i}", os.urandom(2000)) for i in range(1500)))])
         async with opened(tmp_path) as store:
             task = asyncio.create_task(store.acquire(parse(f"oci:{slow}"), "t.1"))
             await until(store.coming, "it is being unpacked")
@@ -276,6 +277,57 @@ def test_a_store_that_is_closed_ends_what_is_under_way(shared: Path, tmp_path: P
         async with opened(tmp_path) as store:
             assert left_over(tmp_path) == []
             await until(lambda: not [*(tmp_path / "images/trash").iterdir()], "the trash is empty")
+
+    run(scenario())
+
+
+DAEMON = """
+import asyncio, sys
+from pathlib import Path
+from spinetta.imageref import parse
+from tests.contract.image_world import opened
+
+async def main():
+    async with opened(Path(sys.argv[1])) as store:
+        store.listen(lambda: print("coming", flush=True) if store.coming() else None)
+        await store.acquire(parse(sys.argv[2]), "t.1")
+
+asyncio.run(main())
+"""
+
+
+def test_a_daemon_that_is_killed_takes_its_workers_with_it(tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    files.layout(slow, [files.layer(*(files.Entry(f"f{i}", os.urandom(2000)) for i in range(1500)))])
+    home = tmp_path / "home"
+    home.mkdir()
+    daemon = subprocess.Popen(
+        [sys.executable, "-c", DAEMON, str(home), f"oci:{slow}"], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert daemon.stdout is not None
+    assert daemon.stdout.readline() == b"coming\n"
+    daemon.kill()
+    daemon.wait()
+    daemon.stdout.close()
+
+    async def scenario() -> None:
+        await until(lambda: not children_of(str(home)), "nothing runs any more")
+        assert len(left_over(home)) == 1, "it was half done"
+        async with opened(home) as store:
+            assert left_over(home) == []
+            assert (await store.acquire(parse(f"oci:{slow}"), "t.1")).rootfs.is_dir()
+
+    run(scenario())
+
+
+def test_without_a_range_of_ids_everything_belongs_to_whoever_runs_the_node(shared: Path, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path, base=None) as store:
+            record = await had(store, f"oci:{shared}/layout")
+            at = rootfs(tmp_path, record)
+            assert {p.lstat().st_uid for p in (at, *at.rglob("*"))} == {os.getuid()}
+            assert record.user == (1234, 100, 500)
+            assert await store.verify(record.digest) == []
 
     run(scenario())
 
@@ -290,24 +342,24 @@ def test_images_in_use_or_pinned_stay_and_others_go_by_age_and_size(shared: Path
             found = [await had(store, n) for n in names]
             size = found[0].size_bytes
             assert 1 * MIB < size < 4 * MIB
-            await store.pin(found[0].digest, True)
+            store.pin(found[0].digest, True)
             await store.acquire(parse(names[1]), "t.1")
             with pytest.raises(UserError, match="is in use by 1") as e:
-                await store.remove(found[1].digest)
+                store.remove(found[1].digest)
             assert e.value.reason == "in-use"
             with pytest.raises(UserError, match="is pinned"):
-                await store.remove(found[0].digest)
+                store.remove(found[0].digest)
         # As after a restart: the attempt may run still.
         async with opened(tmp_path, keep_bytes=size) as store:
             assert len(store.images()) == 4, "nothing goes before it is known what runs"
             store.keep_only(["t.1"])
             await until(lambda: len(store.images()) == 2, "what is neither used nor pinned goes")
             assert {i.record.digest for i in store.images()} == {found[0].digest, found[1].digest}
-            assert (await store.remove(found[1].digest, force=True))[1] == "marked"
+            assert (store.remove(found[1].digest, force=True))[1] == "marked"
             assert found[1].digest not in store.digests()
             store.release("t.1")
             await until(lambda: len(store.images()) == 1, "it was marked")
-            await store.pin(found[0].digest, False)
+            store.pin(found[0].digest, False)
             assert len(store.images()) == 1, "it fits"
         async with opened(tmp_path, keep_s=0.000001) as store:
             await until(lambda: not store.images(), "too old")
@@ -322,14 +374,14 @@ def test_names_are_removed_one_by_one_and_the_image_with_the_last(shared: Path, 
         async with opened(tmp_path) as store:
             record = await had(store, f"oci:{shared}/layout", name="a:1")
             await had(store, f"oci:{shared}/layout", name="b:1")
-            assert (await store.remove("a:1"))[1] == "unnamed"
+            assert (store.remove("a:1"))[1] == "unnamed"
             with pytest.raises(NotFound):
                 store.find("a:1")
             assert store.find(record.digest[:20]).digest == record.digest
-            assert (await store.remove(record.digest[7:19]))[1] == "removed"
+            assert (store.remove(record.digest[7:19]))[1] == "removed"
             assert store.images() == []
             with pytest.raises(NotFound, match="spinetta image list"):
-                await store.remove("b:1")
+                store.remove("b:1")
 
     run(scenario())
 
@@ -463,7 +515,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(shared: Path, tmp_path: Path) -
                     assert e.value.reason == "no-space"
                 assert left_over(small) == []
                 assert (await had(store, f"oci:{shared}/layout")).files > 5
-                await store.remove(store.images()[0].record.digest)
+                store.remove(store.images()[0].record.digest)
                 await until(lambda: not [*(small / "images/trash").iterdir()], "removed")
 
     try:

@@ -19,9 +19,10 @@ from spinetta.node.services.desk import Asked, Desk
 from spinetta.node.services.nodes import passed_on
 from spinetta.node.services.peers import FORWARDED, Peers
 from spinetta.rights import Call, CallerKind
+from spinetta.runtime.images.catalogue import ImageInfo
 from spinetta.runtime.images.errands import Step, Tell
 from spinetta.runtime.images.records import ImageRecord
-from spinetta.runtime.images.store import ImageInfo, ImageStore
+from spinetta.runtime.images.store import ImageStore
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 
@@ -116,7 +117,7 @@ class Images:
             with passed_on(request.node):
                 return await stub.RemoveImage(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
         store = self._images()
-        record, what = await store.remove(request.image, force=request.force)
+        record, what = store.remove(request.image, force=request.force)
         return api.RemoveImageResponse(node=self._port.name, what=what, image=_image(_info(store, record)))
 
     async def pin(self, request: api.PinImageRequest, asked: Asked) -> api.PinImageResponse:
@@ -130,7 +131,7 @@ class Images:
             with passed_on(request.node):
                 return await stub.PinImage(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
         store = self._images()
-        record = await store.pin(request.image, request.pinned)
+        record = store.pin(request.image, request.pinned)
         return api.PinImageResponse(node=self._port.name, image=_image(_info(store, record)))
 
     # --- inside ---

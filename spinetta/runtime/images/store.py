@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -16,10 +15,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from spinetta import eviction, imageref
-from spinetta.errors import NotFound, RuntimeUnavailable, SpinettaError, UserError
+from spinetta import imageref
+from spinetta.errors import NotFound, SpinettaError, UserError
 from spinetta.imageref import ImageRef, Kind
 from spinetta.runtime.images import errands, records, sources
+from spinetta.runtime.images.catalogue import ADVERTISED_MAX, Catalogue, ImageInfo
 from spinetta.runtime.images.errands import Tell
 from spinetta.runtime.images.flights import Coming, Flights
 from spinetta.runtime.images.limits import Limits
@@ -35,9 +35,8 @@ UNPACK_LIMIT_S = 2 * 3600.0
 VERIFY_LIMIT_S = 2 * 3600.0
 SWEEP_EVERY_S = 60.0
 CLOSE_LIMIT_S = 10.0
-ADVERTISED_MAX = 256  # digests in the node's record, which every node reads: 70 bytes each
 DEFAULT_IDS = 65536
-FRESH_S = 30.0  # what has just come does not go again before those who waited for it had it
+UNSHIFTED = -1  # in a record: owners are as they were
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,42 +84,20 @@ class PreparedImage:
     stop_signal: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
-    """An image as it is listed; times in milliseconds since 1970. `uses`: attempts that use it now."""
-
-    record: ImageRecord
-    used_ms: int
-    uses: int
-
-
-@dataclass(slots=True)
-class _Held:
-    record: ImageRecord
-    used_s: float
-    handles: int = 0  # calls that need it for a moment: verifying
-    fresh_until_s: float = field(
-        default_factory=lambda: time.monotonic() + FRESH_S
-    )  # who waited for it is about to use it
-
-
 class ImageStore:
     """See the module. Made by `open`."""
 
     def __init__(self, directory: Path, settings: StoreSettings, *, wall_s: Callable[[], float] = time.time) -> None:
         self._settings = settings
         self._shelf = Shelf(directory, settings.base)
+        self._catalogue = Catalogue(self._shelf, wall_s)
         self._wall_s = wall_s
-        self._base = settings.base if settings.base is not None else -1
-        self._images: dict[str, _Held] = {}
-        self._names: dict[str, str] = {}
-        self._uses: dict[str, str] = {}
+        self._base = settings.base if settings.base is not None else UNSHIFTED
         self._settled = False  # whether it is known which of the attempts of an earlier daemon still run
         self._fetches = Flights[str]()
         self._unpacks = Flights[None]()
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self._unpacking = asyncio.Semaphore(settings.unpacks)
-        self._listeners: list[Callable[[], None]] = []
         self._wanted = asyncio.Event()
 
     @classmethod
@@ -134,7 +111,8 @@ class ImageStore:
             UserError: the directory cannot be used.
         """
         store = cls(directory, settings, wall_s=wall_s)
-        await asyncio.to_thread(store._load)
+        await asyncio.to_thread(store._catalogue.load, store._base, settings.ids)
+        store._settled = not store._catalogue.uses
         sweeping = asyncio.create_task(store._sweep(), name="images")
         try:
             yield store
@@ -145,29 +123,11 @@ class ImageStore:
             with contextlib.suppress(asyncio.CancelledError):
                 await sweeping
 
-    def _load(self) -> None:
-        self._shelf.open()
-        found = self._shelf.load(self._base, self._settings.ids)
-        self._images = {digest: _Held(record, used_s, fresh_until_s=0.0) for digest, (record, used_s) in found.items()}
-        latest: dict[str, int] = {}
-        for digest, held in self._images.items():
-            for name, about in held.record.names.items():
-                if about.since_ms >= latest.get(name, -1):
-                    latest[name], self._names[name] = about.since_ms, digest
-        for digest, held in self._images.items():
-            for name in held.record.names:
-                if self._names[name] != digest:
-                    held.record = held.record.unnamed(name)
-        self._uses = {key: digest for key, digest in self._shelf.used().items() if digest in self._images}
-        self._settled = not self._uses
-
     # --- what there is ---
 
     def digests(self) -> tuple[str, ...]:
         """Digests of images that are here, by which this node or registries know them; the last used first."""
-        latest = sorted(self._images.values(), key=lambda h: (-h.used_s, h.record.digest))
-        found = dict.fromkeys(d for h in latest if not h.record.marked for d in (h.record.digest, *h.record.sources))
-        return tuple(found)[:ADVERTISED_MAX]
+        return self._catalogue.digests()
 
     def coming(self) -> tuple[str, ...]:
         """Digests of images that are being unpacked."""
@@ -175,48 +135,15 @@ class ImageStore:
 
     def listen(self, callback: Callable[[], None]) -> None:
         """Have it called, in the event loop, after each change of what `digests` or `coming` tell."""
-        self._listeners.append(callback)
-
-    def _changed(self) -> None:
-        for callback in self._listeners:
-            callback()
+        self._catalogue.listen(callback)
 
     def images(self) -> list[ImageInfo]:
         """All images, the last used first."""
-        users: dict[str, int] = {}
-        for digest in self._uses.values():
-            users[digest] = users.get(digest, 0) + 1
-        latest = sorted(self._images.values(), key=lambda h: (-h.used_s, h.record.digest))
-        return [ImageInfo(h.record, int(h.used_s * 1000), users.get(h.record.digest, 0)) for h in latest]
+        return self._catalogue.images()
 
     def find(self, text: str) -> ImageRecord:
-        """The image of a digest, the beginning of one, or a name.
-
-        Raises:
-            NotFound: there is none.
-            UserError: several begin so.
-        """
-        word = text.removeprefix("sha256:")
-        if len(word) >= 6 and set(word) <= set("0123456789abcdef"):
-            near = {
-                h.record.digest: h.record
-                for h in self._images.values()
-                if any(d.removeprefix("sha256:").startswith(word) for d in (h.record.digest, *h.record.sources))
-            }
-            if len(near) == 1:
-                return next(iter(near.values()))
-            if near:
-                raise UserError(f"{len(near)} images begin with {text}", field="image", reason="ambiguous")
-        ref = imageref.parse(text)
-        digest = self._names.get(str(ref)) or self._by_source(ref.digest)
-        if digest is None:
-            raise NotFound(f"this node has no image {text}", field="image", hint="see: spinetta image list")
-        return self._images[digest].record
-
-    def _by_source(self, digest: str) -> str | None:
-        if digest in self._images:
-            return digest
-        return next((d for d, h in self._images.items() if digest in h.record.sources), None) if digest else None
+        """The image of a digest, the beginning of one, or a name; see `Catalogue.find`."""
+        return self._catalogue.find(text)
 
     # --- for tasks ---
 
@@ -249,13 +176,7 @@ class ImageStore:
             RuntimeUnavailable: not now.
         """
         digest = await self._get(ref, None if allows is None else tuple(allows), refresh=False, tell=tell)
-        held = self._images.get(digest)
-        if held is None:
-            raise RuntimeUnavailable(f"the image {ref} was removed in the same moment")
-        self._shelf.use(key, digest)
-        self._uses[key] = digest
-        self._touch(held)
-        record = held.record
+        record = self._catalogue.use(key, digest).record
         return PreparedImage(
             digest,
             self._shelf.path(record) / ROOTFS,
@@ -271,17 +192,12 @@ class ImageStore:
 
     def release(self, key: str) -> None:
         """The attempt has ended, and all that it had mounted is gone. May be repeated."""
-        digest = self._uses.pop(key, None)
-        self._shelf.unuse(key)
-        if digest in self._images:
-            self._touch(self._images[digest])
+        if self._catalogue.unuse(key):
             self._wanted.set()  # it may be marked, or too much
 
     def keep_only(self, keys: Iterable[str]) -> None:
         """These attempts, and no others of an earlier daemon, still use their images. Until then nothing goes."""
-        alive = set(keys)
-        for key in [k for k in self._uses if k not in alive]:
-            self.release(key)
+        self._catalogue.keep_only(keys)
         self._settled = True
         self._wanted.set()
 
@@ -297,10 +213,10 @@ class ImageStore:
         """
         digest = await self._get(ref, None, refresh=True, tell=tell)
         if name:
-            await self._name(digest, name, "")
-        return self._record(digest)
+            self._catalogue.name(digest, name, "")
+        return self._catalogue.record(digest)
 
-    async def remove(self, text: str, *, force: bool = False) -> tuple[ImageRecord, str]:
+    def remove(self, text: str, *, force: bool = False) -> tuple[ImageRecord, str]:
         """Remove an image, or the name that was given if it has others; what became of it.
 
         Returns ``removed``, ``unnamed`` or, with `force` while it is in use, ``marked``: removed when nothing uses it.
@@ -308,19 +224,17 @@ class ImageStore:
         Raises:
             UserError: it is in use (reason ``in-use``) or pinned (``pinned``), and `force` is not given.
         """
-        record = self.find(text)
-        name = next((n for n in record.names if n == text or n == _canonical(text)), None)
+        catalogue, record = self._catalogue, self.find(text)
+        name = next((n for n in record.names if n in (text, _canonical(text))), None)
         if name is not None and len(record.names) > 1 and not force:
-            await self._rewrite(record.unnamed(name))
-            self._names.pop(name, None)
-            return self._record(record.digest), "unnamed"
-        uses = sum(1 for d in self._uses.values() if d == record.digest)
-        held = self._images[record.digest]
+            catalogue.unname(record.digest, name)
+            return catalogue.record(record.digest), "unnamed"
         if record.pinned and not force:
             raise UserError(
                 f"image {text} is pinned", field="image", reason="pinned", hint="spinetta image unpin, or --force"
             )
-        if uses or held.handles:
+        uses = next(i.uses for i in catalogue.images() if i.record.digest == record.digest)
+        if uses or catalogue.held(record.digest).handles:
             if not force:
                 raise UserError(
                     f"image {text} is in use by {uses} attempts",
@@ -328,18 +242,18 @@ class ImageStore:
                     reason="in-use",
                     hint="--force has it removed when they have ended",
                 )
-            await self._rewrite(replace(record, marked=True, pinned=False))
-            self._changed()
-            return self._record(record.digest), "marked"
-        self._drop(record.digest)
+            catalogue.rewrite(replace(record, marked=True, pinned=False))
+            return catalogue.record(record.digest), "marked"
+        catalogue.drop(record.digest)
+        self._wanted.set()
         return record, "removed"
 
-    async def pin(self, text: str, pinned: bool) -> ImageRecord:
+    def pin(self, text: str, pinned: bool) -> ImageRecord:
         """Keep an image whatever the limits say, or no more."""
         record = self.find(text)
-        await self._rewrite(replace(record, pinned=pinned, marked=record.marked and not pinned))
+        self._catalogue.rewrite(replace(record, pinned=pinned, marked=record.marked and not pinned))
         self._wanted.set()
-        return self._record(record.digest)
+        return self._catalogue.record(record.digest)
 
     async def verify(self, text: str, tell: Tell = lambda _: None) -> list[str]:
         """How an image differs from what was unpacked, file by file, in words; empty: in nothing.
@@ -348,7 +262,7 @@ class ImageStore:
             UserError: it cannot be said (reason ``damaged``: its list itself is not what it was).
         """
         record = self.find(text)
-        held, path = self._images[record.digest], self._shelf.path(record)
+        held, path = self._catalogue.held(record.digest), self._shelf.path(record)
         told = {
             "root": str(path / ROOTFS),
             "listing": str(path / FILES),
@@ -368,7 +282,7 @@ class ImageStore:
     async def _get(self, ref: ImageRef, allows: tuple[str, ...] | None, *, refresh: bool, tell: Tell) -> str:
         """The digest of the image, which is here when this returns."""
         sources.check_allowed(ref, allows)
-        if ref.digest and (known := self._by_source(ref.digest)):
+        if ref.digest and (known := self._catalogue.by_digest(ref.digest)):
             return known
         match ref.kind:
             case Kind.DIGEST:
@@ -380,22 +294,22 @@ class ImageStore:
             case Kind.NAME:
                 return await self._get_name(ref, refresh=refresh, tell=tell)
             case Kind.REGISTRY:
-                known = self._names.get(str(ref))
+                known = self._catalogue.by_name(str(ref))
                 if known is not None and not refresh:
                     return known
                 return await self._fetch(ref, str(ref), "", tell)
             case _:
                 local = await sources.look(ref, allows)
                 name = str(local.ref)
-                known = self._names.get(name)
-                fresh = known is not None and self._images[known].record.names[name].stamp == local.stamp
+                known = self._catalogue.by_name(name)
+                fresh = known is not None and self._catalogue.record(known).names[name].stamp == local.stamp
                 # A directory may have changed below without a sign of it at the top: who asks anew gets it anew.
                 if known is not None and fresh and not (refresh and local.ref.kind is Kind.ROOTFS):
                     return known
                 return await self._fetch(local.ref, name, local.stamp, tell)
 
     async def _get_name(self, ref: ImageRef, *, refresh: bool, tell: Tell) -> str:
-        known = self._names.get(str(ref))
+        known = self._catalogue.by_name(str(ref))
         if known is not None and not refresh:
             return known
         try:
@@ -414,7 +328,7 @@ class ImageStore:
                 # One that does not answer may have it: that it is nowhere would be too much to say.
                 why = e if why is None or isinstance(why, NotFound) else why
                 continue
-            await self._name(digest, str(ref), "")
+            self._catalogue.name(digest, str(ref), "")
             return digest
         raise why or NotFound(f"no mirror has an image {ref}", field="image")
 
@@ -437,18 +351,18 @@ class ImageStore:
         try:
             async with self._fetching:
                 told, source = await self._look(ref, staging, coming)
-                known = self._by_source(source) or ""
+                known = self._catalogue.by_digest(source) or ""
                 if not known:
                     found = await errands.run("fetch", told, limit_s=FETCH_LIMIT_S, tell=coming.tell)
                     known = str(found["digest"])
-            if known not in self._images:
+            if known not in self._catalogue:
                 await self._unpacks.join(known, unpack, lambda inner: inner.listen(coming.tell))
         finally:
             if not taken:
                 self._discard(staging)
         if source:
-            await self._add_source(known, source)
-        await self._name(known, name, stamp)
+            self._catalogue.add_source(known, source)
+        self._catalogue.name(known, name, stamp)
         return known
 
     async def _look(self, ref: ImageRef, staging: Path, coming: Coming) -> tuple[dict[str, Any], str]:
@@ -471,7 +385,7 @@ class ImageStore:
         return {**told, "total": int(found["total"])}, source
 
     async def _unpack_now(self, staging: Path, digest: str, coming: Coming) -> None:
-        self._changed()
+        self._catalogue.changed()
         base, ids = self._settings.base, self._settings.ids
         told = {
             "staging": str(staging),
@@ -483,112 +397,29 @@ class ImageStore:
         try:
             async with self._unpacking:
                 result = await errands.run("unpack", told, limit_s=UNPACK_LIMIT_S, tell=coming.tell)
-            now_s = self._wall_s()
-            record = records.from_result(digest, result, base=self._base, ids=ids, now_ms=int(now_s * 1000))
+            now_ms = int(self._wall_s() * 1000)
+            record = records.from_result(digest, result, base=self._base, ids=ids, now_ms=now_ms)
             installing = asyncio.ensure_future(asyncio.to_thread(self._shelf.install, staging, record))
             try:
                 await asyncio.shield(installing)
             except asyncio.CancelledError:
                 await asyncio.wait((installing,))  # a thread cannot be called back: it is here then, and unused
                 if installing.exception() is None:
-                    self._images[digest] = _Held(record, now_s)
+                    self._catalogue.add(record)
                 raise
-            self._images[digest] = _Held(record, now_s)
+            self._catalogue.add(record)
             log.info("image %s is here: %d files, %d bytes", digest, record.files, record.size_bytes)
         except OSError as e:
             raise UserError(f"the image cannot be put away: {e.strerror}", field="image", reason="unreadable") from e
         finally:
             self._discard(staging)
             self._wanted.set()
-            asyncio.get_running_loop().call_soon(self._changed)  # when it is among those under way no more
-
-    # --- records ---
-
-    def _record(self, digest: str) -> ImageRecord:
-        held = self._images.get(digest)
-        if held is None:
-            raise RuntimeUnavailable(f"the image {digest} was removed in the same moment")
-        return held.record
-
-    async def _name(self, digest: str, name: str, stamp: str) -> None:
-        """Give an image a name, and take it from the one that had it."""
-        record = self._record(digest)
-        now = record.names.get(name)
-        if now is not None and now.stamp == stamp and not record.marked:
-            return
-        before = self._names.get(name)
-        self._names[name] = digest
-        named = replace(record.named(name, stamp, int(self._wall_s() * 1000)), marked=False)
-        for forgotten in record.names.keys() - named.names.keys():
-            self._names.pop(forgotten, None)
-        await self._rewrite(named)
-        if before is not None and before != digest and before in self._images:
-            await self._rewrite(self._images[before].record.unnamed(name))
-
-    async def _add_source(self, digest: str, source: str) -> None:
-        record = self._record(digest)
-        if source != digest and source not in record.sources:
-            await self._rewrite(replace(record, sources=(*record.sources, source)[-16:]))
-
-    async def _rewrite(self, record: ImageRecord) -> None:
-        """In memory at once, so that nobody works with an older one; then on the disk."""
-        self._images[record.digest].record = record
-        try:
-            self._shelf.rewrite(record)  # a few kilobytes; in order, which threads would not keep
-        except OSError as e:
-            raise UserError(
-                f"the record of image {record.digest} cannot be written: {e.strerror}", reason="unreadable"
-            ) from e
-        self._changed()
-
-    def _touch(self, held: _Held) -> None:
-        held.used_s = self._wall_s()
-        self._shelf.touch(held.record)
+            asyncio.get_running_loop().call_soon(self._catalogue.changed)  # when it is among those under way no more
 
     # --- letting go ---
 
-    def evict(self) -> list[str]:
-        """Let go of what is too old or too much; digests."""
-        busy, fresh_s = set(self._uses.values()), time.monotonic()
-        settings = self._settings
-        chosen = eviction.choose(
-            (
-                eviction.Stored(
-                    digest,
-                    held.record.size_bytes,
-                    held.used_s,
-                    is_held=digest in busy
-                    or held.handles > 0
-                    or (fresh_s < held.fresh_until_s and not held.record.marked),
-                    is_pinned=held.record.pinned,
-                    is_marked=held.record.marked,
-                )
-                for digest, held in self._images.items()
-            ),
-            now_s=self._wall_s(),
-            keep_bytes=settings.keep_bytes,
-            keep_s=settings.keep_s,
-            since_s=-math.inf,
-        )
-        for digest, why in chosen:
-            names = ", ".join(sorted(self._images[digest].record.names)[:3])
-            log.info("image %s (%s) goes: %s", digest, names or "without a name", why.value)
-            self._drop(digest)
-        return [digest for digest, _ in chosen]
-
-    def _drop(self, digest: str) -> None:
-        held = self._images.pop(digest)
-        for name in held.record.names:
-            if self._names.get(name) == digest:
-                del self._names[name]
-        self._discard(self._shelf.path(held.record))
-        self._changed()
-
     def _discard(self, path: Path) -> None:
-        try:
-            self._shelf.discard(path)
-        except OSError as e:
-            log.warning("%s cannot be put away: %s", path, e.strerror)
+        self._catalogue.discard(path)
         self._wanted.set()
 
     async def _sweep(self) -> None:
@@ -597,7 +428,7 @@ class ImageStore:
         while True:
             self._wanted.clear()
             if self._settled:
-                self.evict()
+                self._catalogue.evict(self._settings.keep_bytes, self._settings.keep_s)
             for path in [p for p in await asyncio.to_thread(lambda: [*self._shelf.discarded()]) if p not in stuck]:
                 try:
                     gone = await errands.remove(path)
