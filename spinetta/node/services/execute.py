@@ -19,7 +19,7 @@ from spinetta.node.port import NodePort
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.errors import busy
-from spinetta.node.services.holder import Found, find
+from spinetta.node.services.holder import Found, check_passed_on, find
 from spinetta.node.services.peers import FORWARDED, Peers
 from spinetta.rights import Call, CallerKind
 from spinetta.runtime.execs import Command, Ended, NotRunning, Output, Size, open_command
@@ -48,6 +48,7 @@ class Execute:
             Busy: too many run.
             RuntimeUnavailable: the shim does not answer, or has died.
         """
+        check_passed_on(asked, local_only=True)  # before anything is read
         start = await _first(requests)
         if self._open >= limits.EXECS_MAX:
             raise busy("commands beside tasks", limits.EXECS_MAX)

@@ -25,6 +25,16 @@ class Found:
     peer: NodeRecord | None
 
 
+def check_passed_on(asked: Asked, *, local_only: bool) -> None:
+    """A node asks for nothing of its own accord.
+
+    Raises:
+        Denied: it does, or wants it passed on further.
+    """
+    if asked.caller.kind is CallerKind.NODE and not (asked.is_forwarded and local_only):
+        raise Denied(f"{asked.caller.title} may only pass on what a person has asked for")
+
+
 async def find(
     port: NodePort, peers: Peers, asked: Asked, task: str, *, attempt: int = 0, local_only: bool = False
 ) -> Found:
@@ -36,9 +46,7 @@ async def find(
         NotFound: no such task or attempt.
         UserError: it has not begun (``not-started``), or its node is not alive (``node-unreachable``).
     """
-    by_node = asked.caller.kind is CallerKind.NODE
-    if by_node and not (asked.is_forwarded and local_only):
-        raise Denied(f"{asked.caller.title} may only pass on what a person has asked for")
+    check_passed_on(asked, local_only=local_only)
     is_worker = port.credentials is not None and port.credentials.role is NodeRole.WORKER
     if is_worker and not validate.is_task_id(task):
         raise ask_a_voter(port)  # which can look for what a fragment means
