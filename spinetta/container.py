@@ -20,6 +20,7 @@ from spinetta.errors import UserError
 PROCESS, CONTAINER = "process", "container"
 NETWORKS = ("none", "host", "bridge")
 MOUNTS_MAX = 64  # each is a mount at every start
+MOUNT_BYTES_MAX = 8 << 10  # of all their paths: they are in the queue hint, which every hungry node reads, page by page
 CAPABILITIES_MAX = 41  # as many as the kernel knows
 IMAGE_CHARS_MAX = 1024  # it is in the queue hint, which every hungry node reads
 PATH_CHARS_MAX = 4096  # the kernel's own limit
@@ -173,6 +174,14 @@ def check_container(asked: ContainerSpec, field: str) -> None:
     if len(asked.mounts) > MOUNTS_MAX:
         raise UserError(
             f"{len(asked.mounts)} mounts", field=f"{field}.mounts", hint=f"at most {MOUNTS_MAX}", reason="too-large"
+        )
+    size = sum(len(m.source.encode(errors="replace")) + len(m.target.encode(errors="replace")) for m in asked.mounts)
+    if size > MOUNT_BYTES_MAX:
+        raise UserError(
+            f"the paths of all mounts have {size} bytes",
+            field=f"{field}.mounts",
+            hint=f"at most {MOUNT_BYTES_MAX}; mount a directory above them",
+            reason="too-large",
         )
     targets: set[str] = set()
     for i, mount in enumerate(asked.mounts):

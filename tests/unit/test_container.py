@@ -201,6 +201,7 @@ def test_good(asked: ContainerSpec) -> None:
         (replace(IMAGE, tmp_bytes=-1), "tmp_bytes", "-1 is out of range"),
         (replace(IMAGE, tmp_bytes=TMP_BYTES_MAX + 1), "tmp_bytes", "is out of range"),
         (mounted(*(f"/d{i}" for i in range(MOUNTS_MAX + 1))), "mounts", "65 mounts"),
+        (mounted(*(f"/{'x' * 2000}{i}:/y{i}" for i in range(5))), "mounts", "the paths of all mounts have 10025 bytes"),
         (mounted("/a:/x", "/b:/x"), "mounts[1].target", "two mounts at '/x'"),
         (mounted("/a:/proc"), "mounts", "would hide /proc"),
         (mounted("/a:/sys/fs/cgroup"), "mounts", "would hide /sys"),
@@ -269,6 +270,14 @@ def test_the_hint_says_all_that_matching_needs() -> None:
     made = codec.decode_hint(codec.encode_hint(QueueHint.of(spec(1, container=WHOLE))))
     assert made is not None
     assert (made.needs, made.image) == (needs(WHOLE), WHOLE.image)
+
+
+def test_no_hint_is_large() -> None:
+    """Every hungry node reads them, hundreds in one message."""
+    sources = tuple(Mount(f"/{i:03}" + "ä" * 30, f"/{i:03}") for i in range(MOUNTS_MAX))
+    most = ContainerSpec("/" + "x" * 1023, "host", True, "root", tuple(sorted(CAPABILITIES)), sources)
+    check_container(most, "")
+    assert len(codec.encode_hint(QueueHint.of(spec(1, container=most)))) < 12 << 10
 
 
 def test_records_are_read_in_normal_form() -> None:
