@@ -31,7 +31,7 @@ CALLERS = {
     WORKER: Caller(CallerKind.NODE, "w1", node_role=NodeRole.WORKER),
     SEAT: Caller(CallerKind.NODE, "v2", node_role=NodeRole.VOTER),
 }
-PASSED_ON = {Call.LOG, Call.EXEC, Call.COPY, Call.DRAIN, Call.LEAVE}  # by a node only with the mark that it passes something on
+PASSED_ON = {Call.LOG, Call.EXEC, Call.COPY, Call.DRAIN, Call.LEAVE}  # by a node only with the mark that it does so
 RIGHT: dict[str, Call] = {
     "Spinetta.Submit": Call.SUBMIT,
     "Spinetta.Cancel": Call.CANCEL,
