@@ -111,6 +111,10 @@ async def test_too_much_on_the_disk(state_dir: Path, isolate: bool) -> None:
         script = "n=0; while :; do n=$((n+1)); echo > f$n; done"
         ended = await ran(rt, shell("files.1", script, disk_bytes_max=MIB))
         assert ended.reason is Reason.DISK_LIMIT
+        # Removed, and still open: it takes room all the same.
+        script = "exec 7> gone; rm gone; while :; do head -c 1000000 /dev/zero >&7; done"
+        ended = await ran(rt, shell("removed.1", script, disk_bytes_max=8 * MIB))
+        assert ended.reason is Reason.DISK_LIMIT
         # As large as may be, a sparse file, links, and what lies elsewhere.
         script = "head -c 4000000 /dev/zero > f; ln f g; ln -s /usr h; truncate -s 1T i; sleep 1"
         ended = await ran(rt, shell("fits.1", script, disk_bytes_max=8 * MIB))

@@ -45,6 +45,9 @@ async def test_disk_logs_and_time(state_dir: Path, rootfs: Path, isolate: bool) 
         ended = await ran(rt, script(state_dir, rootfs, "work.1", fill, disk_bytes_max=8 * MIB))
         assert ended.reason is Reason.DISK_LIMIT
         assert "more than its disk limit of 8388608 bytes" in ended.message
+        removed = "exec 7> gone; busybox rm gone; while :; do busybox head -c 1000000 /dev/zero >&7; done"
+        ended = await ran(rt, script(state_dir, rootfs, "removed.1", removed, disk_bytes_max=8 * MIB))
+        assert ended.reason is Reason.DISK_LIMIT
         # What a writable root takes lies beside the scratch, and counts with it; /tmp is memory, and does not.
         aside = f"{FILL.format(6_000_000, '/tmp/f')}; {FILL.format(3_000_000, '/work/f')}; sleep 1.5; exit 0"
         ended = await ran(rt, script(state_dir, rootfs, "fits.1", aside, writable=True, disk_bytes_max=8 * MIB))

@@ -19,13 +19,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from . import sysapi
 from .attempt import Held
+from .cgroup import members
 from .logcap import cut
 from .loop import READ, WRITE, Loop, now_s
-from .usedspace import Scan
+from .usedspace import Scan, removed_bytes
 from .wire import BadMessage, Lines, Message, decode, encode
 
 SCANS_SHARE = 0.035  # of one core
@@ -49,6 +51,7 @@ class _Target:
     disk_bytes_max: int
     logs: list[str]
     log_bytes_max: int
+    group: str
     used_bytes: int = 0
     looked_s: float = 0.0
     wait_s: float = DISK_LOOK_MIN_S
@@ -123,7 +126,9 @@ class _Watch:
                 self._give_up()
             return
         at_s = time.monotonic()
-        target = _Target(message["folder"], message["disk_bytes_max"], message["logs"], message["log_bytes_max"])
+        target = _Target(
+            message["folder"], message["disk_bytes_max"], message["logs"], message["log_bytes_max"], message["group"]
+        )
         self._targets[key] = target
         target.looked_s = at_s
         if target.log_bytes_max:
@@ -151,12 +156,16 @@ class _Watch:
                 return
             self._scan, self._scanned, self._cost_s = Scan(self._targets[key].folder), key, 0.0
         began_s, until_s = time.thread_time(), time.monotonic() + TURN_S
-        more = True
+        more, used_bytes, target = True, 0, self._targets[self._scanned]
         while more and time.monotonic() < until_s:
             more = self._scan.step()
+        if not more:
+            used_bytes = self._scan.used_bytes
+            if target.group and self._scan.device:
+                used_bytes += removed_bytes(members(Path(target.group)), self._scan.device)
         self._cost_s += time.thread_time() - began_s
         if not more:
-            self._scanned_all(self._targets[self._scanned], self._scan.used_bytes)
+            self._scanned_all(target, used_bytes)
 
     def _scanned_all(self, target: _Target, used_bytes: int) -> None:
         at_s = time.monotonic()
@@ -236,6 +245,7 @@ class Watcher:
             "disk_bytes_max": disk_bytes_max,
             "logs": [held.stdout, held.stderr],
             "log_bytes_max": held.log_bytes_max,
+            "group": str(held.group.paths[0]) if held.group and held.group.paths else "",
         }
         self._watched[held.key] = message
         if self._sock is None:
