@@ -110,7 +110,7 @@ class Nodes:
             "version": "3.7",
             "services": services,
             # In memory: three etcds on one disk that others write to lose their majority now and then.
-            "volumes": {name: VOLUME for name in ("shared", *(f"data{i}" for i in range(1, NODES + 1)))},
+            "volumes": dict.fromkeys(("shared", *(f"data{i}" for i in range(1, NODES + 1))), VOLUME),
             "networks": {"cluster": {"driver": "bridge", "ipam": {"config": [{"subnet": f"{self.subnet}.0/24"}]}}},
         }
 
