@@ -74,6 +74,7 @@ missing_packages() {
     has tini-static || echo tini
     has skopeo || echo skopeo
     has umoci || echo umoci
+    has zstd || echo zstd # of images that are compressed with it
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates # skopeo asks registries for their certificates
     has bowtie2 || echo bowtie2
     [ -e /usr/share/doc/bowtie2/examples/reads/reads_1.fq.gz ] || echo bowtie2-examples
@@ -94,6 +95,7 @@ missing_packages() {
         has docker-registry || echo docker-registry
         has crun || echo crun
         has newuidmap || echo uidmap
+        has xz || echo xz-utils # root file systems of the tests
         [ -e /usr/share/gocode/src/github.com/opencontainers/runtime-spec/schema ] || echo golang-github-opencontainers-specs-dev
         # Not only `busybox`: one that needs libraries does not run in an image that has none.
         [ "$(dpkg-query --show --showformat='${db:Status-Status}' busybox-static 2>/dev/null)" = installed ] || echo busybox-static
