@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from . import child, proctable, secretfiles
 from .attempt import ExitDict, Held, Phase, make_exit, now_ms
 from .cgroup import Cgroups
+from .deadman import DeadMansSwitch
 from .disk import TO_TRASH, Layout, Writer
 from .ending import Ending
-from .loop import READ, Loop, Timer, now_s
+from .loop import READ, Loop, now_s
 from .spawn import Surroundings, drain_report, read_report, spawn
 from .starting import Containers
 from .watcher import Watcher
@@ -24,7 +25,6 @@ KILL_AGAIN_S = 0.2
 DISK_LIMIT = "disk-limit"
 DISK_OVER_MIN_BYTES = 64 << 20  # so much more than it may have, or a quarter, and it gets no time to tidy up
 UNFIT = "node-unfit"  # the node's fault, not the task's: it may run elsewhere
-NEVER = float("inf")
 
 
 class Refused(Exception):
@@ -40,6 +40,7 @@ class Keeper:
 
     Attributes:
         closing: nothing is started any more.
+        switch: kills what has had no renewal for too long.
         trash_waits: there is something to remove that takes time.
         on_end: called with each attempt or service that has ended.
     """
@@ -60,9 +61,6 @@ class Keeper:
         self._cgroups = cgroups
         self._around = around
         self._log = log
-        self._renewed_at_s: float | None = None
-        self._kill_margin_s = kill_margin_s
-        self._fence_timer = Timer(NEVER, self._fence)
         self._forgotten: OrderedDict[tuple[str, str, int], ExitDict] = OrderedDict()  # by `_name`
         self.attempts: dict[str, Held] = {}
         self.services: dict[str, Held] = {}
@@ -70,6 +68,7 @@ class Keeper:
         self.trash_waits = False
         self.on_end: Callable[[Held], None] = lambda _held: None
         self.ending = Ending(loop, writer, log, self._ended)
+        self.switch = DeadMansSwitch(loop, self.attempts, kill_margin_s, self._fence)
         self.containers = Containers(loop, around.containers, around.mark, log)
         self.containers.unreaped = self.ending.unreaped
         self.containers.on_pidfd = self.ending.on_pidfd
@@ -136,28 +135,10 @@ class Keeper:
             delay_s = held.stop_wait_s if wait_s is None else wait_s
             held.set_timer("kill", self._loop.call_in(delay_s, lambda: self._kill(held)))
 
-    def renew(self, renewed_at_s: float) -> None:
-        """A renewal that was sent at `renewed_at_s` has been committed. Never backwards, never in the future."""
-        at_s = min(renewed_at_s, now_s())
-        if self._renewed_at_s is None or at_s > self._renewed_at_s:
-            self._renewed_at_s = at_s
-            self._arm_fence()
-
-    def widen_margin(self, kill_margin_s: float) -> None:
-        """Kill earlier, if a client counts on a wider margin than the one before."""
-        if kill_margin_s > self._kill_margin_s:
-            self._kill_margin_s = kill_margin_s
-            self._arm_fence()
-
     @property
     def around(self) -> Surroundings:
         """What all children share."""
         return self._around
-
-    @property
-    def kill_margin_s(self) -> float:
-        """The margin in force."""
-        return self._kill_margin_s
 
     def forget(self, key: str, done: Callable[[str], None]) -> None:
         """Remove all but the logs of an ended attempt; `done` gets an empty text or what the disk said."""
@@ -221,8 +202,8 @@ class Keeper:
             self._not_started(held, UNFIT, f"this node cannot run containers: {problem}")
         elif held.secrets and not held.container and not self._around.place:
             self._not_started(held, UNFIT, f"this node cannot give secrets to tasks: {self._around.place.why}")
-        elif self._overdue(held):
-            self._not_started(held, "fenced", self._overdue_message(held))
+        elif self.switch.overdue(held):
+            self._not_started(held, "fenced", self.switch.message(held))
         else:
             held.started_ms = now_ms()
             self._writer.put(held.record_path, held.intent(), lambda error: self._intended(held, error))
@@ -233,9 +214,9 @@ class Keeper:
             self._not_started(held, UNFIT, f"cannot write the record of the attempt: {error}")
         elif held.stop_why:
             self._not_started(held, held.stop_why, "ended before it was started")
-        elif self._overdue(held):
+        elif self.switch.overdue(held):
             # Again: the disk may have taken its time.
-            self._not_started(held, "fenced", self._overdue_message(held))
+            self._not_started(held, "fenced", self.switch.message(held))
         else:
             self._spawn(held)
 
@@ -269,7 +250,7 @@ class Keeper:
         if held.walltime_s:
             due_s = now_s() + held.walltime_s
             held.set_timer("walltime", self._loop.call_at(due_s, lambda: self.stop(held, "walltime")))
-        self._arm_fence(held)
+        self.switch.arm(held)
         if not self._around.isolated and not held.container:
             self._note_pid(held)
         self.watcher.watch(held)
@@ -293,7 +274,7 @@ class Keeper:
 
     def _may_begin(self, held: Held) -> bool:
         """Whether a container that was made may be started: wanted and allowed, when it comes to it."""
-        if not held.stop_why and self._overdue(held):
+        if not held.stop_why and self.switch.overdue(held):
             held.stop_why = "fenced"
         return not held.stop_why
 
@@ -325,6 +306,11 @@ class Keeper:
         held.signalled = True
         self.ending.kill_all(held, thoroughly=again)
         held.set_timer("kill", self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(held, again=True)))
+
+    def _fence(self, held: Held) -> None:
+        if not self.ending.noticed(held):
+            held.stop_why = held.stop_why or "fenced"
+            self._kill(held)
 
     def _over_disk(self, key: str, used_bytes: int) -> None:
         """Its scratch holds more than it may: ended as others are, and at once if it goes on filling the disk."""
@@ -360,55 +346,6 @@ class Keeper:
             self.trash_waits = True
         elif error:
             self._log(f"cannot remove a scratch directory: {error}")
-
-    # The dead-man's switch ---------------------------------------------------------------------------------------
-
-    def _deadline_s(self, held: Held) -> float:
-        if held.service:
-            return NEVER
-        if self._renewed_at_s is None:
-            return float("-inf")
-        return self._renewed_at_s + held.grace_s - self._kill_margin_s
-
-    def _overdue(self, held: Held) -> bool:
-        return now_s() >= self._deadline_s(held)
-
-    def _overdue_message(self, held: Held) -> str:
-        if held.grace_s <= self._kill_margin_s:
-            return (
-                f"not started: its grace of {held.grace_s:g} s is not longer than the kill margin of "
-                f"{self._kill_margin_s:g} s"
-            )
-        if self._renewed_at_s is None:
-            return "not started: the node has not renewed its registration yet"
-        return "not started: the node's latest renewal is too old"
-
-    def _arm_fence(self, added: Held | None = None) -> None:
-        """Set the timer to the earliest deadline to come; of all attempts, or with one more."""
-        if added is not None:
-            due_s = min(self._deadline_s(added), self._fence_timer.due_s)
-            if due_s == self._fence_timer.due_s:
-                return
-        else:
-            due_s = min((self._deadline_s(held) for held in self.attempts.values() if held.alive), default=NEVER)
-        self._set_fence(due_s)
-
-    def _set_fence(self, due_s: float) -> None:
-        self._fence_timer.cancel()
-        self._fence_timer = self._loop.call_at(due_s, self._fence) if due_s < NEVER else Timer(NEVER, self._fence)
-
-    def _fence(self) -> None:
-        """Kill everything whose deadline has passed."""
-        due_s = NEVER
-        for held in list(self.attempts.values()):
-            if not held.alive:
-                continue
-            if not self._overdue(held):
-                due_s = min(due_s, self._deadline_s(held))
-            elif not self.ending.noticed(held):
-                held.stop_why = held.stop_why or "fenced"
-                self._kill(held)
-        self._set_fence(due_s)
 
 
 def _name(held: Held) -> tuple[str, str, int]:

@@ -161,7 +161,7 @@ class Server:
             # else take it for never made, have the task run elsewhere, and be wrong.
             if other is not connection:
                 other.hear_out()
-        self._keeper.widen_margin(number(message, "kill_margin_s", 0))
+        self._keeper.switch.widen_margin(number(message, "kill_margin_s", 0))
         connection.send(
             {
                 "id": message["id"],
@@ -169,7 +169,7 @@ class Server:
                 "version": min(theirs, PROTOCOL_VERSION),
                 "shim": self._identity.shim,
                 "node": self._identity.node,
-                "kill_margin_s": self._keeper.kill_margin_s,
+                "kill_margin_s": self._keeper.switch.kill_margin_s,
                 "capabilities": self._identity.capabilities,
                 "warnings": self._identity.warnings,
             }
@@ -204,7 +204,7 @@ class Server:
         connection.send({"id": message["id"], "ok": True})
 
     def _renew(self, connection: Connection, message: Message) -> None:
-        self._keeper.renew(number(message, "renewed_at_s"))
+        self._keeper.switch.renew(number(message, "renewed_at_s"))
         connection.send({"id": message["id"], "ok": True})
 
     def _forget(self, connection: Connection, message: Message) -> None:
