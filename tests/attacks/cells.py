@@ -186,10 +186,16 @@ class Yard:
             process.kill()
             process.communicate()
 
+    def program(self) -> list[str]:
+        """The command that runs `inside.run`; arguments follow."""
+        return [
+            *(PYTHON, "-I", "-B", "-c"),
+            "import sys; sys.path.insert(0, '/'); from tests.attacks.inside.run import main; main()",
+        ]
+
     def told(self, *names: str, arguments: dict[str, Any], **changes: Any) -> Any:
         """What `inside.run` tells of these."""
-        program = "import sys; sys.path.insert(0, '/'); from tests.attacks.inside.run import main; main()"
-        command = [PYTHON, "-I", "-B", "-c", program, json.dumps(arguments), *names]
+        command = [*self.program(), json.dumps(arguments), *names]
         ended = self.run(command, **changes)
         assert ended.code == 0, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
         return json.loads(ended.out)
