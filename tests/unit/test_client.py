@@ -98,6 +98,31 @@ class Stand(SpinettaServicer):
         async for item in self._many("Leave", request, context):
             yield item
 
+    async def Exec(self, request: Any, context: Any) -> Any:
+        async for item in self._many("Exec", request, context):
+            yield item
+
+    async def CopyOut(self, request: Any, context: Any) -> Any:
+        async for item in self._many("CopyOut", request, context):
+            yield item
+
+    async def PullImage(self, request: Any, context: Any) -> Any:
+        async for item in self._many("PullImage", request, context):
+            yield item
+
+    async def VerifyImage(self, request: Any, context: Any) -> Any:
+        async for item in self._many("VerifyImage", request, context):
+            yield item
+
+    async def ListImages(self, request: Any, context: Any) -> Any:
+        return await self._one("ListImages", request, context)
+
+    async def RemoveImage(self, request: Any, context: Any) -> Any:
+        return await self._one("RemoveImage", request, context)
+
+    async def PinImage(self, request: Any, context: Any) -> Any:
+        return await self._one("PinImage", request, context)
+
     async def ListArchived(self, request: Any, context: Any) -> Any:
         return await self._one("ListArchived", request, context)
 
