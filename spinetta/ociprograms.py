@@ -157,6 +157,29 @@ def own_range(ranges: Iterable[IdRange], user: str, uid: int, count: int = ID_CO
     return None
 
 
+def mapped(uid_map: str) -> tuple[IdRange, ...]:
+    """The ids that there are in a user namespace, by its /proc/self/uid_map, in order, neighbours as one.
+
+    Outside of all namespaces that is one range with nearly all numbers.
+    """
+    found: list[IdRange] = []
+    lines = (line.split() for line in uid_map.splitlines())
+    for inside, count in sorted((int(w[0]), int(w[2])) for w in lines if len(w) == 3 and all(x.isdecimal() for x in w)):
+        if found and found[-1].end == inside:
+            found[-1] = IdRange(found[-1].first, found[-1].count + count)
+        else:
+            found.append(IdRange(inside, count))
+    return tuple(found)
+
+
+def range_within(ranges: Iterable[IdRange], wanted: IdRange) -> IdRange | None:
+    """`wanted` if all of it is there; else the first ids that are, as many, without 0; None: they do not suffice."""
+    usable = [IdRange(max(r.first, 1), r.end - max(r.first, 1)) for r in ranges]
+    if any(r.first <= wanted.first and wanted.end <= r.end for r in usable):
+        return wanted
+    return next((IdRange(r.first, wanted.count) for r in usable if r.count >= wanted.count), None)
+
+
 def others_in(ranges: Iterable[IdRange], ours: IdRange, owners: Iterable[str]) -> tuple[IdRange, ...]:
     """Ranges of others than `owners` that share ids with ours: their containers and ours would be the same users."""
     own = frozenset(owners)

@@ -237,6 +237,13 @@ def _ids(first_id: int, *, root: bool) -> tuple[IdRange | None, IdRange | None]:
         return both, both
     user = user_name()
     uid = os.geteuid()
+    if root:
+        maps = [ociprograms.mapped(read_text(f"/proc/self/{kind}_map")) for kind in ("uid", "gid")]
+        wanted = IdRange(DEFAULT_FIRST_ID, ID_COUNT)
+        if not all(ociprograms.range_within(m, wanted) == wanted for m in maps):
+            # In a user namespace there are the ids only that it was given, whatever /etc/subuid says.
+            uids, gids = (ociprograms.range_within(m, wanted) for m in maps)
+            return (uids, gids) if uids and gids else (None, None)
     found = [ociprograms.own_range(_subids(path), user, uid) for path in ("/etc/subuid", "/etc/subgid")]
     if root and (found[0] is None or found[1] is None or found[0].first != found[1].first):
         service = [ociprograms.own_range(_subids(path), "spinetta", -1) for path in ("/etc/subuid", "/etc/subgid")]
@@ -313,7 +320,7 @@ async def _trial(data_dir: Path, seen: Seen, programs: Sequence[Program]) -> dic
 
 def _modes(seen: Seen) -> list[str]:
     if not seen.rootless:
-        return ["root"]
+        return ["root"] if seen.uids and seen.gids else ["user"]
     return ["range", "user"] if seen.uids and seen.gids and seen.newuidmap else ["user"]
 
 

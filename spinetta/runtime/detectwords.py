@@ -71,7 +71,7 @@ def _runtime(seen: Seen, facts: Facts, ran: Facts, chosen: Program | None) -> li
             for why in ociprograms.program_warnings(chosen)
         ]  # fmt: skip
         found += [Finding("runtime", Level.NOTE, why) for why in seen.unusable]
-        return found
+        return [*found, *_node_without_root(seen)]
     if not seen.found:
         why = "; ".join(seen.unusable) or "there is neither runc nor crun"
         return [Finding("runtime", Level.WARNING, why, NO_CONTAINERS, "apt install runc (or crun)")]
@@ -79,6 +79,33 @@ def _runtime(seen: Seen, facts: Facts, ran: Facts, chosen: Program | None) -> li
     mend = "apt install runc" if not any(p.kind == ociprograms.RUNC for p in seen.found) else _mend_of(reasons, seen)
     text = "no container could be run: " + ("; ".join(reasons) or "it is not known why")
     return [Finding("runtime", Level.WARNING, text, NO_CONTAINERS, mend)]
+
+
+def _node_without_root(seen: Seen) -> list[Finding]:
+    """What a node needs beyond what a trial does: the shim finds and ends containers by their groups, as root."""
+    if not seen.groups.trial_path:
+        return [
+            Finding(
+                "runtime", Level.WARNING, "a node can make no control groups here, by which it would find containers",
+                NO_CONTAINERS, _cgroup_mend(seen),
+            )
+        ]  # fmt: skip
+    if not seen.rootless:
+        return []
+    return [
+        Finding(
+            "runtime", Level.WARNING, "a node runs containers as root only, if only of a user namespace", NO_CONTAINERS,
+            f"start it as root of one: {namespace_command(seen.uids, seen.gids)} spinetta node join",
+        )
+    ]  # fmt: skip
+
+
+def namespace_command(uids: IdRange | None, gids: IdRange | None) -> str:
+    """What makes a user root of a namespace, with its range of ids behind it if it has one."""
+    command = "unshare --user --mount --map-root-user"
+    if uids is None or gids is None:
+        return command
+    return f"{command} --map-users={uids.first},1,{uids.count} --map-groups={gids.first},1,{gids.count}"
 
 
 def problems_of(facts: Facts) -> list[str]:
@@ -246,7 +273,8 @@ def _cgroups(seen: Seen, ran: Facts) -> list[Finding]:
     text = f"{groups.mode}, {', '.join(groups.controllers) or 'no controllers for us'}"
     found = []
     if missing:
-        why = "; ".join(groups.problems[:3]) or "no cgroups are mounted"
+        unmounted = "no cgroups are mounted" if groups.mode == ociprograms.NONE else "there are no others to be had"
+        why = "; ".join(groups.problems[:3]) or unmounted
         found.append(
             Finding(
                 "cgroups", Level.WARNING, f"{text}: {why}",
@@ -271,9 +299,9 @@ def _cgroup_mend(seen: Seen) -> str:
     if seen.groups.mode == ociprograms.NONE:
         return "mount -t cgroup2 none /sys/fs/cgroup"
     if seen.groups.mode != ociprograms.V2:
-        return "run the node as root, or boot with systemd.unified_cgroup_hierarchy=1 and delegate (below)"
+        return "run the node as root; or boot with systemd.unified_cgroup_hierarchy=1 and put Delegate=yes into its unit"
     if seen.rootless:
         return (
             "systemd-run --user --scope -p Delegate=yes spinetta node join …, or Delegate=yes in the unit of the node"
         )
-    return "Delegate=yes in the systemd unit of the node; in a container: --privileged --cgroupns=private"
+    return "Delegate=yes in the systemd unit of the node; in a container of Docker: --privileged --cgroupns=private"

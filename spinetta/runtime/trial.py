@@ -223,13 +223,18 @@ def try_overlay(work: Path, mounted: str) -> dict[str, str]:
 # --- a container -------------------------------------------------------------------------------------------------
 
 
-def container_config(maps: list[list[int]], *, rootfs: str, user: int, group_path: str) -> Facts:
+def container_config(
+    maps: list[list[int]], *, rootfs: str, user: int, group_path: str, group_maps: list[list[int]] | None = None
+) -> Facts:
     """The smallest container there is: an init that runs itself and has nobody else around."""
-    ids = [{"containerID": inside, "hostID": outside, "size": count} for inside, outside, count in maps]
+    ids, group_ids = (
+        [{"containerID": inside, "hostID": outside, "size": count} for inside, outside, count in each]
+        for each in (maps, group_maps or maps)
+    )
     kinds = ["user", "pid", "mount", "ipc", "uts", "network"]
     if os.path.exists("/proc/self/ns/cgroup"):  # noqa: PTH110
         kinds.append("cgroup")
-    linux: Facts = {"namespaces": [{"type": kind} for kind in kinds], "uidMappings": ids, "gidMappings": ids}
+    linux: Facts = {"namespaces": [{"type": kind} for kind in kinds], "uidMappings": ids, "gidMappings": group_ids}
     if group_path:
         linux["cgroupsPath"] = group_path
     return {
@@ -272,9 +277,9 @@ def _try_program(want: Facts, mode: str, program: str) -> Facts:
     return found
 
 
-def _maps(want: Facts, mode: str) -> list[list[int]]:
+def _maps(want: Facts, mode: str, kind: str) -> list[list[int]]:
     if mode == "root":
-        return [[0, want["uids"], want["count"]]]
+        return [[0, want[kind], want["count"]]]
     return [[0, 1, want["count"]]] if mode == "range" else [[0, 0, 1]]
 
 
@@ -291,7 +296,8 @@ def _try_container(want: Facts, mode: str, program: str, init: str, group_path: 
         return f"{init}: {error.strerror}"
     copied.chmod(0o755)
     user = 0 if mode == "user" else 1000
-    config = container_config(_maps(want, mode), rootfs=str(rootfs), user=user, group_path=group_path)
+    uids, gids = (_maps(want, mode, kind) for kind in ("uids", "gids"))
+    config = container_config(uids, rootfs=str(rootfs), user=user, group_path=group_path, group_maps=gids)
     (bundle / "config.json").write_text(json.dumps(config))
     pid_file, said = bundle / "pid", bundle / "said"
     ours = [program, "--root", str(state)]

@@ -59,6 +59,7 @@ class Machine:
             "PYTHONPATH": ":".join(paths),
             "PYTHONDONTWRITEBYTECODE": "1",
             "TMPDIR": str(self.home / "tmp"),
+            "HOME": str(self.home),
         }
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:

@@ -89,6 +89,8 @@ def test_a_user_without_ids_of_its_own() -> None:
     refused = {"mode": "range", "refused": "newuidmap: write to uid_map failed: Operation not permitted"}
     found = bad(replace(has, newuidmap=True), {**FACTS, "tried": [refused, user]})["ids"]
     assert "Operation not permitted" in found.seen
+    found = bad(has, {**FACTS, "tried": [user]})["runtime"]
+    assert "--map-users=1000000,1,65536 --map-groups=1000000,1,65536 spinetta node join" in found.mend
     support = support_of(seen, {**FACTS, "tried": [user]}, (RUNC,))
     assert (support.ids, support.first_uid, support.rootless) == ("user", 0, True)
 
@@ -111,6 +113,7 @@ def test_overlays_that_cannot_be_had() -> None:
 
 def test_limits_that_are_not_to_be_had() -> None:
     none = Groups(NONE, (), (), "x", "")
+    assert "can make no control groups" in bad(replace(SEEN, groups=none))["runtime"].seen
     found = bad(replace(SEEN, groups=none))["cgroups"]
     assert "limits of cpu, memory, pids are not enforced" in found.weakens
     assert found.mend == "mount -t cgroup2 none /sys/fs/cgroup"

@@ -117,6 +117,20 @@ def test_ranges_of_others_within_ours() -> None:
     assert ociprograms.others_in(ranges, IdRange(1_000_000, 65536), ["root"]) == ()
 
 
+def test_ids_in_a_user_namespace() -> None:
+    everything = ociprograms.mapped("         0          0 4294967295\n")
+    wanted = IdRange(1_000_000, ID_COUNT)
+    assert ociprograms.range_within(everything, wanted) == wanted
+    nested = ociprograms.mapped("         0      64123          1\n         1    2000000      65536\n")
+    assert nested == (IdRange(0, 65537),)
+    assert ociprograms.range_within(nested, wanted) == IdRange(1, ID_COUNT)
+    assert ociprograms.range_within(ociprograms.mapped("0 100000 65536"), wanted) is None, "0 is taken by root"
+    assert ociprograms.range_within(ociprograms.mapped("0 1000 1"), wanted) is None
+    assert ociprograms.mapped("not a map\n") == ()
+    apart = ociprograms.mapped("0 1000 1\n200000 300000 70000\n")
+    assert ociprograms.range_within(apart, wanted) == IdRange(200_000, ID_COUNT)
+
+
 RANGES = st.lists(st.builds(IdRange, st.integers(0, 3_000_000), st.integers(1, 200_000)), max_size=12)
 
 
