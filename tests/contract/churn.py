@@ -90,8 +90,7 @@ async def churn(
         after = count(state_dir, rt.shim_pid())
         await rt.shutdown_shim()
     name = remains.name_of(state_dir, "n1")
-    assert groups_of(name) == []
-    assert traces(state_dir) == []
+    await until(lambda: not groups_of(name) and not traces(state_dir))
     return before, after
 
 

@@ -19,12 +19,12 @@ async def story(state_dir: Path, rootfs: Path) -> None:
         ended = await ran(rt, script(state_dir, rootfs, "a.1", "cat /proc/self/cgroup; exit 3"))
         assert (ended.reason, ended.exit_code) == (Reason.EXIT, 3), ended
         assert "0::/\n" in rt.log_path("a.1", "stdout").read_text()
-        assert traces(state_dir, "a.1") == []
+        await until(lambda: not traces(state_dir, "a.1"))
         _say("runs")
         assert await rt.start(script(state_dir, rootfs, "a.2", "trap '' TERM; sleep 1000", stop_wait_s=0.2)) is None
         await rt.stop("a.2", Reason.CANCELLED)
         assert (await end_of(rt, "a.2")).reason is Reason.CANCELLED
-        assert traces(state_dir, "a.2") == []
+        await until(lambda: not traces(state_dir, "a.2"))
         _say("stops")
         marker = f": {state_dir}"
         assert await rt.start(script(state_dir, rootfs, "a.3", f"sleep 1000; {marker}")) is None
@@ -32,7 +32,7 @@ async def story(state_dir: Path, rootfs: Path) -> None:
         await until(lambda: not living(marker))
         _say("dies")
     async with runtime(state_dir):
-        assert traces(state_dir, "a.3") == []
+        await until(lambda: not traces(state_dir, "a.3"))
         _say("clean")
 
 

@@ -102,9 +102,11 @@ class Containers:
         if made is None:
             return
         _close_fifo(held, self._loop)
-        if self.place.remove_groups(held.key) and self.place.remove_state(held.key):
+        # Both, whatever becomes of the first: a group may need a moment longer, until a dying process has let go of it.
+        groups, state = self.place.remove_groups(held.key), self.place.remove_state(held.key)
+        if groups and state:
             return
-        if tries == 0:
+        if not state and tries == 0:
             self._help(held, ["delete", "--force", held.key], lambda _code: self.clear(held, 1))
         elif tries < CLEAN_TRIES_MAX:
             self._loop.call_in(CLEAN_AGAIN_S, lambda: self.clear(held, tries + 1))
