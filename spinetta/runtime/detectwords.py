@@ -299,7 +299,9 @@ def _cgroup_mend(seen: Seen) -> str:
     if seen.groups.mode == ociprograms.NONE:
         return "mount -t cgroup2 none /sys/fs/cgroup"
     if seen.groups.mode != ociprograms.V2:
-        return "run the node as root; or boot with systemd.unified_cgroup_hierarchy=1 and put Delegate=yes into its unit"
+        return (
+            "run the node as root; or boot with systemd.unified_cgroup_hierarchy=1 and put Delegate=yes into its unit"
+        )
     if seen.rootless:
         return (
             "systemd-run --user --scope -p Delegate=yes spinetta node join …, or Delegate=yes in the unit of the node"
