@@ -25,7 +25,8 @@ CAPABILITIES_MAX = 41  # as many as the kernel knows
 IMAGE_CHARS_MAX = 1024  # it is in the queue hint, which every hungry node reads
 PATH_CHARS_MAX = 4096  # the kernel's own limit
 KEEP_SCRATCH_MAX_S = 30 * 86400.0  # a month: it is the node's disk
-ALLOWS_MAX = 128  # they travel with every heartbeat of the node's record
+ALLOWS_MAX = 128  # they travel with every heartbeat of the node's record, …
+ALLOWS_BYTES_MAX = 8 << 10  # … which has 32 KiB at most, with its images
 TMP_BYTES_MAX = 1 << 50
 # fmt: off
 CAPABILITIES = frozenset(

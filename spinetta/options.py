@@ -109,8 +109,12 @@ def _runtimes(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _allow(value: Any, where: str) -> tuple[str, ...]:
-    words = _items(value, where, container.ALLOWS_MAX)
-    return tuple(sorted({container.check_allowance(word, where) for word in words}))
+    words = sorted({container.check_allowance(word, where) for word in _items(value, where, container.ALLOWS_MAX)})
+    size = sum(len(word.encode(errors="replace")) for word in words)
+    if size > container.ALLOWS_BYTES_MAX:
+        hint = f"at most {container.ALLOWS_BYTES_MAX}; allow a directory above"
+        raise UserError(f"{size} bytes of allowances", field=where, hint=hint, reason="too-large")
+    return tuple(words)
 
 
 def _container_program(value: Any, where: str) -> str:
@@ -348,9 +352,7 @@ NODE_OPTIONS: tuple[Option, ...] = (
         "tmp_size", "tmp_bytes", _size(TMP_BYTES_MIN, container.TMP_BYTES_MAX), "Size of /tmp in a container.", "SIZE"
     ),
     Option("image_keep", "image_keep_bytes", units.parse_bytes, "What images may take here (0: any).", "SIZE"),
-    Option(
-        "image_keep_time", "image_keep_s", units.parse_duration, "How long unused images stay (0: ever).", "TIME"
-    ),
+    Option("image_keep_time", "image_keep_s", units.parse_duration, "How long unused images stay (0: ever).", "TIME"),
     Option("image_unpacks", "image_unpacks", _whole(1, UNPACKS_MAX), "Images unpacked at once.", "N"),
     Option("registries_conf", "registries_conf", _path, "The site's registries.conf, for bare names.", "PATH"),
     Option("etcd_client_port", "etcd_client_port", _PORT, "etcd's port for clients (0: any free one).", "PORT"),

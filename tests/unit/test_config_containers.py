@@ -91,6 +91,7 @@ def test_ids(first: int) -> None:
         ({"allow": "mount:/"}, "not a plain absolute path: '/'"),
         ({"allow": "mount-rw:"}, "not a plain absolute path: ''"),
         ({"allow": ",".join(f"mount:/d{i}" for i in range(ALLOWS_MAX + 1))}, f"{ALLOWS_MAX + 1} items, at most"),
+        ({"allow": ",".join(f"mount:/{'x' * 1000}{i}" for i in range(9))}, "9072 bytes of allowances"),
         ({"container_program": "docker"}, "no program for containers: 'docker'"),
         ({"container_program": ""}, "no program for containers: ''"),
         ({"container_ids": "1000"}, "1000 is among the ids that the machine's own users have"),
