@@ -117,8 +117,8 @@ def list_nodes(as_json: bool, node: str | None, timeout: str | None, config_file
 
     ROLE: a voter runs an etcd member, a worker does not; * holds the office of the leader. AGE is the time since the
     node started, SEEN since its last heartbeat was noticed. Resources are free/total. CLEARANCE is shown when a node
-    is cleared for a label; IMAGES when one runs containers: digests that it has, + those on their way, - where none run. A
-    draining node shows how many tasks it still has; of a lost one no more is known than its name.
+    is cleared for a label; IMAGES when one runs containers: digests that it has, + those on their way, - where none
+    run. A draining node shows how many tasks it still has; of a lost one no more is known than its name.
 
     \b
     Examples:
