@@ -5,7 +5,8 @@ uts, cgroup and network namespaces of their own without a network, no capabiliti
 read-only root, a small init as process 1 (ours and bare runc's).
 
 - ``runc run``: the program alone, with a bundle that lies ready. What it takes is the kernel's and runc's.
-- ``shim``: ours, through the shim's protocol: records, log files, a scratch directory, deadline, counters, clean-up.
+- ``ours``: through the runtime, as the daemon runs tasks: the image looked up and held, the configuration made, and
+- ``shim``: of that the shim's part alone: records, log files, a scratch directory, deadline, counters, clean-up.
 - ``process``: a plain process through the same, for comparison.
 - ``docker run --rm``: with an engine of our own, client and all.
 
@@ -35,9 +36,13 @@ from typing import Any, Protocol
 import psutil
 
 from bench.common import ROOT, machine, median, quantile, report
-from spinetta import ociconfig, ocirequest
+from spinetta import imageref, ociconfig, ocirequest
+from spinetta.config import Settings
+from spinetta.container import ContainerSpec
+from spinetta.model import Exit
+from spinetta.node.containers import open_containers
 from spinetta.runtime.process import ProcessRuntime
-from spinetta.runtime.protocol import ContainerLaunch, Exited, Launch
+from spinetta.runtime.protocol import ContainerLaunch, Exited, Launch, Runtime
 from tests.cluster.dockerd import Docker, NoDocker, engine
 
 MEMORY_BYTES, CPU_MILLIS, PIDS = 256 << 20, 1000, 64
@@ -182,30 +187,38 @@ class DockerRun:
         self._docker("image", "rm", "--force", self._tag)
 
 
-class Shim:
-    """Ours. One client of the shim for all workers, as a daemon is."""
+class Ours:
+    """One runtime for all workers, as a daemon has. Its tasks are processes, unless something contains them."""
 
-    def __init__(self, runtime: ProcessRuntime, state: Path, image: Image | None) -> None:
-        self.name = "shim" if image else "process"
+    def __init__(self, name: str, runtime: Runtime) -> None:
+        self.name = name
         self._runtime = runtime
-        self._state = state
-        self._image = image
-        self._runc = runc_program()
         self._count = 0
 
+    def launch(self, key: str, command: Sequence[str]) -> Launch:
+        """What is asked for, with the limits that all have."""
+        return Launch(
+            key=key,
+            argv=tuple(command),
+            env={},
+            working_directory="",
+            cpu_millis=CPU_MILLIS,
+            memory_bytes=MEMORY_BYTES,
+            pids_max=PIDS,
+            walltime_s=0.0,
+            grace_s=600.0,
+            token=1,
+            incarnation="bench",
+        )
+
     async def run(self, worker: int, command: Sequence[str]) -> str:  # noqa: ARG002 - all workers are alike
-        """Start, wait for the end, read the log, forget."""
+        """Prepare, start, wait for the end, read the log, forget."""
         self._count += 1
         key = f"{self.name}.{self._count}"
-        contained = None
-        if self._image is not None:
-            scratch = self._state / "scratch" / key
-            owner = (FIRST_ID + UID, FIRST_ID + UID)
-            made = config(command, scratch)
-            contained = ContainerLaunch(self._runc, made, (str(self._image.rootfs),), False, owner)
         events = self._runtime.events()
         async with asyncio.timeout(LIMIT_S):
-            ended = await self._runtime.start(attempt(key, command, contained))
+            prepared = await self._runtime.prepare(self.launch(key, command))
+            ended = prepared if isinstance(prepared, Exit) else await self._runtime.start(prepared)
             if ended is None:
                 async for event in events:
                     if isinstance(event, Exited) and event.key == key:
@@ -219,22 +232,31 @@ class Shim:
         return said
 
 
-def attempt(key: str, command: Sequence[str], contained: ContainerLaunch | None) -> Launch:
-    """With the limits that all have."""
-    return Launch(
-        key=key,
-        argv=tuple(command),
-        env={},
-        working_directory="",
-        cpu_millis=CPU_MILLIS,
-        memory_bytes=MEMORY_BYTES,
-        pids_max=PIDS,
-        walltime_s=0.0,
-        grace_s=600.0,
-        token=1,
-        incarnation="bench",
-        container=contained,
-    )
+class Contained(Ours):
+    """In containers of an image that the node has, by the name that it has there."""
+
+    IMAGE = "bench"
+
+    def launch(self, key: str, command: Sequence[str]) -> Launch:
+        """With the image's name."""
+        return dataclasses.replace(super().launch(key, command), wants=ContainerSpec(self.IMAGE))
+
+
+class Shim(Ours):
+    """The shim's part: it is told the whole configuration."""
+
+    def __init__(self, name: str, runtime: Runtime, state: Path, image: Image) -> None:
+        super().__init__(name, runtime)
+        self._state = state
+        self._image = image
+        self._runc = runc_program()
+
+    def launch(self, key: str, command: Sequence[str]) -> Launch:
+        """With a configuration made here."""
+        made = config(command, self._state / "scratch" / key)
+        owner = (FIRST_ID + UID, FIRST_ID + UID)
+        contained = ContainerLaunch(self._runc, made, (str(self._image.rootfs),), False, owner)
+        return dataclasses.replace(super().launch(key, command), container=contained)
 
 
 @dataclasses.dataclass
@@ -291,7 +313,7 @@ async def ways(folder: Path, wanted: Sequence[str], most: int) -> AsyncIterator[
     """All of them, and the CPU time of the shim and its helpers so far."""
     image = unpack(folder)
     found: list[Way] = []
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         if "runc" in wanted:
             bare = BareRunc(folder, image)
             stack.callback(bare.close)
@@ -307,25 +329,34 @@ async def ways(folder: Path, wanted: Sequence[str], most: int) -> AsyncIterator[
             run = DockerRun(docker, image)
             stack.callback(run.close)
             found.append(run)
-        if not {"shim", "process"} & set(wanted):
+        if not {"ours", "shim", "process"} & set(wanted):
             yield found, lambda: 0.0
             return
-        state = folder / "shim"
-        async with ProcessRuntime.connect(state, node="bench", kill_margin_s=1.0) as runtime:
-            await runtime.renew(time.clock_gettime(time.CLOCK_BOOTTIME))
-            if "shim" in wanted:
-                found.append(Shim(runtime, state, image))
-            if "process" in wanted:
-                found.append(Shim(runtime, state, None))
-            shim = runtime.shim_pid()
+        node = folder / "node"
+        runtime = await stack.enter_async_context(
+            ProcessRuntime.connect(node / "shim", node="bench", kill_margin_s=1.0)
+        )
+        stack.push_async_callback(runtime.shutdown_shim)
+        await runtime.renew(time.clock_gettime(time.CLOCK_BOOTTIME))
+        if "ours" in wanted:
+            settings = Settings(
+                "bench", "127.0.0.1:0", str(node), container_ids=FIRST_ID, container_program=runc_program()
+            )
+            here = await stack.enter_async_context(open_containers(settings, node, runtime))
+            if here.images is None:
+                raise SystemExit(f"no containers here: {here.warnings}")
+            await here.images.pull(imageref.parse(str(image.tar)), name=str(imageref.parse_name(Contained.IMAGE)))
+            found.append(Contained("ours", here.runtime))
+        if "shim" in wanted:
+            found.append(Shim("shim", runtime, node / "shim", image))
+        if "process" in wanted:
+            found.append(Ours("process", runtime))
+        shim = runtime.shim_pid()
 
-            def cpu_s() -> float:
-                return sum(t.user + t.system for t in (p.cpu_times() for p in shim_and_helpers(shim)))
+        def cpu_s() -> float:
+            return sum(t.user + t.system for t in (p.cpu_times() for p in shim_and_helpers(shim)))
 
-            try:
-                yield found, cpu_s
-            finally:
-                await runtime.shutdown_shim()
+        yield found, cpu_s
 
 
 async def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -367,7 +398,7 @@ def row(numbers: dict[tuple[int, str], Numbers], at_once: int, name: str) -> dic
         columns["time x runc"] = median([b / a for a, b in zip(mine.rates, runc.rates, strict=True)])
     if (docker := numbers.get((at_once, "docker run"))) is not None:
         columns["rate x docker"] = median([a / b for a, b in zip(mine.rates, docker.rates, strict=True)])
-    if name in ("shim", "process"):
+    if name in ("ours", "shim", "process"):
         columns["shim CPU ms"] = median(mine.shim_cpu_s) * 1e3
     return columns
 
@@ -379,8 +410,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="how often (3)")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4], help="workers (1 2 4)")
     parser.add_argument(
-        "--ways", nargs="+", choices=("runc", "shim", "process", "docker"), help="which of them (all)",
-        default=["runc", "shim", "process", "docker"],
+        "--ways", nargs="+", choices=("runc", "ours", "shim", "process", "docker"), help="which of them (all)",
+        default=["runc", "ours", "shim", "process", "docker"],
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the numbers as JSON")
     args = parser.parse_args()
