@@ -63,6 +63,11 @@ def resident_bytes(pid: int) -> int:
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
+def on_a_disk(path: Path) -> bool:
+    """Else it is in memory, or in a layer of a container."""
+    return os.major(path.stat().st_dev) != 0
+
+
 @asynchronous
 async def test_too_many_processes(state_dir: Path, isolate: bool) -> None:
     async with runtime(state_dir, isolate=isolate) as rt:
@@ -103,7 +108,8 @@ async def test_too_much_on_the_disk(state_dir: Path, isolate: bool) -> None:
     async with runtime(state_dir, isolate=isolate) as rt:
         script = "mkdir -p a/b; while :; do head -c 1000000 /dev/zero >> a/b/file; done"
         ended = await ran(rt, shell("disk.1", script, disk_bytes_max=8 * MIB))
-        assert (ended.reason, ended.signal) == (Reason.DISK_LIMIT, 15)
+        assert ended.reason is Reason.DISK_LIMIT
+        assert ended.signal in (15, 9)  # on a busy machine it may be far beyond before it is looked at
         assert ended.message.startswith("its scratch directory held ")
         assert ended.message.endswith("bytes, more than its disk limit of 8388608 bytes")
         assert int(ended.message.split()[4]) > 8 * MIB
@@ -140,10 +146,9 @@ async def test_one_that_goes_on_filling_the_disk_gets_no_time(state_dir: Path) -
 @asynchronous
 async def test_other_file_systems_in_the_scratch_are_not_counted(state_dir: Path) -> None:
     async with runtime(state_dir) as rt:
-        script = "mkdir m && mount -t tmpfs none m && head -c 20000000 /dev/zero > m/f && sleep 1.5; umount m"
-        ended = await ran(
-            rt, shell("mount.1", f"unshare -m sh -c '{script}' && exit 0; exit 7", disk_bytes_max=4 * MIB)
-        )
+        # In the shim's own mount namespace, where its watcher sees it and the machine does not.
+        script = "mkdir m && mount -t tmpfs none m || exit 7; head -c 20000000 /dev/zero > m/f; sleep 1.5; umount m"
+        ended = await ran(rt, shell("mount.1", script, disk_bytes_max=4 * MIB))
         if ended.exit_code == 7:
             pytest.skip("no mounting here")
         assert (ended.reason, ended.exit_code) == (Reason.EXIT, 0)
@@ -257,7 +262,7 @@ async def test_what_was_used_is_measured(state_dir: Path) -> None:
     async with runtime(state_dir) as rt:
         ended = await ran(rt, shell("io.1", write + read))
         assert ended.exit_code == 0
-        if not str(state_dir).startswith("/dev/shm"):
+        if on_a_disk(state_dir):
             assert ended.usage.io_write_bytes >= 8 * MIB
             assert ended.usage.io_read_bytes >= 8 * MIB
         assert ended.usage.pids_peak >= 2

@@ -39,8 +39,8 @@ async def test_memory_and_processes(state_dir: Path, rootfs: Path, isolate: bool
 
 
 @asynchronous
-async def test_disk_logs_and_time(state_dir: Path, rootfs: Path, isolate: bool) -> None:
-    async with runtime(state_dir, isolate=isolate) as rt:
+async def test_disk_logs_and_time(state_dir: Path, rootfs: Path) -> None:
+    async with runtime(state_dir) as rt:
         fill = f"while :; do {FILL.format(1_000_000, '/work/f')}; done"
         ended = await ran(rt, script(state_dir, rootfs, "work.1", fill, disk_bytes_max=8 * MIB))
         assert ended.reason is Reason.DISK_LIMIT

@@ -17,6 +17,9 @@ from spinetta.node.services import limits
 from spinetta.runtime.shim import logcap
 
 T = TypeVar("T")
+CUT_BEHIND_BYTES_MAX = (
+    16 << 20
+)  # written behind the mark of a cut log before it is cut again, a tenth of a second later
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
         size = _size(fd)
         position = max(size - span.tail_bytes, 0) if span.tail_bytes else span.offset
         while position > size:
-            if (last := _cut_end(fd, size)) is not None:
+            if (last := await _in_thread(partial(_cut_end, fd, size))) is not None:
                 yield last
                 await _over(progress)
                 return
@@ -98,7 +101,7 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
             want = validate.LOG_CHUNK_BYTES if left is None else min(left, validate.LOG_CHUNK_BYTES)
             data, size = await _in_thread(partial(_read, fd, position, want, name))
             if size < position:
-                if (last := _cut_end(fd, size)) is not None:
+                if (last := await _in_thread(partial(_cut_end, fd, size))) is not None:
                     yield last
                     await _over(progress)
                     return
@@ -179,13 +182,13 @@ def _read(fd: int, position: int, want: int, name: Callable[[], str]) -> tuple[b
 
 
 def _cut_end(fd: int, size: int) -> Part | None:
-    """The line that says that a log is cut, if it ends with one."""
-    offset = max(size - logcap.MARKER_BYTES_MAX, 0)
-    data = os.pread(fd, size - offset, offset)
-    begin = data.rfind(logcap.MARKER_BEGINS)
-    if begin < 0 or logcap.end_of_cut(data, offset) != len(data):
+    """The line that says that a log is cut, if that is so: what was written behind it since is about to go."""
+    begin = max(size - CUT_BEHIND_BYTES_MAX, 0)
+    data = os.pread(fd, size - begin, begin)
+    if (end := logcap.end_of_cut(data, begin)) < 0:
         return None
-    return Part(offset + begin, data[begin:])
+    at = data.rfind(logcap.MARKER_BEGINS, 0, end)
+    return Part(begin + at, data[at:end])
 
 
 async def _over(progress: Progress | None) -> None:
