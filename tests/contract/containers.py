@@ -120,7 +120,7 @@ def script(state_dir: Path, rootfs: Path, key: str, text: str, **changes: Any) -
 def traces(state_dir: Path, key: str = "") -> list[str]:
     """What is left of containers on this machine: groups (of `key` or of all), mounts, and what the runtime knows."""
     name = remains.name_of(state_dir, "n1")
-    left = [str(path) for path in groups_of(key or name)]
+    left = [str(path) for path in groups_of(key or name) if name in path.parts]
     left += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(state_dir) in line]
     for folder in ("bundle", "runc"):
         if (state_dir / folder).is_dir():

@@ -110,8 +110,13 @@ class Group:
         if limits.cpu_millis:
             self._share_cpu(limits.cpu_millis)
             self._limit_cpu(limits.cpu_millis)
-        if limits.pids_max and (pids := self._for("pids")):
-            write_text(pids / "pids.max", str(limits.pids_max))
+        if limits.pids_max:
+            self.limit_pids(limits.pids_max)
+
+    def limit_pids(self, pids_max: int) -> None:
+        """So many processes and threads from now on; those that there are already live on. OSError names the file."""
+        if pids := self._for("pids"):
+            write_text(pids / "pids.max", str(pids_max))
 
     def join_files(self) -> list[str]:
         """A process that writes ``0`` to each of these is in the groups."""

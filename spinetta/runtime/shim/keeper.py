@@ -7,6 +7,7 @@ import os
 import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from . import child, proctable, secretfiles
 from .attempt import ExitDict, Held, Phase, make_exit, now_ms
@@ -228,7 +229,10 @@ class Keeper:
     def _spawn(self, held: Held) -> None:
         try:
             name = f"service@{held.key}" if held.service else held.key
-            held.group = self._cgroups.create(name, held.limits)
+            # With version 2 alone the runtime is in the group itself: it is not to fail for the task's limit.
+            later = held.container is not None and self.containers.place.pure_v2 is not None
+            limits = replace(held.limits, pids_max=0) if later else held.limits
+            held.group = self._cgroups.create(name, limits)
         except OSError as error:
             self._not_started(held, UNFIT, f"cannot set the limits: {error}")
             return

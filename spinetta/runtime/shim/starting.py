@@ -155,6 +155,12 @@ class Containers:
         if not self.may_start(held):
             self.kill(held)
             return
+        if self.place.pure_v2 and held.group and held.limits.pids_max:
+            try:
+                held.group.limit_pids(held.limits.pids_max)
+            except OSError as error:
+                self._give_up(held, f"cannot set the limits: {error}")
+                return
         try:
             path = f"{self.place.state}/{held.key}/exec.fifo"
             made.fifo_fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
