@@ -318,7 +318,7 @@ async def test_a_watcher_goes_with_its_shim(state_dir: Path, isolate: bool) -> N
 @asynchronous
 async def test_looking_costs_a_small_share_of_one_core(state_dir: Path) -> None:
     """A tree so large that a look takes a while: the next one waits the longer."""
-    files = "import os\nfor d in range(40):\n  os.mkdir(str(d))\n  for n in range(250): os.mknod(f'{d}/{n}')\n"
+    files = "import os\nfor d in range(20):\n  os.mkdir(str(d))\n  for n in range(250): os.mknod(f'{d}/{n}')\n"
     files += "open('ready', 'w')"
     marker = "spinetta-test-tree"
     async with runtime(state_dir) as rt:
