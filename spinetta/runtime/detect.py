@@ -103,6 +103,9 @@ async def container_support(data_dir: Path, *, program: str = "auto", first_id: 
     tried_programs, refusals = ociprograms.candidates(program, found, groups.mode)
     inits = [path for name in INITS if (path := find_program(name))]
     uids, gids = _ids(first_id, root=root)
+    if root and not (uids and gids):
+        # Its root would be root of the container. That is refused when one is configured, so it is not tried either.
+        tried_programs = []
     seen = Seen(
         wanted=program,
         data_dir=str(data_dir),

@@ -13,6 +13,8 @@ from spinetta.runtime.groups import Groups
 
 NO_CONTAINERS = "tasks that name an image are not taken here"
 Facts = Mapping[str, Any]
+_NO_IDS = f"this user namespace has no {ID_COUNT} ids for containers behind that of its root"
+_NO_IDS_MEND = "start it with more: unshare --map-users=FIRST,1,65536, with FIRST from /etc/subuid; see docs/doctor.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def _runtime(seen: Seen, facts: Facts, ran: Facts, chosen: Program | None) -> li
     if not seen.found:
         why = "; ".join(seen.unusable) or "there is neither runc nor crun"
         return [Finding("runtime", Level.WARNING, why, NO_CONTAINERS, "apt install runc (or crun)")]
+    if not seen.rootless and seen.uids is None:
+        return [Finding("runtime", Level.WARNING, f"not tried: {_NO_IDS}", NO_CONTAINERS, _NO_IDS_MEND)]
     reasons = [*seen.unusable, *problems_of(facts)]
     mend = "apt install runc" if not any(p.kind == ociprograms.RUNC for p in seen.found) else _mend_of(reasons, seen)
     text = "no container could be run: " + ("; ".join(reasons) or "it is not known why")
@@ -92,20 +96,18 @@ def _node_without_root(seen: Seen) -> list[Finding]:
         ]  # fmt: skip
     if not seen.rootless:
         return []
-    return [
-        Finding(
-            "runtime", Level.WARNING, "a node runs containers as root only, if only of a user namespace", NO_CONTAINERS,
-            f"start it as root of one: {namespace_command(seen.uids, seen.gids)} spinetta node join",
-        )
-    ]  # fmt: skip
+    if seen.uids is None or seen.gids is None:
+        mend = "get ids for containers first, see ids below; then the doctor tells how to start it"
+    else:
+        mend = f"start it as root of one: {namespace_command(seen.uids, seen.gids)} spinetta node join"
+    words = "a node runs containers as root only, if only of a user namespace with ids of its own"
+    return [Finding("runtime", Level.WARNING, words, NO_CONTAINERS, mend)]
 
 
-def namespace_command(uids: IdRange | None, gids: IdRange | None) -> str:
-    """What makes a user root of a namespace, with its range of ids behind it if it has one."""
-    command = "unshare --user --mount --map-root-user"
-    if uids is None or gids is None:
-        return command
-    return f"{command} --map-users={uids.first},1,{uids.count} --map-groups={gids.first},1,{gids.count}"
+def namespace_command(uids: IdRange, gids: IdRange) -> str:
+    """What makes a user root of a namespace, with its range of ids behind it."""
+    ids = f"--map-users={uids.first},1,{uids.count} --map-groups={gids.first},1,{gids.count}"
+    return f"unshare --user --mount --map-root-user {ids}"
 
 
 def problems_of(facts: Facts) -> list[str]:
@@ -199,6 +201,8 @@ def _ids(seen: Seen, facts: Facts, best: Facts, ran: Facts) -> list[Finding]:
     if ran and best.get("mode") == "range":
         first = f"{_first(seen.uids)} and {_first(seen.gids)}"
         return [ok("ids", f"containers have {ID_COUNT} users and groups of their own, from {first} on (newuidmap)")]
+    if not seen.rootless:
+        return [Finding("ids", Level.WARNING, _NO_IDS, NO_CONTAINERS, _NO_IDS_MEND)]
     own = seen.uids is not None and seen.gids is not None
     refused = [t["refused"] for t in facts.get("tried", ()) if t.get("mode") == "range" and t.get("refused")]
     if refused:

@@ -95,6 +95,15 @@ def test_a_user_without_ids_of_its_own() -> None:
     assert (support.ids, support.first_uid, support.rootless) == ("user", 0, True)
 
 
+def test_root_of_a_namespace_without_ids() -> None:
+    """Its root would be root in the container: nothing is tried, and the node is told that there are no containers."""
+    seen = replace(SEEN, uids=None, gids=None)
+    found = bad(seen, tried(programs=[]))
+    assert "no 65536 ids" in found["runtime"].seen
+    assert "no 65536 ids" in found["ids"].seen
+    assert support_of(seen, tried(programs=[]), ()).works is False
+
+
 def test_ids_that_another_user_has() -> None:
     found = bad(replace(SEEN, subuids=(IdRange(1_000_500, 65536, "bob"),)))["ids"]
     assert "bob has 1000500-1066035 of them" in found.seen
