@@ -18,7 +18,7 @@ import pytest
 
 from spinetta.errors import Denied, NotFound, UserError
 from spinetta.imageref import parse
-from spinetta.runtime.images import records
+from spinetta.runtime.images import errands, records
 from tests.contract import imagefiles as files
 from tests.contract.image_world import (
     BASE,
@@ -518,10 +518,46 @@ def test_a_full_disk_is_said_and_nothing_is_left(shared: Path, tmp_path: Path) -
                 store.remove(store.images()[0].record.digest)
                 await until(lambda: not [*(small / "images/trash").iterdir()], "removed")
 
+    async def making_room() -> None:
+        fits = tmp_path / "fits"  # when nothing else is there
+        files.layout(fits, [files.layer(files.Entry("big", os.urandom(3300 << 10)))])
+        limits = replace(LIMITS, free_min_bytes=0)
+        async with opened(small, limits=limits) as store:
+            await had(store, f"oci:{shared}/layout", name="unused:1")
+        async with opened(small, limits=limits) as store:
+            await store.acquire(parse("unused:1"), "t.1")
+            with pytest.raises(UserError, match="no room on the disk"):
+                await had(store, f"oci:{fits}")
+            store.release("t.1")
+            found = await had(store, f"oci:{fits}")
+            assert [i.record.digest for i in store.images()] == [found.digest], "what nothing used has gone for it"
+
     try:
         run(scenario())
+        run(making_room())
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_registry_that_never_answers_is_given_up_and_nothing_is_left_of_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(silent, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()[:2]
+        told = {
+            "source": f"docker://{host}:{port}/a:1", "staging": str(tmp_path), "policy": "/nowhere", "insecure": True,
+            "registries_conf": "",
+        }  # fmt: skip
+        async with server:
+            with pytest.raises(UserError, match="took longer than 1 s") as e:
+                await errands.run("peek", told, limit_s=1.0)
+            assert e.value.reason == "too-slow"
+            await until(lambda: not children_of(str(tmp_path)), "nothing runs any more")
+
+    run(scenario())
 
 
 def test_a_user_that_the_image_does_not_know_is_told_and_not_guessed(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from spinetta.errors import UserError
@@ -131,9 +130,9 @@ class Shelf:
         with contextlib.suppress(FileNotFoundError):
             path.rename(self.trash / f"{time.time_ns():x}-{secrets.token_hex(4)}")
 
-    def discarded(self) -> Iterator[Path]:
+    def discarded(self) -> list[Path]:
         """What is to be removed."""
-        yield from sorted(self.trash.iterdir())
+        return sorted(self.trash.iterdir())
 
     # --- uses ---
 
@@ -156,4 +155,5 @@ class Shelf:
     def unuse(self, key: str) -> None:
         """It does so no more. May be repeated."""
         if _KEY.fullmatch(key):
-            (self.uses / key).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a mark too many: the next daemon knows what really runs
+                (self.uses / key).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -36,6 +37,9 @@ VERIFY_LIMIT_S = 2 * 3600.0
 SWEEP_EVERY_S = 60.0
 CLOSE_LIMIT_S = 10.0
 DEFAULT_IDS = 65536
+NO_SPACE = "no-space"
+EVERYTHING_BYTES = 1  # to keep: nothing that may go
+TIDY_LIMIT_S = 600.0  # for what was let go of to be off the disk
 UNSHIFTED = -1  # in a record: owners are as they were
 
 
@@ -98,7 +102,9 @@ class ImageStore:
         self._unpacks = Flights[None]()
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self._unpacking = asyncio.Semaphore(settings.unpacks)
-        self._wanted = asyncio.Event()
+        self._sources: set[str] = set()  # of images that are being fetched, as registries know them
+        self._wanted = asyncio.Event()  # the sweeper
+        self._tidy = asyncio.Event()  # nothing is left to be removed
 
     @classmethod
     @asynccontextmanager
@@ -130,8 +136,8 @@ class ImageStore:
         return self._catalogue.digests()
 
     def coming(self) -> tuple[str, ...]:
-        """Digests of images that are being unpacked."""
-        return tuple(sorted(self._unpacks.keys()))[:ADVERTISED_MAX]
+        """Digests of images that are being fetched or unpacked, as far as they are known already."""
+        return tuple(sorted({*self._unpacks.keys(), *self._sources}))[:ADVERTISED_MAX]
 
     def listen(self, callback: Callable[[], None]) -> None:
         """Have it called, in the event loop, after each change of what `digests` or `coming` tell."""
@@ -176,7 +182,10 @@ class ImageStore:
             RuntimeUnavailable: not now.
         """
         digest = await self._get(ref, None if allows is None else tuple(allows), refresh=False, tell=tell)
-        record = self._catalogue.use(key, digest).record
+        try:
+            record = self._catalogue.use(key, digest).record
+        except OSError as e:
+            raise trouble(e) from e
         return PreparedImage(
             digest,
             self._shelf.path(record) / ROOTFS,
@@ -340,8 +349,19 @@ class ImageStore:
         )
 
     async def _fetch_now(self, ref: ImageRef, name: str, stamp: str, coming: Coming) -> str:
-        staging = self._shelf.stage()
-        taken = False
+        try:
+            return await self._fetch_once(ref, name, stamp, coming)
+        except UserError as e:
+            if e.reason != NO_SPACE or not await self._make_room():
+                raise
+        return await self._fetch_once(ref, name, stamp, coming)
+
+    async def _fetch_once(self, ref: ImageRef, name: str, stamp: str, coming: Coming) -> str:
+        try:
+            staging = self._shelf.stage()
+        except OSError as e:
+            raise trouble(e) from e
+        taken, source = False, ""
 
         def unpack(inner: Coming) -> Coroutine[Any, Any, None]:
             nonlocal taken
@@ -353,6 +373,7 @@ class ImageStore:
                 told, source = await self._look(ref, staging, coming)
                 known = self._catalogue.by_digest(source) or ""
                 if not known:
+                    self._expect(source, 1)
                     found = await errands.run("fetch", told, limit_s=FETCH_LIMIT_S, tell=coming.tell)
                     known = str(found["digest"])
             if known not in self._catalogue:
@@ -360,10 +381,29 @@ class ImageStore:
         finally:
             if not taken:
                 self._discard(staging)
+            self._expect(source, 0)
         if source:
             self._catalogue.add_source(known, source)
         self._catalogue.name(known, name, stamp)
         return known
+
+    def _expect(self, source: str, how_many: int) -> None:
+        """What a registry knows by this digest is coming, or not any more."""
+        if source and (source in self._sources) != bool(how_many):
+            (self._sources.add if how_many else self._sources.discard)(source)
+            self._catalogue.changed()
+
+    async def _make_room(self) -> bool:
+        """Let go of all that nothing uses, as the disk is full; False when there is nothing of the sort."""
+        if not self._catalogue.evict(EVERYTHING_BYTES, 0.0):
+            return False
+        log.warning("the disk is full: images that nothing uses have gone")
+        self._tidy.clear()
+        self._wanted.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TIDY_LIMIT_S):
+                await self._tidy.wait()
+        return True
 
     async def _look(self, ref: ImageRef, staging: Path, coming: Coming) -> tuple[dict[str, Any], str]:
         """What to tell the worker, and the digest that a registry has now, by which it is to be fetched."""
@@ -410,7 +450,7 @@ class ImageStore:
             self._catalogue.add(record)
             log.info("image %s is here: %d files, %d bytes", digest, record.files, record.size_bytes)
         except OSError as e:
-            raise UserError(f"the image cannot be put away: {e.strerror}", field="image", reason="unreadable") from e
+            raise trouble(e) from e
         finally:
             self._discard(staging)
             self._wanted.set()
@@ -427,20 +467,36 @@ class ImageStore:
         stuck: set[Path] = set()
         while True:
             self._wanted.clear()
-            if self._settled:
-                self._catalogue.evict(self._settings.keep_bytes, self._settings.keep_s)
-            for path in [p for p in await asyncio.to_thread(lambda: [*self._shelf.discarded()]) if p not in stuck]:
-                try:
-                    gone = await errands.remove(path)
-                except OSError as e:
-                    log.warning("nothing can be removed now: %s", e.strerror)
-                    break
-                if not gone and await asyncio.to_thread(path.exists):
-                    log.warning("%s cannot be removed whole; it is tried again when the node is restarted", path)
-                    stuck.add(path)
+            try:
+                if self._settled:
+                    self._catalogue.evict(self._settings.keep_bytes, self._settings.keep_s)
+                for path in [p for p in await asyncio.to_thread(self._shelf.discarded) if p not in stuck]:
+                    if not await errands.remove(path) and await asyncio.to_thread(path.exists):
+                        log.warning("%s cannot be removed whole; it is tried again when the node is restarted", path)
+                        stuck.add(path)
+                self._tidy.set()
+            except OSError as e:  # no processes left, or the disk is gone: it may come back
+                log.warning("images cannot be removed now: %s", e)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SWEEP_EVERY_S):
                     await self._wanted.wait()
+
+
+def trouble(e: OSError) -> UserError:
+    """What the disk says, as an error for whoever wanted an image."""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            "there is no room on the node's disk for images",
+            field="image",
+            reason=NO_SPACE,
+            hint="remove images (spinetta image list, rm), or lower image_keep",
+        )
+    return UserError(
+        f"the node's images cannot be written to: {e.strerror}",
+        field="image",
+        reason="unreadable",
+        hint="see to the node's disk",
+    )
 
 
 def _canonical(text: str) -> str:
