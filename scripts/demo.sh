@@ -38,18 +38,22 @@ began=$SECONDS
 if [ -n "$once" ]; then trap 'devcluster down' EXIT; fi
 demo=()
 if [ -n "$containers" ]; then
-    # What tasks in containers may see of a node is its administrator's to say: here the image, the work directory, the
-    # steps and the reads.
+    # What tasks in containers may see of a node is its administrator's to say: here the work directory, the steps and
+    # the reads.
     files=$(realpath --canonicalize-missing "$state/demo")
     reads=$(realpath --canonicalize-missing /usr/share/doc/bowtie2/examples)
-    options+=(--allow "image:$files,mount-rw:$files,mount:$root/examples,mount:$reads")
+    options+=(--allow "mount-rw:$files,mount:$root/examples,mount:$reads")
 fi
 devcluster up
 echo
 if [ -n "$containers" ]; then
     mkdir -p "$files"
     "$root/scripts/demo-image.sh" "$files/image.tar"
-    demo=(--image "$files/image.tar")
+    eval "$(devcluster env)"
+    while read -r node; do
+        spinetta image import "$files/image.tar" --name variants:demo --on "$node"
+    done < <(spinetta node list --json | python -c 'import json, sys; print(*(n["name"] for n in json.load(sys.stdin)["nodes"]), sep="\n")')
+    demo=(--image variants:demo)
 fi
 devcluster demo "${demo[@]}"
 echo

@@ -8,7 +8,7 @@
 #   scripts/test.sh contract [ARGS…]   the same tests against models and the real thing
 #   scripts/test.sh attacks [ARGS…]    what must not work, tried against a secured cluster
 #   scripts/test.sh cluster [ARGS…]    real nodes on this machine
-#   scripts/test.sh demo               the demonstration on a cluster of its own
+#   scripts/test.sh demo               the demonstration on a cluster of its own, as processes and in containers
 #
 # ARGS go to pytest. Several names may follow each other. Root (or a machine that lets you use cgroups and PID
 # namespaces) is needed for all of contract, attacks and cluster; without, the tests that need it are skipped and say so.
@@ -40,7 +40,7 @@ section() {
         verdict="FAILED ($status)"
         failed+=("$name")
     fi
-    table+=("$(printf '%-22s %6d s  %s' "$name" $((SECONDS - started)) "$verdict")")
+    table+=("$(printf '%-27s %6d s  %s' "$name" $((SECONDS - started)) "$verdict")")
 }
 
 lint() {
@@ -65,7 +65,9 @@ demo() {
     # A state directory and addresses of its own, so that a cluster of the developer's is not in the way.
     local state
     state=$(mktemp -d "${TMPDIR:-/tmp}/spinetta-demo.XXXXXX")
-    section "demonstration" scripts/demo.sh --once --state "$state/cluster" --base "127.$((RANDOM % 200 + 20)).$((RANDOM % 250 + 1))."
+    local own=(--once --state "$state/cluster" --base "127.$((RANDOM % 200 + 20)).$((RANDOM % 250 + 1)).")
+    section "demonstration" scripts/demo.sh "${own[@]}"
+    section "demonstration in containers" scripts/demo.sh --containers "${own[@]}"
     rm -rf "$state"
 }
 
