@@ -103,7 +103,7 @@ def runtime_config(request: Request) -> dict[str, object]:
     if not host.rootless:
         linux["resources"] = {"devices": _device_rules(request.devices)}
     if host.seccomp:
-        linux["seccomp"] = seccomp.profile(request.capabilities, host.arch)
+        linux["seccomp"] = seccomp.profile(request.capabilities, host.arch, programs_32=request.programs_32)
     return {
         "ociVersion": OCI_VERSION,
         "hostname": request.hostname,

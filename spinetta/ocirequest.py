@@ -19,6 +19,8 @@ HOSTS_FILE, RESOLV_FILE = "/etc/hosts", "/etc/resolv.conf"
 MOUNT_POINT_DIRECTORIES = {"/proc": 0o755, "/dev": 0o755, "/sys": 0o755, TMP: 0o1777, SCRATCH: 0o755, SECRETS: 0o755}
 MOUNT_POINT_FILES = (INIT, HOSTS_FILE, RESOLV_FILE)
 
+MACHINES_32 = ("386", "arm")  # as images name them: those whose programs run on x86_64 and aarch64
+
 # No mount of a task may be one of these, above, or below them.
 RESERVED = ("/proc", "/sys", "/dev", "/.spinetta", SECRETS, SCRATCH, TMP, HOSTS_FILE, RESOLV_FILE)
 
@@ -120,6 +122,7 @@ class Request:
         open_files: limit of file descriptors; 0: the runtime's.
         rlimits: others, by name as in getrlimit(2), soft and hard.
         oom_score_adj: None: as that of the shim.
+        programs_32: the image is for a 32-bit machine, whose programs this one runs.
         rules: what is insisted on beside all that.
     """
 
@@ -147,6 +150,7 @@ class Request:
     open_files: int = 0
     rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     oom_score_adj: int | None = None
+    programs_32: bool = False
     host: Host = Host()
     rules: Hardening = Hardening()
 

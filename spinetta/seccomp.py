@@ -4,7 +4,8 @@ What is not listed fails with EPERM, also what kernels to come will add. The lis
 what concerns nobody but the caller. What it leaves out reaches the kernel's own state (modules, keys, clocks, other
 name spaces), is new and large (io_uring, bpf), or opens files behind the back of the mount table. As strong as what
 containerd and Docker do by default, and stronger in three places: address families are listed rather than two of them
-refused, the 32-bit call that would go round that is not allowed, nor is the x32 calling convention.
+refused, the 32-bit call that would go round that is not allowed, and calls of other machines (32-bit programs, x32) end
+the program unless its image is for such a one.
 docs/adr/0033-isolation-by-default.md says more.
 """
 
@@ -15,12 +16,11 @@ from collections.abc import Collection, Mapping
 EPERM, ENOSYS = 1, 38
 ALLOW, ERRNO = "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"
 
-# Beside the machine's own calls those of its 32-bit programs. Machines that are not here get their own calls only.
-ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
+# The machine's own calls, and those of its 32-bit programs. Machines that are not here get their own calls only.
+ARCHITECTURES: Mapping[str, tuple[str, str]] = {
     "x86_64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86"),
     "aarch64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
     "s390x": ("SCMP_ARCH_S390X", "SCMP_ARCH_S390"),
-    "ppc64le": ("SCMP_ARCH_PPC64LE",),
 }
 OF_MACHINE: Mapping[str, str] = {
     "x86_64": "arch_prctl modify_ldt map_shadow_stack",
@@ -138,12 +138,13 @@ NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 
 PERSONALITIES = (0x0, 0x0008, 0x20000, 0x20008, 0xFFFFFFFF)
 
 
-def profile(capabilities: Collection[str], arch: str) -> dict[str, object]:
+def profile(capabilities: Collection[str], arch: str, *, programs_32: bool = False) -> dict[str, object]:
     """``linux.seccomp`` of an OCI configuration.
 
     Args:
         capabilities: names without ``CAP_`` that the container has.
         arch: as uname(2) calls the machine, e.g. ``x86_64``.
+        programs_32: its 32-bit programs run, too. They cost each start 5 ms, and have no sockets.
     """
     held = set(capabilities)
     plain = _names(*EVERYBODY.values(), OF_MACHINE.get(arch, ""))
@@ -164,7 +165,7 @@ def profile(capabilities: Collection[str], arch: str) -> dict[str, object]:
     rules.append({"names": ["socketcall"], "action": ERRNO, "errnoRet": ENOSYS})
     made: dict[str, object] = {"defaultAction": ERRNO, "defaultErrnoRet": EPERM, "syscalls": rules}
     if arch in ARCHITECTURES:
-        made["architectures"] = list(ARCHITECTURES[arch])
+        made["architectures"] = list(ARCHITECTURES[arch][: 1 + programs_32])
     return made
 
 

@@ -200,6 +200,7 @@ class RuncRuntime:
                 mounts=mounts,
                 devices=devices_of(launch.countables, site.devices),
                 tmp_bytes=asked.tmp_bytes or site.tmp_bytes,
+                programs_32=image.architecture in ocirequest.MACHINES_32,
                 host=site.host,
                 rules=replace(site.rules, root_inside=root_inside),
             )

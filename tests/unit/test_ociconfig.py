@@ -319,6 +319,7 @@ requests = st.builds(
     rlimits=st.dictionaries(
         st.sampled_from(["RLIMIT_MEMLOCK", "RLIMIT_STACK"]), st.tuples(st.integers(0, 9), st.integers(9, 1 << 60))
     ),
+    programs_32=st.booleans(),
     oom_score_adj=st.one_of(st.none(), st.integers(-1000, 1000)),
     host=st.builds(
         Host,

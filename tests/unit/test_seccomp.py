@@ -120,9 +120,12 @@ def test_no_call_has_two_answers() -> None:
         assert not set(plain) & {name for rule in rules(*capabilities) if "args" in rule for name in rule["names"]}
 
 
-def test_x32_is_nobodys() -> None:
-    assert seccomp.profile((), "x86_64")["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]
-    assert "architectures" not in seccomp.profile((), "riscv64")
+def test_calls_of_other_machines_are_for_images_of_those() -> None:
+    assert seccomp.profile((), "x86_64")["architectures"] == ["SCMP_ARCH_X86_64"]
+    both = seccomp.profile((), "x86_64", programs_32=True)["architectures"]
+    assert both == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"], "and x32 is nobody's"
+    assert seccomp.profile((), "aarch64", programs_32=True)["architectures"] == ["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"]
+    assert "architectures" not in seccomp.profile((), "riscv64"), "it is that of the machine"
 
 
 def test_names_are_those_of_the_kernel() -> None:

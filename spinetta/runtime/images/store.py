@@ -74,6 +74,7 @@ class PreparedImage:
         user: uid and gid inside, of its USER; None: it names none.
         groups: further ones of that user.
         user_trouble: why its USER means nothing, if that is so.
+        architecture: which machines it is for, as Go names them, e.g. ``amd64``; empty: it does not say.
     """
 
     digest: str
@@ -86,6 +87,7 @@ class PreparedImage:
     workdir: str
     user_trouble: str = ""
     stop_signal: str = ""
+    architecture: str = ""
 
 
 class ImageStore:
@@ -197,6 +199,7 @@ class ImageStore:
             record.workdir,
             record.user_trouble,
             record.stop_signal,
+            record.architecture,
         )
 
     def release(self, key: str) -> None:
