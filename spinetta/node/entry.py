@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import socket
 import threading
 import time
@@ -136,7 +135,6 @@ async def enter(
     worker = credentials is not None and credentials.role is NodeRole.WORKER
     needed = not worker and (settings.candidate or not settings.peers)
     program, version, warnings = await _etcd(settings, needed=needed)
-    warnings += _runc(settings)
     _choose_ports(settings, memory)
     identity = memory.identity
     files = None if credentials is None else credentials.etcd
@@ -284,19 +282,6 @@ async def _etcd(settings: Settings, *, needed: bool) -> tuple[str, tuple[int, in
         return settings.etcd_program, (0, 0, 0), ()
     text = await etcd_version(program)
     return program, parse_version(text), check_version(text)
-
-
-def _runc(settings: Settings) -> tuple[str, ...]:
-    program = settings.container_program
-    wanted = ("crun", "runc") if program == "auto" else (program,)
-    if "container" in settings.runtimes and not any(map(shutil.which, wanted)):
-        raise UserError(
-            f"there is no program {wanted[-1]!r}",
-            field="node.runtimes" if program == "auto" else "node.container_program",
-            hint="on Debian: apt install runc; or offer plain processes only, with --runtimes process",
-            reason="no-runc",
-        )
-    return ()
 
 
 def _choose_ports(settings: Settings, memory: Memory) -> None:

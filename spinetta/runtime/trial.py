@@ -8,6 +8,7 @@ whatever kills it; control groups are removed by who started it.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import select
@@ -32,6 +33,7 @@ WORD = "version"  # what an init says with --version has it
 SAID_BYTES_MAX = 300
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_numbers = itertools.count(1)
 Facts = dict[str, Any]
 
 
@@ -284,8 +286,7 @@ def _maps(want: Facts, mode: str, kind: str) -> list[list[int]]:
 
 
 def _try_container(want: Facts, mode: str, program: str, init: str, group_path: str) -> str:
-    _try_container.number += 1  # type: ignore[attr-defined]
-    bundle = Path(want["bundle"], str(_try_container.number))  # type: ignore[attr-defined]
+    bundle = Path(want["bundle"], str(next(_numbers)))
     rootfs, state, key = bundle / "rootfs", bundle / "state", f"{want['name']}-{bundle.name}"
     for folder in (rootfs / ".spinetta", rootfs / "proc", rootfs / "dev", state):
         folder.mkdir(parents=True)
@@ -314,9 +315,6 @@ def _try_container(want: Facts, mode: str, program: str, init: str, group_path: 
     problem = f"start: {problem}" if problem else _ended_well(pid_file, said)
     removed = run([*ours, "delete", *(["--force"] if problem else []), key])
     return problem or (f"delete: {removed}" if removed else "")
-
-
-_try_container.number = 0  # type: ignore[attr-defined]
 
 
 def _create(argv: list[str], out: int, bundle: Path) -> str:

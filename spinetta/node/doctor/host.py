@@ -8,7 +8,6 @@ import resource
 import struct
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from spinetta import checkup
 from spinetta.checkup import Finding, Level
@@ -96,8 +95,3 @@ def synchronised() -> bool | None:
         return None
     status: int = struct.unpack_from("@i", record.raw, _STATUS_AT)[0]
     return state != _TIME_ERROR and not status & _STA_UNSYNC
-
-
-def boot_id() -> str:
-    """Of the machine's present life."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
