@@ -20,8 +20,8 @@ from spinetta.ociprograms import CRUN, ID_COUNT, RUNC, IdRange, Program
 from spinetta.runtime.detectwords import Seen, findings_of
 from spinetta.runtime.groups import Groups, look_at_groups
 
-TRIAL_S = 30.0  # for all of them; half a second where nothing is wrong
-VERSION_S = 5.0
+TRIAL_S = 60.0  # for all of them; a third of a second where nothing is wrong, ten times that on a busy machine
+VERSION_S = 20.0
 VERSION_BYTES_MAX = 4096
 GROUPS_GONE_S = 2.0
 DEFAULT_FIRST_ID = 1_000_000  # for root, when /etc/subuid says nothing; far above what people have

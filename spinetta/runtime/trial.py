@@ -26,7 +26,7 @@ _AT_FDCWD, _AT_EMPTY_PATH, _OPEN_TREE_CLONE, _O_CLOEXEC = -100, 0x1000, 1, 0o200
 _SYS_OPEN_TREE, _SYS_MOUNT_SETATTR = 428, 442  # the same on all machines of today
 _MOUNT_ATTR_IDMAP = 0x0010_0000
 
-COMMAND_S = 5.0  # of the programs; each takes some hundredths of a second
+COMMAND_S = 20.0  # of the programs; each takes some hundredths of a second, and a hundred times that on a busy machine
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 INIT = "/.spinetta/init"
 WORD = "version"  # what an init says with --version has it

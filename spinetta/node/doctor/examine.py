@@ -14,7 +14,7 @@ from spinetta.container import CONTAINER, PROCESS
 from spinetta.node.doctor import disk, host, ports, programs, standing
 from spinetta.runtime.detect import ContainerSupport, container_support
 
-CHECK_S = 45.0  # longer than any of them waits by itself
+CHECK_S = 90.0  # longer than any of them waits by itself
 CLOCK_S = 1.0  # the least to watch the clocks for
 
 Check = Callable[["Patient"], Awaitable[list[Finding]]]
