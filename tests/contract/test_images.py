@@ -74,8 +74,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Regi
 FORMS = [
     "oci:{}/layout", "oci:{}/layout:latest", "oci:{}/zipped", "oci-archive:{}/oci.tar", "docker-archive:{}/docker.tar",
     "docker-archive:{}/docker.tar:tool:1", "rootfs:{}/root", "rootfs:{}/root.tar", "rootfs:{}/root.tar.gz",
-    "rootfs:{}/root.tar.xz", "rootfs:{}/root.tar.zst", "{}/layout", "{}/oci.tar", "{}/docker.tar", "{}/root",
-    "{}/root.tar.xz",
+    "rootfs:{}/root.tar.zst", "{}/layout", "{}/oci.tar", "{}/docker.tar", "{}/root", "{}/root.tar.xz",
 ]  # fmt: skip
 
 

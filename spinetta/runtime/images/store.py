@@ -7,62 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from spinetta import imageref
-from spinetta.errors import NotFound, SpinettaError, UserError
-from spinetta.imageref import ImageRef, Kind
-from spinetta.runtime.images import errands, records, sources
+from spinetta.errors import SpinettaError, UserError
+from spinetta.imageref import ImageRef
+from spinetta.runtime.images import errands
 from spinetta.runtime.images.catalogue import ADVERTISED_MAX, Catalogue, ImageInfo
 from spinetta.runtime.images.errands import Tell
-from spinetta.runtime.images.flights import Coming, Flights
-from spinetta.runtime.images.limits import Limits
+from spinetta.runtime.images.getting import Getter, StoreSettings, trouble
 from spinetta.runtime.images.records import FILES, ROOTFS, ImageRecord
 from spinetta.runtime.images.shelf import Shelf
+from spinetta.runtime.images.sweeping import Sweeper
 
-log = logging.getLogger("spinetta.images")
+__all__ = ["ImageStore", "PreparedImage", "StoreSettings"]
 
-FETCHES_MAX = 4  # at once: more share the same network
-LOOK_LIMIT_S = 120.0  # for a registry to tell what it has
-FETCH_LIMIT_S = 6 * 3600.0  # 100 GiB over 40 Mbit/s; what does not come at all ends sooner
-UNPACK_LIMIT_S = 2 * 3600.0
 VERIFY_LIMIT_S = 2 * 3600.0
-SWEEP_EVERY_S = 60.0
-CLOSE_LIMIT_S = 10.0
-DEFAULT_IDS = 65536
-NO_SPACE = "no-space"
-EVERYTHING_BYTES = 1  # to keep: nothing that may go
-TIDY_LIMIT_S = 600.0  # for what was let go of to be off the disk
-UNSHIFTED = -1  # in a record: owners are as they were
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSettings:
-    """What a store is told.
-
-    Attributes:
-        keep_bytes: of all images together, those in use and pinned included; 0: any amount.
-        keep_s: how long one may be unused; 0: for ever.
-        registries_conf: the site's, for skopeo and for bare names; empty: the machine's own, and no bare names.
-        unpacks: images unpacked at once: each takes a processor and the disk.
-        base: the host's id of containers' 0, for all of `ids`; None: not shifted, everything belongs to us.
-        limits: how large an image may be.
-    """
-
-    keep_bytes: int = 50 << 30
-    keep_s: float = 30 * 86400.0
-    registries_conf: str = ""
-    unpacks: int = 2
-    base: int | None = None
-    ids: int = DEFAULT_IDS
-    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +61,8 @@ class ImageStore:
         self._settings = settings
         self._shelf = Shelf(directory, settings.base)
         self._catalogue = Catalogue(self._shelf, wall_s)
-        self._wall_s = wall_s
-        self._base = settings.base if settings.base is not None else UNSHIFTED
-        self._settled = False  # whether it is known which of the attempts of an earlier daemon still run
-        self._fetches = Flights[str]()
-        self._unpacks = Flights[None]()
-        self._fetching = asyncio.Semaphore(FETCHES_MAX)
-        self._unpacking = asyncio.Semaphore(settings.unpacks)
-        self._sources: set[str] = set()  # of images that are being fetched, as registries know them
-        self._wanted = asyncio.Event()  # the sweeper
-        self._tidy = asyncio.Event()  # nothing is left to be removed
+        self._sweeper = Sweeper(self._shelf, self._catalogue, settings.keep_bytes, settings.keep_s)
+        self._getter = Getter(self._shelf, self._catalogue, self._sweeper, settings, wall_s)
 
     @classmethod
     @asynccontextmanager
@@ -119,14 +75,13 @@ class ImageStore:
             UserError: the directory cannot be used.
         """
         store = cls(directory, settings, wall_s=wall_s)
-        await asyncio.to_thread(store._catalogue.load, store._base, settings.ids)
-        store._settled = not store._catalogue.uses
-        sweeping = asyncio.create_task(store._sweep(), name="images")
+        await asyncio.to_thread(store._catalogue.load, settings.recorded_base, settings.ids)
+        store._sweeper.settled = not store._catalogue.uses
+        sweeping = asyncio.create_task(store._sweeper.run(), name="images")
         try:
             yield store
         finally:
-            await store._fetches.close()
-            await store._unpacks.close()
+            await store._getter.close()
             sweeping.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sweeping
@@ -139,7 +94,7 @@ class ImageStore:
 
     def coming(self) -> tuple[str, ...]:
         """Digests of images that are being fetched or unpacked, as far as they are known already."""
-        return tuple(sorted({*self._unpacks.keys(), *self._sources}))[:ADVERTISED_MAX]
+        return self._getter.coming()[:ADVERTISED_MAX]
 
     def listen(self, callback: Callable[[], None]) -> None:
         """Have it called, in the event loop, after each change of what `digests` or `coming` tell."""
@@ -183,7 +138,7 @@ class ImageStore:
             NotFound, Denied, UserError: it cannot be had. For a reason in `errands.TRANSIENT` another try may succeed.
             RuntimeUnavailable: not now.
         """
-        digest = await self._get(ref, None if allows is None else tuple(allows), refresh=False, tell=tell)
+        digest = await self._getter.get(ref, None if allows is None else tuple(allows), refresh=False, tell=tell)
         try:
             record = self._catalogue.use(key, digest).record
         except OSError as e:
@@ -205,13 +160,13 @@ class ImageStore:
     def release(self, key: str) -> None:
         """The attempt has ended, and all that it had mounted is gone. May be repeated."""
         if self._catalogue.unuse(key):
-            self._wanted.set()  # it may be marked, or too much
+            self._sweeper.look()  # it may be marked, or too much
 
     def keep_only(self, keys: Iterable[str]) -> None:
         """These attempts, and no others of an earlier daemon, still use their images. Until then nothing goes."""
         self._catalogue.keep_only(keys)
-        self._settled = True
-        self._wanted.set()
+        self._sweeper.settled = True
+        self._sweeper.look()
 
     # --- for administrators ---
 
@@ -223,7 +178,7 @@ class ImageStore:
             name: to give it beside.
             tell: is told how far it is.
         """
-        digest = await self._get(ref, None, refresh=True, tell=tell)
+        digest = await self._getter.get(ref, None, refresh=True, tell=tell)
         if name:
             self._catalogue.name(digest, name, "")
         return self._catalogue.record(digest)
@@ -257,14 +212,14 @@ class ImageStore:
             catalogue.rewrite(replace(record, marked=True, pinned=False))
             return catalogue.record(record.digest), "marked"
         catalogue.drop(record.digest)
-        self._wanted.set()
+        self._sweeper.look()
         return record, "removed"
 
     def pin(self, text: str, pinned: bool) -> ImageRecord:
         """Keep an image whatever the limits say, or no more."""
         record = self.find(text)
         self._catalogue.rewrite(replace(record, pinned=pinned, marked=record.marked and not pinned))
-        self._wanted.set()
+        self._sweeper.look()
         return self._catalogue.record(record.digest)
 
     async def verify(self, text: str, tell: Tell = lambda _: None) -> list[str]:
@@ -288,218 +243,6 @@ class ImageStore:
         finally:
             held.handles -= 1
         return [str(d) for d in found["differences"]]
-
-    # --- getting one ---
-
-    async def _get(self, ref: ImageRef, allows: tuple[str, ...] | None, *, refresh: bool, tell: Tell) -> str:
-        """The digest of the image, which is here when this returns."""
-        sources.check_allowed(ref, allows)
-        if ref.digest and (known := self._catalogue.by_digest(ref.digest)):
-            return known
-        match ref.kind:
-            case Kind.DIGEST:
-                raise NotFound(
-                    f"this node has no image {ref}",
-                    field="image",
-                    hint="pull it by its name, or see: spinetta image list",
-                )
-            case Kind.NAME:
-                return await self._get_name(ref, refresh=refresh, tell=tell)
-            case Kind.REGISTRY:
-                known = self._catalogue.by_name(str(ref))
-                if known is not None and not refresh:
-                    return known
-                return await self._fetch(ref, str(ref), "", tell)
-            case _:
-                local = await sources.look(ref, allows)
-                name = str(local.ref)
-                known = self._catalogue.by_name(name)
-                fresh = known is not None and self._catalogue.record(known).names[name].stamp == local.stamp
-                # A directory may have changed below without a sign of it at the top: who asks anew gets it anew.
-                if known is not None and fresh and not (refresh and local.ref.kind is Kind.ROOTFS):
-                    return known
-                return await self._fetch(local.ref, name, local.stamp, tell)
-
-    async def _get_name(self, ref: ImageRef, *, refresh: bool, tell: Tell) -> str:
-        known = self._catalogue.by_name(str(ref))
-        if known is not None and not refresh:
-            return known
-        try:
-            places = await sources.mirrored(ref, self._settings.registries_conf)
-        except NotFound:
-            if known is not None:  # an administrator has named it so
-                return known
-            raise
-        why: UserError | None = None
-        for place in places:
-            try:
-                digest = await self._fetch(place, str(place), "", tell)
-            except UserError as e:
-                if not isinstance(e, NotFound) and e.reason != "registry-unreachable":
-                    raise
-                # One that does not answer may have it: that it is nowhere would be too much to say.
-                why = e if why is None or isinstance(why, NotFound) else why
-                continue
-            self._catalogue.name(digest, str(ref), "")
-            return digest
-        raise why or NotFound(f"no mirror has an image {ref}", field="image")
-
-    async def _fetch(self, ref: ImageRef, name: str, stamp: str, tell: Tell) -> str:
-        return await self._fetches.join(
-            f"{name} {stamp}".strip(),
-            lambda coming: self._fetch_now(ref, name, stamp, coming),
-            lambda coming: coming.listen(tell),
-        )
-
-    async def _fetch_now(self, ref: ImageRef, name: str, stamp: str, coming: Coming) -> str:
-        try:
-            return await self._fetch_once(ref, name, stamp, coming)
-        except UserError as e:
-            if e.reason != NO_SPACE or not await self._make_room():
-                raise
-        return await self._fetch_once(ref, name, stamp, coming)
-
-    async def _fetch_once(self, ref: ImageRef, name: str, stamp: str, coming: Coming) -> str:
-        try:
-            staging = self._shelf.stage()
-        except OSError as e:
-            raise trouble(e) from e
-        taken, source = False, ""
-
-        def unpack(inner: Coming) -> Coroutine[Any, Any, None]:
-            nonlocal taken
-            taken = True  # the first one's is unpacked, and is its to throw away
-            return self._unpack_now(staging, known, inner)
-
-        try:
-            async with self._fetching:
-                told, source = await self._look(ref, staging, coming)
-                known = self._catalogue.by_digest(source) or ""
-                if not known:
-                    self._expect(source, 1)
-                    found = await errands.run("fetch", told, limit_s=FETCH_LIMIT_S, tell=coming.tell)
-                    known = str(found["digest"])
-            if known not in self._catalogue:
-                await self._unpacks.join(known, unpack, lambda inner: inner.listen(coming.tell))
-        finally:
-            if not taken:
-                self._discard(staging)
-            self._expect(source, 0)
-        if source:
-            self._catalogue.add_source(known, source)
-        self._catalogue.name(known, name, stamp)
-        return known
-
-    def _expect(self, source: str, how_many: int) -> None:
-        """What a registry knows by this digest is coming, or not any more."""
-        if source and (source in self._sources) != bool(how_many):
-            (self._sources.add if how_many else self._sources.discard)(source)
-            self._catalogue.changed()
-
-    async def _make_room(self) -> bool:
-        """Let go of all that nothing uses, as the disk is full; False when there is nothing of the sort."""
-        if not self._catalogue.evict(EVERYTHING_BYTES, 0.0):
-            return False
-        log.warning("the disk is full: images that nothing uses have gone")
-        self._tidy.clear()
-        self._wanted.set()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TIDY_LIMIT_S):
-                await self._tidy.wait()
-        return True
-
-    async def _look(self, ref: ImageRef, staging: Path, coming: Coming) -> tuple[dict[str, Any], str]:
-        """What to tell the worker, and the digest that a registry has now, by which it is to be fetched."""
-        told: dict[str, Any] = {
-            "kind": ref.kind.value,
-            "source": ref.path if ref.kind is Kind.ROOTFS else sources.skopeo_source(ref),
-            "staging": str(staging),
-            "policy": str(self._shelf.policy),
-            "registries_conf": self._settings.registries_conf,
-            "limits": asdict(self._settings.limits),
-            "insecure": ref.on_loopback,
-        }
-        if ref.kind is not Kind.REGISTRY:
-            return told, ""
-        found = await errands.run("peek", told, limit_s=LOOK_LIMIT_S, tell=coming.tell)
-        source = str(found["digest"])
-        # By digest, so that a tag that moves meanwhile does not mix two images.
-        told["source"] = sources.skopeo_source(replace(ref, tag="", digest=source))
-        return {**told, "total": int(found["total"])}, source
-
-    async def _unpack_now(self, staging: Path, digest: str, coming: Coming) -> None:
-        self._catalogue.changed()
-        base, ids = self._settings.base, self._settings.ids
-        told = {
-            "staging": str(staging),
-            "limits": asdict(self._settings.limits),
-            "base": base or 0,
-            "ids": ids,
-            "shift": base is not None,
-        }
-        try:
-            async with self._unpacking:
-                result = await errands.run("unpack", told, limit_s=UNPACK_LIMIT_S, tell=coming.tell)
-            now_ms = int(self._wall_s() * 1000)
-            record = records.from_result(digest, result, base=self._base, ids=ids, now_ms=now_ms)
-            installing = asyncio.ensure_future(asyncio.to_thread(self._shelf.install, staging, record))
-            try:
-                await asyncio.shield(installing)
-            except asyncio.CancelledError:
-                await asyncio.wait((installing,))  # a thread cannot be called back: it is here then, and unused
-                if installing.exception() is None:
-                    self._catalogue.add(record)
-                raise
-            self._catalogue.add(record)
-            log.info("image %s is here: %d files, %d bytes", digest, record.files, record.size_bytes)
-        except OSError as e:
-            raise trouble(e) from e
-        finally:
-            self._discard(staging)
-            self._wanted.set()
-            asyncio.get_running_loop().call_soon(self._catalogue.changed)  # when it is among those under way no more
-
-    # --- letting go ---
-
-    def _discard(self, path: Path) -> None:
-        self._catalogue.discard(path)
-        self._wanted.set()
-
-    async def _sweep(self) -> None:
-        """Remove what was discarded; evict after each change, and now and then."""
-        stuck: set[Path] = set()
-        while True:
-            self._wanted.clear()
-            try:
-                if self._settled:
-                    self._catalogue.evict(self._settings.keep_bytes, self._settings.keep_s)
-                for path in [p for p in await asyncio.to_thread(self._shelf.discarded) if p not in stuck]:
-                    if not await errands.remove(path) and await asyncio.to_thread(path.exists):
-                        log.warning("%s cannot be removed whole; it is tried again when the node is restarted", path)
-                        stuck.add(path)
-                self._tidy.set()
-            except OSError as e:  # no processes left, or the disk is gone: it may come back
-                log.warning("images cannot be removed now: %s", e)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SWEEP_EVERY_S):
-                    await self._wanted.wait()
-
-
-def trouble(e: OSError) -> UserError:
-    """What the disk says, as an error for whoever wanted an image."""
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            "there is no room on the node's disk for images",
-            field="image",
-            reason=NO_SPACE,
-            hint="remove images (spinetta image list, rm), or lower image_keep",
-        )
-    return UserError(
-        f"the node's images cannot be written to: {e.strerror}",
-        field="image",
-        reason="unreadable",
-        hint="see to the node's disk",
-    )
 
 
 def _canonical(text: str) -> str:
