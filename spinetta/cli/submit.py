@@ -302,7 +302,7 @@ def _submit(
                 _tell_end(info)
             return exit_code_of(info)
         if not as_json:
-            _tell_waiting([s.id for s in done])
+            output.tell_waiting([s.id for s in done])
         found = (await client.wait([s.id for s in done])).tasks
         return _report(found, as_json=as_json)
 
@@ -311,11 +311,6 @@ def _submit(
     except KeyboardInterrupt:
         _tell_detached([s.id for s in specs], submitted=submitted)
         return exits.INTERRUPTED
-
-
-def _tell_waiting(ids: Sequence[str]) -> None:
-    """What to look at meanwhile; on standard error, as standard output has the results."""
-    output.tell(f"waiting for task {ids[0]}" if len(ids) == 1 else f"waiting for {len(ids)} tasks")
 
 
 def _report(found: Sequence[TaskInfo], *, as_json: bool) -> int:

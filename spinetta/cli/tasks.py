@@ -421,6 +421,8 @@ def wait(
     limit_s = parse_duration(limit, "timeout") if limit is not None else None
 
     async def work(client: AsyncClient) -> WaitResult:
+        if not as_json:
+            output.tell_waiting(ids)
         return await client.wait(ids, timeout_s=limit_s, any_=any_)
 
     try:

@@ -25,7 +25,11 @@ from spinetta.runtime.shim.container import CAPABILITY
 
 log = logging.getLogger("spinetta.node")
 
-BRIDGE = "network:bridge"  # nobody sets one up yet
+BRIDGE, ROOT = "network:bridge", "user:root"
+WHY_WITHHELD = {
+    BRIDGE: "no node sets up such a network yet",
+    ROOT: "not with this version of runc, see spinetta doctor",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +94,15 @@ async def open_containers(settings: Settings, data_dir: Path, shim: ProcessRunti
             return
         with contextlib.suppress(RuntimeUnavailable):  # then all that was in use stays so until it is forgotten
             images.keep_only(held.key for held in await shim.held())
-        allowed = tuple(word for word in settings.allow if word != BRIDGE)
-        site = site_of(support, settings, frozenset((*processes, CONTAINER, *allowed)))
+        rules = ocirequest.hardening(lacks_fixes=support.lacks_fixes, rootless=support.rootless)
+        withheld = tuple(word for word in (BRIDGE, *(() if rules.root_inside else (ROOT,))) if word in settings.allow)
+        allowed = tuple(word for word in settings.allow if word not in withheld)
+        site = site_of(support, settings, rules, frozenset((*processes, CONTAINER, *allowed)))
         yield Containers(
-            RuncRuntime(shim, images, site), images, (*processes, CONTAINER, *allowed), _weaker(support, settings)
+            RuncRuntime(shim, images, site),
+            images,
+            (*processes, CONTAINER, *allowed),
+            (*support.warnings, *(f"{word} is in `allow`, but {WHY_WITHHELD[word]}" for word in withheld)),
         )
 
 
@@ -108,7 +117,7 @@ def store_settings(settings: Settings, base: int | None) -> StoreSettings:
     )
 
 
-def site_of(support: ContainerSupport, settings: Settings, allows: frozenset[str]) -> Site:
+def site_of(support: ContainerSupport, settings: Settings, rules: ocirequest.Hardening, allows: frozenset[str]) -> Site:
     """What containers get here."""
     if support.ids == "range":
         uids = ocirequest.IdRange(0, support.first_uid, ID_COUNT)
@@ -125,7 +134,7 @@ def site_of(support: ContainerSupport, settings: Settings, allows: frozenset[str
             seccomp=Path("/proc/sys/kernel/seccomp").is_dir(),
             rootless=support.rootless,
         ),
-        rules=ocirequest.hardening(lacks_fixes=support.lacks_fixes, rootless=support.rootless),
+        rules=rules,
         uids=(uids,),
         gids=(gids,),
         overlay=support.overlay,
@@ -147,8 +156,3 @@ def _why_none(support: ContainerSupport, shim: ProcessRuntime) -> str:
     if CAPABILITY not in shim.capabilities():
         return next((w for w in shim.warnings() if w.startswith(CAPABILITY)), "the node's shim is of an older version")
     return ""
-
-
-def _weaker(support: ContainerSupport, settings: Settings) -> tuple[str, ...]:
-    bridge = (f"{BRIDGE} is allowed, but not to be had yet",) if BRIDGE in settings.allow else ()
-    return (*support.warnings, *bridge)
