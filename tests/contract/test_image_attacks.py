@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from spinetta.errors import UserError
+from spinetta.runtime.images import tools
+from spinetta.runtime.images.limits import Limits, Refused
 from spinetta.runtime.images.records import ImageRecord
 from tests.contract import imagefiles as files
 from tests.contract.image_world import BASE, LIMITS, MIB, had, left_over, opened, rootfs, run
@@ -241,3 +243,22 @@ def test_a_configuration_that_is_not_of_the_right_form_is_refused(config: dict[s
         assert left_over(tmp_path) == []
 
     run(scenario())
+
+
+def test_the_unpacking_tool_can_write_to_its_directory_and_nowhere_else(tmp_path: Path) -> None:
+    """Whatever layers talk it into: the rest of the machine is read-only for it, and no file of it gives rights."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    words = f"touch inside && ! touch {tmp_path}/outside && ! touch /outside-{os.getpid()} && cat /proc/self/mountinfo"
+    said = tools.run(["sh", "-c", words], staging, confine=staging).decode()
+    assert (staging / "inside").exists()
+    assert not (tmp_path / "outside").exists()
+    own = next(line for line in said.splitlines() if f" {staging} " in line)
+    assert {"rw", "nosuid", "nodev"} <= set(own.split()[5].split(","))
+    with pytest.raises(Refused, match="too large"):
+        tools.run(
+            ["sh", "-c", "head -c 3000000 /dev/zero > big || kill -XFSZ $$"],
+            staging,
+            confine=staging,
+            limits=Limits(file_bytes_max=MIB),
+        )
