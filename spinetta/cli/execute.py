@@ -82,7 +82,7 @@ def exec_(
         if as_json:
             output.put_json_line({"exit_code": end.exit_code, "signal": end.signal, "message": end.message})
         elif end.message:
-            output.tell(f"the command was ended: {end.message}")
+            output.tell(f"exec: {end.message}")
         return exits.SIGNAL_BASE + end.signal if end.signal else end.exit_code
 
     try:

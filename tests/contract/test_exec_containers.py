@@ -43,8 +43,11 @@ async def test_it_is_in_the_container(state_dir: Path, rootfs: Path, isolate: bo
             assert end.exit_code == 128 + signal.SIGKILL
         async with open_command(state_dir, "t.1", ["/no/such"]) as command:
             _out, err, end = await everything(command)
-            assert end.exit_code != 0
-            assert b"/no/such" in err
+            assert end.exit_code == 126, err
+            assert "could not be started" in end.message
+            assert "/no/such" in end.message
+        async with open_command(state_dir, "t.1", ["sh", "-c", "exit 255"]) as command:
+            assert (await everything(command))[2] == Ended(255)
         await rt.stop("t.1", "cancelled")
         assert (await end_of(rt, "t.1")).reason is Reason.CANCELLED
         await until(lambda: not traces(state_dir, "t.1"))

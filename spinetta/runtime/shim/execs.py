@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from . import child, proctable, secretfiles, sysapi
 from .attempt import Held, Phase
 from .connection import Connection
-from .container import Container
+from .container import Container, complaint
 from .keeper import Keeper, Refused
 from .loop import READ, Loop
 from .spawn import TASK_OOM_SCORE_ADJ, Surroundings
@@ -31,6 +31,9 @@ HANGUP_WAIT_S = 2.0  # between HUP and KILL, for a shell to write its history
 KILL_AGAIN_S = 0.2
 KILL_TRIES_MAX = 50
 REPORT_BYTES_MAX = 4096
+LOG_BYTES_MAX = 1 << 16  # of what a container's runtime says
+RUNTIME_FAILED = 255  # its exit code when it could not do what it was asked for
+CANNOT_START = 126  # as a shell says it
 INIT_ENDS_S = 0.1
 _KILLED_INSIDE = 128 + signal.SIGKILL  # as a container's runtime says it
 
@@ -42,6 +45,7 @@ class Exec:
     Attributes:
         waits: the request's id, until it has been answered.
         report_fd: what goes wrong before the program runs comes from here; its end says that it runs.
+        log_fd: what a container's runtime complains of, in memory; -1: there is none.
     """
 
     held: Held
@@ -52,6 +56,7 @@ class Exec:
     report_fd: int
     program: str
     cwd: str
+    log_fd: int = -1
     report: bytes = b""
     hung_up: bool = False
     tries: int = 0
@@ -70,6 +75,7 @@ class Plan:
     mounts: str  # of a process whose mounts it is to see; empty: ours
     around: Surroundings
     parent: int
+    log_fd: int = -1
 
 
 class Execs:
@@ -125,6 +131,8 @@ class Execs:
         try:
             one = self._fork(plan, held, connection, integer(message, "id"))
         except OSError as error:
+            if plan.log_fd >= 0:
+                os.close(plan.log_fd)
             raise Refused("full", f"cannot fork: {error.strerror}") from None
         self._all[one.pid] = one
         self._keeper.ending.unreaped.add(one.pid)
@@ -169,16 +177,20 @@ class Execs:
         if len(fds) == 1:
             rows, columns, _, _ = struct.unpack("4H", fcntl.ioctl(fds[0], termios.TIOCGWINSZ, bytes(8)))
             process["consoleSize"] = {"height": rows, "width": columns}
+        join = place.join_files(held.group)
+        log_fd = os.memfd_create("log")
+        log = ("--log", f"/proc/self/fd/{log_fd}", "--log-format", "json")
         return Plan(
-            argv=[made.program, "--root", place.state, "exec", "--process", "/proc/self/fd/{}", held.key],
+            argv=[made.program, "--root", place.state, *log, "exec", "--process", "/proc/self/fd/{}", held.key],
             env={"PATH": child.DEFAULT_PATH, **mark},
             cwd="/",
             fds=fds,
             process=process,
-            join=place.join_files(held.group),
+            join=join,
             mounts="",
             around=self._around,
             parent=os.getpid(),
+            log_fd=log_fd,
         )
 
     def _fork(self, plan: Plan, held: Held, connection: Connection, number: int) -> Exec:
@@ -200,7 +212,7 @@ class Execs:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
-        return Exec(held, connection, number, pid, pidfd, receive, plan.argv[0], plan.cwd)
+        return Exec(held, connection, number, pid, pidfd, receive, plan.argv[0], plan.cwd, plan.log_fd)
 
     def _reported(self, one: Exec) -> None:
         """The program has taken over, or could not."""
@@ -229,11 +241,15 @@ class Execs:
         self._loop.unwatch(one.pidfd)
         os.close(one.pidfd)
         one.connection.on_close = lambda: None
+        said = _complaint(one)
         if one.report:
             return  # told already
         exited = result.si_code == os.CLD_EXITED
         code = result.si_status
-        if one.held.container is not None and code == _KILLED_INSIDE and one.held.phase < Phase.ENDING:
+        if said and exited and code == RUNTIME_FAILED:
+            why = f"the command could not be started: {said}"
+            one.connection.send({"event": "exec-ended", "exit_code": CANNOT_START, "signal": 0, "message": why})
+        elif one.held.container is not None and code == _KILLED_INSIDE and one.held.phase < Phase.ENDING:
             # When a container's first process ends all others do so before it, so that we hear of them first.
             self._loop.call_in(INIT_ENDS_S, lambda: self._tell(one, exited=exited, code=code))
         else:
@@ -273,6 +289,16 @@ class Execs:
         with contextlib.suppress(ProcessLookupError):  # before it has a session of its own
             os.kill(one.pid, signal.SIGKILL)
         self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(one))
+
+
+def _complaint(one: Exec) -> str:
+    """What the container's runtime has said of a failure of its own; empty when there was none."""
+    if one.log_fd < 0:
+        return ""
+    lines = os.pread(one.log_fd, LOG_BYTES_MAX, 0).splitlines()
+    os.close(one.log_fd)
+    one.log_fd = -1
+    return complaint(lines)
 
 
 # --- in the new process -------------------------------------------------------------------------------------------
@@ -318,6 +344,8 @@ def _become(plan: Plan, stage: list[str]) -> NoReturn:
     stage[0] = "setup"
     for number, fd in enumerate(plan.fds if len(plan.fds) == 3 else [plan.fds[0]] * 3):
         os.dup2(fd, number)
+    if plan.log_fd >= 0:
+        os.set_inheritable(plan.log_fd, True)
     argv = list(plan.argv)
     if plan.process is not None:  # in memory: it may say what nobody else is to know
         fd = os.memfd_create("process", 0)
