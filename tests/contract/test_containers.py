@@ -157,13 +157,11 @@ async def test_orphans_are_reaped_and_end_with_the_command(state_dir: Path, root
     async with runtime(state_dir) as rt:
         text = """
             (setsid sh -c 'exit 0' &); (sh -c 'sleep 0 &'); (setsid sleep 4711 &)
-            while ps -o stat | grep -q Z; do sleep 0; done; ps -o comm,stat; exit 0
+            until ps -o args | grep -q '^sleep 4711'; do sleep 0; done
+            while ps -o stat | grep -q Z; do sleep 0; done; exit 0
         """
         ended = await ran(rt, script(state_dir, rootfs, "o.1", text))
-        seen = rt.log_path("o.1", "stdout").read_text()
         assert (ended.reason, ended.exit_code) == (Reason.EXIT, 0)
-        assert "sleep" in seen
-        assert "Z" not in seen
         await gone(state_dir, "o.1")
 
 
@@ -294,7 +292,7 @@ async def test_the_runtimes_own_start_and_delete_serve_when_ours_do_not(
     async with runtime(state_dir) as rt:
         program = standing_in(tmp_path, moved)
         ended = await ran(rt, script(state_dir, rootfs, "f.1", "exit 4", program=program))
-        assert (ended.reason, ended.exit_code) == (Reason.EXIT, 4)
+        assert (ended.reason, ended.exit_code) == (Reason.EXIT, 4), ended.message
         await until(lambda: (tmp_path / "said").read_text().split() == ["start", "delete"])
         await until(lambda: traces(state_dir, "f.1") == [])
 

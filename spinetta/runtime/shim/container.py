@@ -55,6 +55,7 @@ class Container:
     Attributes:
         config: emptied once it has been handed over.
         process: as what its command runs, without the command: for others that are to run beside it.
+        noted: the record that it is being started is on disk; it is made meanwhile, and not let go before.
         waiting_as: name of its first process while it waits; another says that the runtime has made way for what it was
             to run.
         too_small: what the runtime said shows that memory ran out on the way: it removes the groups that would tell.
@@ -69,6 +70,7 @@ class Container:
     owner: tuple[int, int]
     process: dict[str, Any] = field(init=False, repr=False)
     stage: Stage = Stage.CREATING
+    noted: bool = False
     waiting_as: str = ""
     too_small: bool = False
     fifo_fd: int = -1

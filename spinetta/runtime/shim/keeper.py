@@ -208,8 +208,17 @@ class Keeper:
         else:
             held.started_ms = now_ms()
             self._writer.put(held.record_path, held.intent(), lambda error: self._intended(held, error))
+            if held.container:
+                held.has_intent = True  # on its way, before whatever is to be written next
+                self._spawn(held)
 
     def _intended(self, held: Held, error: str) -> None:
+        if held.container:
+            if held.phase is not Phase.SPAWNING:
+                return  # it has ended meanwhile, which is recorded after this
+            held.has_intent = not error
+            self.containers.noted(held, f"cannot write the record of the attempt: {error}" if error else "")
+            return
         held.has_intent = not error
         if error:
             self._not_started(held, UNFIT, f"cannot write the record of the attempt: {error}")
@@ -286,6 +295,9 @@ class Keeper:
         """What the user has asked for runs."""
         if held.container:
             held.started_ms = now_ms()
+            if held.walltime_s:
+                again_s = now_s() + held.walltime_s
+                held.set_timer("walltime", self._loop.call_at(again_s, lambda: self.stop(held, "walltime")))
             if not self._around.isolated:
                 self._note_pid(held)
         held.phase = Phase.RUNNING

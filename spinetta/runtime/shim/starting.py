@@ -55,6 +55,14 @@ class Containers:
         why = f"the container was not made within {CREATE_LIMIT_S:g} s"
         held.set_timer("create", self._loop.call_in(CREATE_LIMIT_S, lambda: self._give_up(held, why)))
 
+    def noted(self, held: Held, error: str) -> None:
+        """The record that it is being started is on disk, or cannot be: it may go on, or may not."""
+        if error:
+            self._give_up(held, error)
+        elif held.container is not None:
+            held.container.noted = True
+            self._begin(held)
+
     def passed(self, held: Held, status: tuple[bool, int]) -> tuple[bool, int] | None:
         """Its present main process has ended so; None when that is not the end of it, but a step of its start."""
         made = held.container
@@ -152,6 +160,8 @@ class Containers:
         made = held.container
         if made is None or made.stage is not Stage.CREATED or held.phase is not Phase.SPAWNING or held.signalled:
             return
+        if made.fifo_fd >= 0 or made.helper or not (made.noted or held.stop_why):
+            return  # it is being let go, or will be when it is noted
         if not self.may_start(held):
             self.kill(held)
             return
@@ -185,9 +195,14 @@ class Containers:
         # else it has died, which its pidfd tells, or is about to come again: the timer looks
 
     def _has_passed(self, held: Held) -> bool:
-        """Look at the fifo: a short command may have ended before we came to hear that it had started."""
+        """Whether it was let go after all: a short command may have ended before we came to hear of its start."""
         self._let_go(held)
-        return held.container is not None and held.container.stage is Stage.STARTED
+        made = held.container
+        if made is None:
+            return False
+        if made.stage is Stage.CREATED and proctable.name_of(held.pid) not in ("", made.waiting_as):
+            self._started(held)  # by the runtime's own `start`; it has become something else
+        return made.stage is Stage.STARTED
 
     def _start_otherwise(self, held: Held) -> None:
         """By the runtime's own ``start``."""
