@@ -306,14 +306,14 @@ def _refusal(code: str, text: str) -> Exception:
             return UserError(text, field="command", reason="cannot-start")
         case "full":
             return Busy(text, retry_after_s=1.0, hint="end some of them, or try again later")
-        case "unknown-operation":
+        case "unknown-operation" | "version":
             return UserError(
                 "the shim of this node is of an older version, which runs no commands beside tasks",
                 field="id",
                 reason="shim-version",
                 hint="it is replaced when the node is stopped and started again with nothing running",
             )
-        case "closing" | "version":
+        case "closing":
             return RuntimeUnavailable(text)
         case _:
             return InvariantViolation(f"the shim refused to run a command: {code}: {text}")
