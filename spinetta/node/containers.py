@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -11,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from spinetta import ocirequest
+from spinetta import ociconfig, ocirequest
 from spinetta.config import Settings
 from spinetta.container import CONTAINER, PROCESS
 from spinetta.errors import RuntimeUnavailable, UserError
@@ -94,10 +95,11 @@ async def open_containers(settings: Settings, data_dir: Path, shim: ProcessRunti
             return
         with contextlib.suppress(RuntimeUnavailable):  # then all that was in use stays so until it is forgotten
             images.keep_only(held.key for held in await shim.held())
+        hosts_path = await asyncio.to_thread(_write_hosts, data_dir, settings.name)
         rules = ocirequest.hardening(lacks_fixes=support.lacks_fixes, rootless=support.rootless)
         withheld = tuple(word for word in (BRIDGE, *(() if rules.root_inside else (ROOT,))) if word in settings.allow)
         allowed = tuple(word for word in settings.allow if word not in withheld)
-        site = site_of(support, settings, rules, frozenset((*processes, CONTAINER, *allowed)))
+        site = site_of(support, settings, rules, hosts_path, frozenset((*processes, CONTAINER, *allowed)))
         yield Containers(
             RuncRuntime(shim, images, site),
             images,
@@ -117,7 +119,13 @@ def store_settings(settings: Settings, base: int | None) -> StoreSettings:
     )
 
 
-def site_of(support: ContainerSupport, settings: Settings, rules: ocirequest.Hardening, allows: frozenset[str]) -> Site:
+def site_of(
+    support: ContainerSupport,
+    settings: Settings,
+    rules: ocirequest.Hardening,
+    hosts_path: str,
+    allows: frozenset[str],
+) -> Site:
     """What containers get here."""
     if support.ids == "range":
         uids = ocirequest.IdRange(0, support.first_uid, ID_COUNT)
@@ -141,8 +149,24 @@ def site_of(support: ContainerSupport, settings: Settings, rules: ocirequest.Har
         allows=allows,
         devices=dict(settings.devices),
         tmp_bytes=settings.tmp_bytes,
+        hostname=settings.name,
+        hosts_path=hosts_path,
         task_user=TASK_USER if support.ids == "range" else (0, 0),
     )
+
+
+def _write_hosts(data_dir: Path, hostname: str) -> str:
+    """A container knows itself by name, network or not: many programs look that up when they start."""
+    path = data_dir / "hosts"
+    new = path.with_suffix(".new")
+    try:
+        new.write_text(ociconfig.hosts_text(hostname))
+        new.chmod(0o644)
+        new.replace(path)
+    except OSError as error:
+        log.warning("containers cannot look up their own name: %s: %s", path, error.strerror)
+        return ""
+    return str(path)
 
 
 def _kernel() -> tuple[int, int]:

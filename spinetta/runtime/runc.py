@@ -44,6 +44,7 @@ class Site:
         allows: words of `container.check_allowance`, and what runs here.
         devices: files of the node by countable.
         tmp_bytes: size of /tmp.
+        hostname: inside; hosts_path: a file for /etc/hosts that knows it, for those without the host's network.
         task_user: see `TASK_USER`.
     """
 
@@ -57,6 +58,8 @@ class Site:
     allows: frozenset[str]
     devices: Mapping[str, tuple[str, ...]]
     tmp_bytes: int
+    hostname: str
+    hosts_path: str
     task_user: tuple[int, int] = TASK_USER
 
     @property
@@ -191,9 +194,9 @@ class RuncRuntime:
                 init_path=site.init,
                 scratch_path=str(state / "scratch" / launch.key),
                 secrets_path=str(state / "bundle" / "secrets") if launch.secrets else "",
-                hostname=launch.key.replace(".", "-")[-63:].strip("-"),
+                hostname=site.hostname,
                 network=asked.network,
-                hosts_path=_if_there(HOST_HOSTS) if host_network else "",
+                hosts_path=_if_there(HOST_HOSTS) if host_network else site.hosts_path,
                 resolv_path=_if_there(HOST_RESOLV) if host_network else "",
                 writable=asked.writable,
                 capabilities=asked.capabilities,

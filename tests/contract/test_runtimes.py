@@ -298,6 +298,13 @@ async def test_a_link_that_leads_out_of_what_is_allowed(cells: World, tmp_path: 
 
 
 @asynchronous
+async def test_a_container_knows_itself_by_name(cells: World) -> None:
+    async with cells.connect() as rt:
+        ended = await ran(rt, cells.shell("name.1", "cat /proc/sys/kernel/hostname; grep -cw n1 /etc/hosts"))
+        assert (ended.exit_code, rt.log_path("name.1", "stdout").read_text()) == (0, "n1\n1\n")
+
+
+@asynchronous
 async def test_a_writable_root_is_its_own(cells: World) -> None:
     async with cells.connect() as rt:
         wants = ContainerSpec(f"rootfs:{cells.image}", writable=True)
