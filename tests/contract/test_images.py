@@ -146,6 +146,27 @@ def test_a_registry_is_asked_once_and_a_moved_tag_is_noticed_when_pulled(
     run(scenario())
 
 
+def test_an_image_in_dockers_own_format_is_known_by_both_digests(shared: Path, hub: Registry, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        hub.push(shared / "zipped", "lab/docker-format:1", "--format", "v2s2")
+        name = f"docker://{hub.host}/lab/docker-format"
+        async with opened(tmp_path) as store:
+            record = await had(store, f"{name}:1")
+            [source] = record.sources
+            assert source != record.digest
+            assert {record.digest, source} <= set(store.digests())
+            asked = hub.asked("docker-format")
+            assert (await had(store, f"{name}@{source}")).digest == record.digest
+            assert hub.asked("docker-format") == asked
+            store.remove(record.digest)
+            again = await had(store, f"{name}@{source}")
+            assert (again.digest, again.sources, again.tree) == (record.digest, (source,), record.tree)
+            with pytest.raises(NotFound):
+                await had(store, f"{name}@sha256:{'0' * 64}")
+
+    run(scenario())
+
+
 def test_what_a_registry_does_not_have_or_nobody_serves_is_said_clearly(hub: Registry, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with opened(tmp_path) as store:
