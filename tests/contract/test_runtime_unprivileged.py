@@ -24,6 +24,7 @@ os.setgid(65534); os.setgroups([]); os.setuid(65534)
 os.chdir(home)
 
 from spinetta.model import Reason
+from spinetta.runtime.execs import open_command
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.runtime.protocol import Exited, Launch
 from spinetta.runtime.shim import proctable
@@ -87,6 +88,35 @@ async def main():
         await rt.start(shell("secret.2", script.replace("echo", "chmod 700 .; echo"), secrets=(("token", b"again"),)))
         await end_of(rt, "secret.2")
         assert [p.name for p in (where.parent / "secret.2").iterdir()] == ["x"]
+
+        # A command beside an attempt: found by its pid where there is no group, and no hindrance to its attempt's end.
+        for n, ends in enumerate(("exec sleep 100", "read x < go; exit 3")):
+            key, marker = f"beside.{n}", f"9{n}{os.getpid()}"
+            await rt.start(shell(key, f"mkfifo go; {ends}", secrets=(("token", b"battery-staple"),)))
+            fifo = home / "state/scratch" / key / "go"
+            await until(fifo.exists)
+            script = f"trap '' TERM HUP; cat $SPINETTA_SECRETS/token; setsid sleep {marker} & echo up; sleep {marker}"
+            async with open_command(home / "state", key, ["sh", "-c", script]) as command:
+                said = b""
+                async for item in command.outputs():
+                    said += item.data
+                    if b"up" in said:
+                        break
+                assert b"battery-staple" in said, said
+                await until(lambda: len(living(marker)) >= 2)
+                if n:
+                    await asyncio.to_thread(fifo.write_bytes, b"x")
+                else:
+                    await rt.stop(key, "cancelled")
+                ended = await end_of(rt, key)
+                assert (ended.reason, ended.exit_code) == ((Reason.EXIT, 3) if n else (Reason.CANCELLED, None)), ended
+                await until(lambda: not living(marker))
+        await rt.start(shell("beside.3", "exec sleep 100"))
+        async with open_command(home / "state", "beside.3", ["sh", "-c", f"trap '' HUP; sleep 93{os.getpid()}; :"]):
+            await until(lambda: living(f"93{os.getpid()}"))
+        await until(lambda: not living(f"93{os.getpid()}"))
+        await rt.stop("beside.3", "cancelled")
+        await end_of(rt, "beside.3")
 
         # Detached twice over, and still found: it can be of no other.
         marker = "alpha-" + str(os.getpid())
