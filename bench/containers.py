@@ -361,7 +361,7 @@ async def ways(folder: Path, wanted: Sequence[str], most: int) -> AsyncIterator[
 
 async def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the table."""
-    folder = Path(tempfile.mkdtemp(prefix="spinetta-bench-", dir="/var/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="spinetta-bench-", dir=args.dir))
     numbers: dict[tuple[int, str], Numbers] = {}
     try:
         async with ways(folder, args.ways, max(args.at_once)) as (found, cpu_s):
@@ -413,6 +413,7 @@ def main() -> None:
         "--ways", nargs="+", choices=("runc", "ours", "shim", "process", "docker"), help="which of them (all)",
         default=["runc", "ours", "shim", "process", "docker"],
     )  # fmt: skip
+    parser.add_argument("--dir", default="/var/tmp", help="of ours and bare runc (/var/tmp)")  # noqa: S108 - a disk
     parser.add_argument("--json", action="store_true", help="the numbers as JSON")
     args = parser.parse_args()
     if os.geteuid() != 0:
