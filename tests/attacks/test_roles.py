@@ -31,7 +31,8 @@ CALLERS = {
     WORKER: Caller(CallerKind.NODE, "w1", node_role=NodeRole.WORKER),
     SEAT: Caller(CallerKind.NODE, "v2", node_role=NodeRole.VOTER),
 }
-PASSED_ON = {Call.LOG, Call.EXEC, Call.COPY, Call.DRAIN, Call.LEAVE}  # by a node only with the mark that it does so
+# By a node only with the mark that it does so.
+PASSED_ON = {Call.LOG, Call.EXEC, Call.COPY, Call.DRAIN, Call.LEAVE, Call.IMAGES, Call.IMAGE_CHANGE, Call.IMAGE_IMPORT}
 RIGHT: dict[str, Call] = {
     "Spinetta.Submit": Call.SUBMIT,
     "Spinetta.Cancel": Call.CANCEL,
@@ -50,6 +51,11 @@ RIGHT: dict[str, Call] = {
     "Spinetta.Leave": Call.LEAVE,
     "Spinetta.ConfirmDead": Call.CONFIRM_DEAD,
     "Spinetta.Backup": Call.BACKUP,
+    "Spinetta.PullImage": Call.IMAGE_CHANGE,  # of a registry; of files of the node it is IMAGE_IMPORT
+    "Spinetta.ListImages": Call.IMAGES,
+    "Spinetta.RemoveImage": Call.IMAGE_CHANGE,
+    "Spinetta.PinImage": Call.IMAGE_CHANGE,
+    "Spinetta.VerifyImage": Call.IMAGE_CHANGE,
     "Peer.TakeSeat": Call.PEER,
     "Peer.GiveUpSeat": Call.PEER,
     "Peer.Archive": Call.PEER,

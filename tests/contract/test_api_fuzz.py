@@ -53,6 +53,8 @@ def true_requests(task: str) -> list[bytes]:
         api.WaitRequest(ids=[task], timeout_s=0.1, any=True),
         api.LeaveRequest(node="a", timeout_s=1.0),
         api.ListArchivedRequest(filter=api.Filter(owner="ann"), page_size=3, since_ms=1, newest_first=True),
+        api.PullImageRequest(reference="docker://r.invalid/a:1", name="a:1"),
+        api.RemoveImageRequest(image="sha256:00", force=True, node="a"),
         api.ReadArchiveRequest(limit=3, after=task, since_ms=1),
         api.SampleRequest(ids=[task]),
         api.ArchiveRequest(records=[pb.Task(spec=spec(), state=pb.COMPLETE).SerializeToString()]),

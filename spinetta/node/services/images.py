@@ -43,10 +43,10 @@ class Images:
         Raises:
             UserError, NotFound: it cannot be had.
         """
+        is_me = self._is_me(request.node, asked)
         ref = imageref.parse(request.reference, "reference")
-        if request.name:
-            imageref.parse_name(request.name, "name")
-        if not self._is_me(request.node, asked):
+        name = str(imageref.parse_name(request.name, "name")) if request.name else ""
+        if not is_me:
             async with closing(
                 self._remote(request, lambda stub: stub.PullImage(request, metadata=(FORWARDED,)))
             ) as steps:
@@ -54,7 +54,6 @@ class Images:
                     yield step
             return
         store = self._images()
-        name = str(imageref.parse_name(request.name, "name")) if request.name else ""
         record: ImageRecord | None = None
         async with closing(_steps(lambda tell: store.pull(ref, name=name, tell=tell))) as found:
             async for item in found:
