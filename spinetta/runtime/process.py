@@ -407,6 +407,8 @@ def _unusable(launch: Launch) -> str:
     if cwd and (not cwd.startswith("/") or "\0" in cwd):
         return f"the working directory must be an absolute path, not {'(sealed)' if launch.private else repr(cwd)}"
     characters = sum(map(len, launch.argv)) + sum(len(name) + len(value) for name, value in launch.env.items())
+    if launch.container is not None:
+        characters *= 2  # they are in its configuration as well
     if characters > ARGUMENTS_CHARACTERS_MAX:
         return "the arguments and environment together are too long for any machine"
     return ""

@@ -62,6 +62,21 @@ MALFORMED: dict[str, bytes] = {
     "key": json.dumps(HELLO).encode() + b'\n{"id":2,"op":"forget","key":"../../etc"}\n',
     "argv": json.dumps(HELLO).encode() + b'\n{"id":2,"op":"start","key":"a","argv":"ls","env":{},"grace_s":9}\n',
     "env": json.dumps(HELLO).encode() + b'\n{"id":2,"op":"start","key":"a","argv":["ls"],"env":{"a":1},"grace_s":9}\n',
+    **{
+        f"container {number}": json.dumps(HELLO).encode()
+        + b'\n{"id":2,"op":"start","key":"a","argv":["ls"],"env":{},"grace_s":9,"container":%s}\n' % container
+        for number, container in enumerate(
+            (
+                b"1",
+                b"{}",
+                b'{"program":"/r","config":[],"lower":["/l"],"owner":[1,1]}',
+                b'{"program":"/r","config":{},"lower":"/l","owner":[1,1]}',
+                b'{"program":"/r","config":{},"lower":["/l"],"owner":[-1,1]}',
+                b'{"program":"/r","config":{},"lower":["/l"],"owner":[1]}',
+                b'{"program":1,"config":{},"lower":["/l"],"owner":[1,1]}',
+            )
+        )
+    },
     "limit": json.dumps(HELLO).encode()
     + b'\n{"id":2,"op":"start","key":"a","argv":["ls"],"env":{},"grace_s":9,"memory_bytes":1e400}\n',
 }
