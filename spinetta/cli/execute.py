@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient
     from spinetta.client.execs import ExecOutput, Execution
 
+SIGNALS_MAX = 16  # that were not passed on yet
 READ_BYTES = 32 << 10
 END_OF_INPUT = b"\x04"  # as a user of a terminal types it
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)  # to the command, once; the second ends us
@@ -146,10 +147,10 @@ async def _pass_input(execution: Execution, *, with_terminal: bool) -> None:
 async def _pass_signals(execution: Execution, *, with_terminal: bool) -> None:
     """With a terminal: that its size has changed. Without: the first of each signal that would end us."""
     loop = asyncio.get_running_loop()
-    came: asyncio.Queue[int] = asyncio.Queue()
+    came: asyncio.Queue[int] = asyncio.Queue(SIGNALS_MAX)
     wanted = (signal.SIGWINCH,) if with_terminal else _PASSED_ON
     for each in wanted:
-        loop.add_signal_handler(each, came.put_nowait, int(each))
+        loop.add_signal_handler(each, _note, came, int(each))
     if with_terminal:  # what ends us is to leave the terminal as it was
         for each in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(each, _interrupt)
@@ -164,6 +165,11 @@ async def _pass_signals(execution: Execution, *, with_terminal: bool) -> None:
     finally:
         for each in {*wanted, signal.SIGTERM, signal.SIGHUP}:
             loop.remove_signal_handler(each)
+
+
+def _note(came: asyncio.Queue[int], number: int) -> None:
+    with contextlib.suppress(asyncio.QueueFull):  # the size is looked at when its turn comes, and that is the latest
+        came.put_nowait(number)
 
 
 def _interrupt() -> None:

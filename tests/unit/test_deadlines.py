@@ -22,6 +22,7 @@ STREAMS = {
     "store/snapshot.py: Snapshot": "STALL_S for each piece",
     "store/gateway.py: open_stream": "SILENT_S between two messages: the voter gives a sign of life every 5 s",
     "client/channels.py: method(…)": "HTTP/2 keep-alive of 10 s + 5 s (_OPTIONS); the streams open it again",
+    "client/execs.py: Exec": "HTTP/2 keep-alive of 10 s + 5 s (channels._OPTIONS): a command may be silent for days",
     "node/services/nodes.py: Leave": "HTTP/2 keep-alive of 10 s + 5 s (Peers.OPTIONS); the caller's own deadline",
     "node/services/logs.py: Log": "HTTP/2 keep-alive of 10 s + 5 s (Peers.OPTIONS), then LOG_RECONNECT_S",
 }
