@@ -23,6 +23,10 @@ STREAMS = {
     "store/gateway.py: open_stream": "SILENT_S between two messages: the voter gives a sign of life every 5 s",
     "client/channels.py: method(…)": "HTTP/2 keep-alive of 10 s + 5 s (_OPTIONS); the streams open it again",
     "client/execs.py: Exec": "HTTP/2 keep-alive of 10 s + 5 s (channels._OPTIONS): a command may be silent for days",
+    "node/services/execute.py: Exec": "HTTP/2 keep-alive of 10 s + 5 s (Peers.OPTIONS); the caller going away",
+    "node/services/copying.py: CopyOut": "HTTP/2 keep-alive of 10 s + 5 s (Peers.OPTIONS); the caller going away",
+    "node/services/images.py: PullImage": "HTTP/2 keep-alive (Peers.OPTIONS); the limits of the store's errands",
+    "node/services/images.py: VerifyImage": "HTTP/2 keep-alive (Peers.OPTIONS); the limits of the store's errands",
     "node/services/nodes.py: Leave": "HTTP/2 keep-alive of 10 s + 5 s (Peers.OPTIONS); the caller's own deadline",
     "node/services/logs.py: Log": "HTTP/2 keep-alive of 10 s + 5 s (Peers.OPTIONS), then LOG_RECONNECT_S",
 }
