@@ -51,8 +51,9 @@ if [ -n "$containers" ]; then
     "$root/scripts/demo-image.sh" "$files/image.tar"
     eval "$(devcluster env)"
     while read -r node; do
-        spinetta image import "$files/image.tar" --name variants:demo --on "$node"
-    done < <(spinetta node list --json | python -c 'import json, sys; print(*(n["name"] for n in json.load(sys.stdin)["nodes"]), sep="\n")')
+        spinetta image import "$files/image.tar" --name variants:demo --on "$node" </dev/null
+    done < <(spinetta node list --json |
+        python -c 'import json, sys; print(*(n["name"] for n in json.load(sys.stdin)["nodes"]), sep="\n")')
     demo=(--image variants:demo)
 fi
 devcluster demo "${demo[@]}"
