@@ -117,7 +117,7 @@ def test_a_shell_in_a_terminal(pair: Cluster) -> None:
         terminal.until(rb"xterm-me-in the task\r\n40 100\r\n")
         ioctl(terminal.master, termios.TIOCSWINSZ, struct.pack("4H", 50, 120, 0, 0))
         terminal.type(f"until stty size | grep '50 120'; do sleep 0.1; done; sleep {marker}\n")
-        terminal.until(rb"\n50 120\r\n")
+        terminal.until(rb"50 120\r\n")
         eventually(lambda: living(marker), within_s=LIMIT_S, what="it sleeps")
         terminal.type("\x03")
         terminal.until(rb"[#$] ")
