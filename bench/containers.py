@@ -407,9 +407,7 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=12, help="containers a run, for each way (12)")
-    parser.add_argument(
-        "--runs", type=int, default=8, help="how often: many short runs, so that what else happens hits all alike (8)"
-    )
+    parser.add_argument("--runs", type=int, default=8, help="how often; short runs meet alike what else happens (8)")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4], help="workers (1 2 4)")
     parser.add_argument(
         "--ways", nargs="+", choices=("runc", "ours", "shim", "process", "docker"), help="which of them (all)",
