@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from spinetta.runtime.shim import hierarchy
-from spinetta.runtime.shim.cgroup import CAPABILITIES, Cgroups, Counters, Limits, members, sweep
+from spinetta.runtime.shim.cgroup import CAPABILITIES, Cgroups, Limits, members, sweep
+from spinetta.runtime.shim.counters import Counters
 from spinetta.runtime.shim.hierarchy import Hierarchy, detect
 
 DEBIAN_12 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot\n"
