@@ -156,7 +156,7 @@ OWN = {
         "/node/w1", "/incarnation/w1", "/beat/w1", keys.beat("w1"), keys.incarnation("w1"), keys.node("w1"),  # type: ignore[arg-type]
         "/status/running/w1/", "/acl/node/w1", "/trust/label/",
     ),
-    ADMIN: ("/acl/", "/trust/", "/secret/", "/task/", "/status/"),
+    ADMIN: ("/acl/", "/trust/", "/secret/", "/task/", "/status/", keys.BACKUP),
     SEAT: ("",),
 }  # fmt: skip
 
