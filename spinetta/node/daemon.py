@@ -267,6 +267,7 @@ class Daemon:
                 group.create_task(self.keeper.run(), name="voters"),
                 *[group.create_task(work, name="etcd care") for work in self._etcd_work()],
                 group.create_task(self._keep_endpoints(), name="endpoints"),
+                group.create_task(self._tell_images(), name="images"),
                 group.create_task(self._sweep(), name="logs"),
                 group.create_task(self._keep_fit(), name="fitness"),
                 group.create_task(self._leaving.run(), name="leave"),
@@ -322,6 +323,16 @@ class Daemon:
                 teller.tell(f"the voters cannot be looked up now: {e}")
             await self._seat_changed()
             await asyncio.sleep(ENDPOINTS_EVERY_S)
+
+    async def _tell_images(self) -> None:
+        """Say at once which images have come or gone: others choose by it."""
+        changed = asyncio.Event()
+        if self.containers.images is not None:
+            self.containers.images.listen(changed.set)
+        while True:
+            await changed.wait()
+            changed.clear()
+            await self._seat_changed()
 
     async def _look_for_voters(self) -> None:
         memory = self._entrance.memory
