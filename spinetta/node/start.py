@@ -131,8 +131,8 @@ async def _live_once(settings: Settings, data_dir: Path, stop: StopSignals) -> i
         runtime = await stack.enter_async_context(
             ProcessRuntime.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
         )
-        containers = await stack.enter_async_context(open_containers(settings, data_dir, runtime))
         try:
+            containers = await stack.enter_async_context(open_containers(settings, data_dir, runtime))
             entrance = await enter(settings, data_dir, runtime, known, credentials, dialer)
             store = _store(entrance, credentials, dialer)
             stack.push_async_callback(store.close)

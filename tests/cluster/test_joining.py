@@ -119,20 +119,28 @@ def test_clocks_that_are_apart_are_refused(single: Cluster) -> None:
         )
 
 
-@pytest.mark.parametrize(("missing", "says"), [("etcd", "etcd-server"), ("runc", "apt install runc")])
-def test_a_missing_program_is_named_with_its_package(tmp_path: Path, missing: str, says: str) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in {"etcd", "runc"} - {missing}:
-        found = shutil.which(name)
-        assert found is not None
-        (programs / name).symlink_to(found)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--etcd-program", "no-etcd-of-this-name"), "etcd-server"),
+        (("--runtimes", "container", "--container-program", "/nowhere/runc"), "spinetta doctor"),
+    ],
+)
+def test_a_missing_program_is_named_with_what_to_do(tmp_path: Path, options: tuple[str, ...], says: str) -> None:
     base = free_base(1)
-    node = Node("bare", f"{base}1", tmp_path / "bare", tmp_path / "bare.log", QUICK)
-    code, said = refused(node, [], PATH=str(programs))
+    node = Node("bare", f"{base}1", tmp_path / "bare", tmp_path / "bare.log", (*QUICK, *options))
+    code, said = refused(node, [])
     assert code == 2
     assert says in said
     node.stop()
+
+
+def test_without_what_runs_containers_a_node_runs_processes(tmp_path: Path) -> None:
+    with running_cluster(tmp_path, 1, *QUICK, "--container-program", "/nowhere/runc") as cluster:
+        (node,) = cluster.json("node", "list")["nodes"]
+        assert node["allows"] == ["process"]
+        assert any("no containers here" in words for words in node["warnings"])
+        cluster.cli("submit", "--wait", "--", "true")
 
 
 def test_an_etcd_that_corrupts_data_is_refused(tmp_path: Path) -> None:
