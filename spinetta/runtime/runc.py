@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import stat
+import tempfile
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,6 +103,8 @@ class RuncRuntime:
             return _never(e.reason, str(e))
         except UserError as e:
             return _never(Reason.SPAWN_FAILED, str(e))
+        except OSError as e:
+            return _never(Reason.NODE_UNFIT, f"the container cannot be prepared: {e.strerror or e}")
 
     async def start(self, launch: Launch) -> Exit | None:
         """Start an attempt that was prepared; see `protocol.Runtime.start`."""
@@ -312,21 +316,23 @@ def devices_of(
 
 
 def _make_skeleton(folder: Path, lacking: Sequence[tuple[str, bool]], uid: int, gid: int) -> None:
-    new = folder.with_name(f"{folder.name}.{os.getpid()}.new")
-    new.mkdir(parents=True, exist_ok=True)
-    for target, is_folder in lacking:
-        path = new / target.lstrip("/")
-        (path if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
-        if not is_folder:
-            path.touch()
-    for top, folders, files in os.walk(new):
-        for name in (".", *folders, *files):
-            path = Path(top, name)
-            os.chown(path, uid, gid)
-            path.chmod(0o755 if path.is_dir() else 0o644)
+    """All or nothing, however many want it at once. OSError: the disk will not have it."""
+    folder.parent.mkdir(mode=0o711, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     try:
+        for target, is_folder in lacking:
+            path = new / target.lstrip("/")
+            (path if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
+            if not is_folder:
+                path.touch()
+        for top, folders, files in os.walk(new):
+            for name in (".", *folders, *files):
+                path = Path(top, name)
+                os.chown(path, uid, gid)
+                path.chmod(0o755 if path.is_dir() else 0o644)
         new.rename(folder)
     except OSError:
+        shutil.rmtree(new, ignore_errors=True)
         if not folder.is_dir():  # else somebody else was faster
             raise
 

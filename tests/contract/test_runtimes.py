@@ -286,6 +286,26 @@ async def test_mounts_where_the_image_has_nothing(cells: World) -> None:
 
 
 @asynchronous
+async def test_many_at_once_that_need_the_same_mount_points(cells: World) -> None:
+    async with cells.connect() as rt:
+        wants = ContainerSpec(f"rootfs:{cells.image}", mounts=(Mount("/usr/bin", "/new/place/for/programs"),))
+        launches = [cells.launch(f"many.{n}", "/bin/true", env={}, wants=wants) for n in range(1, 33)]
+        ready = await asyncio.gather(*(rt.prepare(each) for each in launches))
+        assert not [each for each in ready if isinstance(each, Exit)]
+        assert len(list((cells.state_dir / "skeletons").iterdir())) == 1
+
+
+@asynchronous
+async def test_a_disk_that_takes_nothing_is_the_nodes_fault(cells: World) -> None:
+    async with cells.connect() as rt:
+        (cells.state_dir / "skeletons").write_text("no folder")
+        wants = ContainerSpec(f"rootfs:{cells.image}", mounts=(Mount("/usr/bin", "/new"),))
+        ended = await rt.prepare(cells.launch("full.1", "/bin/true", env={}, wants=wants))
+        assert isinstance(ended, Exit)
+        assert (ended.reason, "cannot be prepared" in ended.message) == (Reason.NODE_UNFIT, True), ended
+
+
+@asynchronous
 async def test_a_link_that_leads_out_of_what_is_allowed(cells: World, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
