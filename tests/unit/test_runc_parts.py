@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from spinetta.model import Reason
 from spinetta.ociconfig import PATH_DEFAULT
 from spinetta.ocirequest import SECRETS, Device, IdRange
 from spinetta.runtime.protocol import Launch
-from spinetta.runtime.runc import Unfit, devices_of, environment, outside, resolve_mounts, user_of
+from spinetta.runtime.runc import Unfit, _make_skeleton, devices_of, environment, outside, resolve_mounts, user_of
 
 OTHERWISE = (1000, 1000)
 
@@ -89,3 +92,21 @@ def test_devices() -> None:
         with pytest.raises(Unfit, match=words) as caught:
             devices_of(((name, 1),), devices)
         assert caught.value.reason is Reason.NODE_UNFIT
+
+
+def test_mount_points_that_many_want_at_once(tmp_path: Path) -> None:
+    lacking = [(f"/a/b/{n}", True) for n in range(20)] + [("/a/file", False)]
+    uid, gid = os.geteuid(), os.getegid()
+    for again in range(10):
+        folder, together = tmp_path / "all" / str(again), threading.Barrier(8)
+
+        def make(folder: Path = folder, together: threading.Barrier = together) -> None:
+            together.wait(10)
+            _make_skeleton(folder, lacking, uid, gid)
+
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(make) for _ in range(8)]:
+                done.result(20)
+        assert (folder / "a" / "file").is_file()
+        assert len(list((folder / "a" / "b").iterdir())) == 20
+    assert len(list((tmp_path / "all").iterdir())) == 10  # nothing half-made is left
