@@ -185,33 +185,34 @@ class RuncRuntime:
                 Reason.NODE_UNFIT, "this node cannot lay file systems over each other, which this container needs"
             )
         host_network = asked.network == "host"
-        config = ociconfig.runtime_config(
-            ocirequest.Request(
-                command=tuple(launch.argv),
-                env=env,
-                uid=uid,
-                gid=gid,
-                groups=image.groups if (uid, gid) == image.user else (),
-                uids=site.uids,
-                gids=site.gids,
-                cwd=launch.working_directory or ocirequest.SCRATCH,
-                init_path=site.init,
-                scratch_path=str(state / "scratch" / launch.key),
-                secrets_path=str(state / "bundle" / "secrets") if launch.secrets else "",
-                hostname=site.hostname,
-                network=asked.network,
-                hosts_path=_if_there(HOST_HOSTS) if host_network else site.hosts_path,
-                resolv_path=_if_there(HOST_RESOLV) if host_network else "",
-                writable=asked.writable,
-                capabilities=asked.capabilities,
-                mounts=mounts,
-                devices=devices_of(launch.countables, site.devices),
-                tmp_bytes=asked.tmp_bytes or site.tmp_bytes,
-                programs_32=image.architecture in ocirequest.MACHINES_32,
-                host=site.host,
-                rules=replace(site.rules, root_inside=root_inside),
-            )
+        request = ocirequest.Request(
+            command=tuple(launch.argv),
+            env=env,
+            uid=uid,
+            gid=gid,
+            groups=image.groups if (uid, gid) == image.user else (),
+            uids=site.uids,
+            gids=site.gids,
+            cwd=launch.working_directory or ocirequest.SCRATCH,
+            init_path=site.init,
+            scratch_path=str(state / "scratch" / launch.key),
+            secrets_path=str(state / "bundle" / "secrets") if launch.secrets else "",
+            hostname=site.hostname,
+            network=asked.network,
+            hosts_path=_if_there(HOST_HOSTS) if host_network else site.hosts_path,
+            resolv_path=_if_there(HOST_RESOLV) if host_network else "",
+            writable=asked.writable,
+            capabilities=asked.capabilities,
+            mounts=mounts,
+            devices=devices_of(launch.countables, site.devices),
+            tmp_bytes=asked.tmp_bytes or site.tmp_bytes,
+            programs_32=image.architecture in ocirequest.MACHINES_32,
+            host=site.host,
+            rules=replace(site.rules, root_inside=root_inside),
         )
+        if problems := ocirequest.refusals(request):  # by what the image says: the rest was looked at when it came in
+            raise UserError(f"no container can be made of the image {asked.image}: {'; '.join(problems)}")
+        config = ociconfig.runtime_config(request)
         owner = (outside(site.uids, uid), outside(site.gids, gid))
         return replace(launch, container=ContainerLaunch(site.program, config, tuple(lower), asked.writable, owner))
 

@@ -18,6 +18,7 @@ from spinetta.model import Exit, Reason
 from spinetta.node.containers import Containers, open_containers
 from spinetta.runtime.protocol import Exited, Launch, Runtime
 from spinetta.runtime.shim.wire import KEY
+from tests.contract import imagefiles
 from tests.contract.containers import make_rootfs
 from tests.contract.shims import (
     KILL_MARGIN_S,
@@ -283,6 +284,31 @@ async def test_mounts_where_the_image_has_nothing(cells: World) -> None:
         assert rt.log_path("mount.1", "stdout").read_text() == "tini-static\n"
         assert "Read-only" in rt.log_path("mount.1", "stderr").read_text()
         assert ended.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"Env": ["A=x\0y"]}, "Env"),
+        ({"User": "70000"}, "70000"),
+        ({"User": "nobody-here"}, "nobody-here"),
+        ({"Env": ["=x", "A", "B=1=2"], "WorkingDir": "/proc/self/fd/7", "Entrypoint": ["/nothing"]}, ""),
+    ],
+)
+@asynchronous
+async def test_what_an_image_says_of_itself_ends_no_daemon(
+    cells: World, tmp_path: Path, said: dict[str, Any], words: str
+) -> None:
+    """Strangers have written it: a command that cannot be contained so fails, and that is all."""
+    imagefiles.layout(tmp_path / "layout", [imagefiles.base()], config=said)
+    async with cells.node(f"image:{tmp_path}") as here:
+        wants = ContainerSpec(f"oci:{tmp_path}/layout")
+        ended = await here.runtime.prepare(cells.launch("odd.1", "/bin/busybox", "true", env={}, wants=wants))
+        if words:
+            assert isinstance(ended, Exit)
+            assert (ended.reason, words in ended.message) == (Reason.SPAWN_FAILED, True), ended
+        else:
+            assert not isinstance(ended, Exit), ended
 
 
 @asynchronous
