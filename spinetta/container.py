@@ -132,11 +132,9 @@ def is_granted(need: str, granted: Collection[str]) -> bool:
     kinds = ("mount", "mount-rw") if kind == "mount" else (kind,)  # what may be written may be read
     if path != posixpath.normpath(path):
         return False  # `..` would lead out of what is allowed
-    return any(_below(path, allowed.partition(":")[2]) for allowed in granted if allowed.partition(":")[0] in kinds)
-
-
-def _below(path: str, top: str) -> bool:
-    return path == top or path.startswith(top.rstrip("/") + "/")
+    return any(
+        names.is_below(path, allowed.partition(":")[2]) for allowed in granted if allowed.partition(":")[0] in kinds
+    )
 
 
 # --- is it well formed? --------------------------------------------------------------------------------------------

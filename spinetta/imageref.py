@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from spinetta.errors import UserError
-from spinetta.names import did_you_mean, quoted
+from spinetta.names import did_you_mean, is_below, quoted
 
 TEXT_MAX = 4096  # a path's own limit
 DIGEST_TEXT = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
@@ -259,16 +259,12 @@ def refusal(needed: str, allows: Iterable[str]) -> str | None:
     named = [a.removeprefix(ALLOWANCE).rstrip("/") for a in allows if a.startswith(ALLOWANCE)]
     if wanted.startswith("docker://"):
         registries = [n for n in named if n.startswith("docker://")]
-        if not registries or _is_under(wanted, registries):
+        if not registries or any(is_below(wanted, top) for top in registries):
             return None
         return f"images of {wanted.removeprefix('docker://')} are not allowed there"
-    if _is_under(wanted, [n or "/" for n in named if not n.startswith("docker://")]):
+    if any(is_below(wanted, top) for top in named if not top.startswith("docker://")):
         return None
     return f"the image {wanted} is not below a directory that is allowed there (allow {ALLOWANCE}/DIRECTORY)"
-
-
-def _is_under(path: str, prefixes: Sequence[str]) -> bool:
-    return any(path == p or path.startswith(p.rstrip("/") + "/") for p in prefixes)
 
 
 def local_prefixes(allows: Iterable[str]) -> tuple[str, ...]:

@@ -234,3 +234,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices)}"
+
+
+def is_below(path: str, top: str) -> bool:
+    """Whether a plain path is `top` or below it: ``/data/a`` is below ``/data``, ``/database`` is not."""
+    return path == top or path.startswith(top.rstrip("/") + "/")

@@ -119,7 +119,7 @@ def limits_held(controllers: Iterable[str]) -> tuple[tuple[str, ...], tuple[str,
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class IdRange:
+class HostIds:
     """`count` ids of this machine from `first` on."""
 
     first: int
@@ -131,7 +131,7 @@ class IdRange:
         """The first id behind it."""
         return self.first + self.count
 
-    def overlaps(self, other: IdRange) -> bool:
+    def overlaps(self, other: HostIds) -> bool:
         """Whether an id is in both."""
         return self.first < other.end and other.first < self.end
 
@@ -139,54 +139,54 @@ class IdRange:
         return f"{self.first}-{self.end - 1}"
 
 
-def parse_subids(text: str) -> tuple[IdRange, ...]:
+def parse_subids(text: str) -> tuple[HostIds, ...]:
     """The lines of /etc/subuid or /etc/subgid, ``OWNER:FIRST:COUNT``; what is none is left out."""
     found = []
     for line in text.splitlines()[:SUBID_LINES_MAX]:
         parts = line.strip().split(":")
         if len(parts) == 3 and parts[0] and all(p.isascii() and p.isdecimal() for p in parts[1:]):
-            found.append(IdRange(int(parts[1]), int(parts[2]), parts[0]))
+            found.append(HostIds(int(parts[1]), int(parts[2]), parts[0]))
     return tuple(found)
 
 
-def own_range(ranges: Iterable[IdRange], user: str, uid: int, count: int = ID_COUNT) -> IdRange | None:
+def own_range(ranges: Iterable[HostIds], user: str, uid: int, count: int = ID_COUNT) -> HostIds | None:
     """The first range of a user, by name or number, with `count` ids, cut to that; None when there is none."""
     for r in ranges:
         if r.owner in (user, str(uid)) and r.count >= count:
-            return IdRange(r.first, count, r.owner)
+            return HostIds(r.first, count, r.owner)
     return None
 
 
-def mapped(uid_map: str) -> tuple[IdRange, ...]:
+def mapped(uid_map: str) -> tuple[HostIds, ...]:
     """The ids that there are in a user namespace, by its /proc/self/uid_map, in order, neighbours as one.
 
     Outside of all namespaces that is one range with nearly all numbers.
     """
-    found: list[IdRange] = []
+    found: list[HostIds] = []
     lines = (line.split() for line in uid_map.splitlines())
     for inside, count in sorted((int(w[0]), int(w[2])) for w in lines if len(w) == 3 and all(x.isdecimal() for x in w)):
         if found and found[-1].end == inside:
-            found[-1] = IdRange(found[-1].first, found[-1].count + count)
+            found[-1] = HostIds(found[-1].first, found[-1].count + count)
         else:
-            found.append(IdRange(inside, count))
+            found.append(HostIds(inside, count))
     return tuple(found)
 
 
-def range_within(ranges: Iterable[IdRange], wanted: IdRange) -> IdRange | None:
+def range_within(ranges: Iterable[HostIds], wanted: HostIds) -> HostIds | None:
     """`wanted` if all of it is there; else the first ids that are, as many, without 0; None: they do not suffice."""
-    usable = [IdRange(max(r.first, 1), r.end - max(r.first, 1)) for r in ranges]
+    usable = [HostIds(max(r.first, 1), r.end - max(r.first, 1)) for r in ranges]
     if any(r.first <= wanted.first and wanted.end <= r.end for r in usable):
         return wanted
-    return next((IdRange(r.first, wanted.count) for r in usable if r.count >= wanted.count), None)
+    return next((HostIds(r.first, wanted.count) for r in usable if r.count >= wanted.count), None)
 
 
-def others_in(ranges: Iterable[IdRange], ours: IdRange, owners: Iterable[str]) -> tuple[IdRange, ...]:
+def others_in(ranges: Iterable[HostIds], ours: HostIds, owners: Iterable[str]) -> tuple[HostIds, ...]:
     """Ranges of others than `owners` that share ids with ours: their containers and ours would be the same users."""
     own = frozenset(owners)
     return tuple(r for r in ranges if r.owner not in own and r.overlaps(ours))
 
 
-def free_range(ranges: Iterable[IdRange], count: int = ID_COUNT, first: int = 1_000_000) -> int:
+def free_range(ranges: Iterable[HostIds], count: int = ID_COUNT, first: int = 1_000_000) -> int:
     """From which id on `count` of them are nobody's, `first` or higher; what to write into /etc/subuid."""
     at = first
     for r in sorted(ranges):

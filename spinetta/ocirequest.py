@@ -6,10 +6,12 @@ Pure, and stricter than `container.check_container`, which judges what a person 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spinetta import container
+from spinetta.errors import UserError
+from spinetta.names import is_below
 
 SCRATCH, TMP, SECRETS, INIT = "/work", "/tmp", "/run/secrets/spinetta", "/.spinetta/init"  # noqa: S108 - inside
 HOSTS_FILE, RESOLV_FILE = "/etc/hosts", "/etc/resolv.conf"
@@ -80,6 +82,32 @@ class Hardening:
 
     root_inside: bool = False
     warning: str = ""
+
+
+def user_of(
+    asked: str, of_image: tuple[int, int] | None, otherwise: tuple[int, int], *, root_inside: bool
+) -> tuple[int, int]:
+    """User and group inside.
+
+    Raises:
+        UserError: root was asked for and may not be.
+    """
+    if not asked:
+        return of_image if of_image is not None and of_image[0] != 0 else otherwise
+    uid_text, _, gid_text = ("0" if asked == "root" else asked).partition(":")
+    uid = int(uid_text)
+    gid = int(gid_text) if gid_text else uid
+    if uid == 0 and not root_inside:
+        raise UserError("no command runs as root of its container here")
+    return uid, gid
+
+
+def outside(ranges: Sequence[IdRange], number: int) -> int:
+    """The host's id of one of a container's."""
+    for ids in ranges:
+        if number in ids:
+            return ids.host_id + number - ids.container_id
+    raise UserError(f"user or group {number} is nobody on this node")
 
 
 def hardening(*, lacks_fixes: bool, rootless: bool = False) -> Hardening:
@@ -197,7 +225,7 @@ def cwd_refusal(cwd: str) -> str:
     """
     if not _plain(cwd) and cwd != "/":
         return f"not a plain absolute path to work in: {cwd}"
-    if top := next((top for top in ("/proc", "/sys", "/dev", "/.spinetta") if _below(cwd, top)), ""):
+    if top := next((top for top in ("/proc", "/sys", "/dev", "/.spinetta") if is_below(cwd, top)), ""):
         return f"nothing works in {top}"
     return ""
 
@@ -216,9 +244,9 @@ def mount_refusals(mounts: Iterable[container.Mount]) -> list[str]:
             found.append(f"not a plain absolute path to mount: {mount.source}")
         if not _plain(target):
             found.append(f"not a plain absolute path to mount at: {target}")
-        elif top := next((top for top in RESERVED if _below(target, top) or _below(top, target)), ""):
+        elif top := next((top for top in RESERVED if is_below(target, top) or is_below(top, target)), ""):
             found.append(f"a mount at {target} would hide {top} or reach into it")
-        elif other := next((other for other in seen if _below(target, other) or _below(other, target)), ""):
+        elif other := next((other for other in seen if is_below(target, other) or is_below(other, target)), ""):
             found.append(f"mounts at {other} and {target}: one would be within the other")
         seen.append(target)
     return found
@@ -247,7 +275,3 @@ def _plain(path: str) -> bool:
         and posixpath.normpath(path) == path
         and "\0" not in path
     )
-
-
-def _below(path: str, top: str) -> bool:
-    return path == top or path.startswith(top + "/")

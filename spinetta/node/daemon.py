@@ -21,7 +21,7 @@ from spinetta.node import detect
 from spinetta.node.archive import Archive
 from spinetta.node.archiving import NodeArchivist
 from spinetta.node.containers import Containers
-from spinetta.node.driver import Driver, LaunchSettings, wall_ms
+from spinetta.node.driver import Driver, wall_ms
 from spinetta.node.ending import Ending
 from spinetta.node.entry import Entrance
 from spinetta.node.etcdcare import EtcdCare
@@ -29,6 +29,7 @@ from spinetta.node.fitness import LOOK_EVERY_S, Fitness
 from spinetta.node.health import StoreHealth
 from spinetta.node.join import GATEWAYS_MAX
 from spinetta.node.keeper import SeatKeeper
+from spinetta.node.launching import LaunchSettings
 from spinetta.node.leaving import Leaving
 from spinetta.node.logsweep import SteppedClock, sweep_logs, sweep_removed
 from spinetta.node.port import LeaveStep, RunningSample

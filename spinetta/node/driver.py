@@ -57,6 +57,7 @@ from spinetta.events import (
 )
 from spinetta.model import Exit, IncarnationId, Reason, Revision, TaskSpec
 from spinetta.node.archiving import Archivist, Nowhere
+from spinetta.node.launching import LaunchSettings, launch_of
 from spinetta.node.trouble import Teller
 from spinetta.node.vault import CannotOpen, Opened, Vault
 from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimLost
@@ -74,7 +75,6 @@ PAUSE_FIRST_S, PAUSE_MOST_S = 0.2, 2.0  # before the failure of an effect is tol
 UNPACED = frozenset({"renew", "advertise"})  # they have a rhythm of their own, and a task's life hangs on the first
 NEVER = frozenset({"too-large", "too-many-operations"})  # reasons for which the same write would be refused again
 REMARK_EVERY_S = 10.0  # of the same kind; the rest are at level debug
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def boot_time_s() -> float:
@@ -85,55 +85,6 @@ def boot_time_s() -> float:
 def wall_ms() -> int:
     """Milliseconds of the wall clock, for people only."""
     return time.time_ns() // 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchSettings:
-    """What every task of this node is started with."""
-
-    node: str
-    pids_max: int
-    api_address: str
-    log_bytes_max: int = 0
-
-
-def task_environment(spec: TaskSpec, attempt: int, settings: LaunchSettings) -> dict[str, str]:
-    """The whole environment of a task: nothing of the daemon's own gets in."""
-    usual = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8"} if spec.container is None else {}  # else its image says
-    return {
-        **usual,
-        "SPINETTA_TASK_ID": spec.id,
-        "SPINETTA_ATTEMPT": str(attempt),
-        "SPINETTA_NODE_NAME": settings.node,
-        "SPINETTA_NODE": settings.api_address,  # so that `spinetta` and the client work inside a task
-        **dict(spec.env),
-    }
-
-
-def launch_of(start: Start, settings: LaunchSettings, opened: Opened | None = None) -> Launch:
-    """What the runtime needs to start an attempt. `opened`: what was sealed for the task."""
-    opened = opened or Opened(start.spec)
-    spec = opened.spec
-    return Launch(
-        key=attempt_key(spec.id, start.attempt),
-        argv=spec.command,
-        env=task_environment(spec, start.attempt, settings),
-        working_directory=spec.working_directory,
-        cpu_millis=spec.resources.cpu_millis,
-        memory_bytes=spec.resources.memory_bytes,
-        pids_max=settings.pids_max,
-        walltime_s=spec.walltime_s,
-        grace_s=start.grace_s,
-        token=start.token,
-        incarnation=start.incarnation,
-        private=opened.private,
-        secrets=opened.secrets,
-        log_bytes_max=settings.log_bytes_max,
-        disk_bytes_max=spec.resources.disk_bytes,
-        keep_scratch_s=spec.keep_scratch_s,
-        countables=spec.resources.countables,
-        wants=spec.container,
-    )
 
 
 @dataclass(slots=True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from spinetta.errors import UserError
+
+T = TypeVar("T")
 
 THREADS = 12  # files, keys, measuring: seconds of waiting for a slow disk, seldom more than a few at once
 START_S = 30.0
@@ -33,3 +38,13 @@ def standing_threads(count: int = THREADS) -> ThreadPoolExecutor:
             reason="no-threads",
         ) from None
     return pool
+
+
+async def in_thread(call: Callable[[], T]) -> T:
+    """Run it in a thread, and if cancelled, wait for its end: files must not be closed under it."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise

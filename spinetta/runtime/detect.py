@@ -16,7 +16,7 @@ from typing import Any
 
 from spinetta import ociprograms
 from spinetta.checkup import Finding
-from spinetta.ociprograms import CRUN, ID_COUNT, RUNC, IdRange, Program
+from spinetta.ociprograms import CRUN, ID_COUNT, RUNC, HostIds, Program
 from spinetta.runtime.detectwords import Seen, findings_of
 from spinetta.runtime.groups import Groups, look_at_groups
 
@@ -233,16 +233,16 @@ async def program_output(argv: Sequence[str], *, timeout_s: float = VERSION_S) -
     return data.decode(errors="replace")
 
 
-def _ids(first_id: int, *, root: bool) -> tuple[IdRange | None, IdRange | None]:
+def _ids(first_id: int, *, root: bool) -> tuple[HostIds | None, HostIds | None]:
     """The ids for containers, of users and of groups; None: a user without root has none."""
     if first_id:
-        both = IdRange(first_id, ID_COUNT)
+        both = HostIds(first_id, ID_COUNT)
         return both, both
     user = user_name()
     uid = os.geteuid()
     if root:
         maps = [ociprograms.mapped(read_text(f"/proc/self/{kind}_map")) for kind in ("uid", "gid")]
-        wanted = IdRange(DEFAULT_FIRST_ID, ID_COUNT)
+        wanted = HostIds(DEFAULT_FIRST_ID, ID_COUNT)
         if not all(ociprograms.range_within(m, wanted) == wanted for m in maps):
             # In a user namespace there are the ids only that it was given, whatever /etc/subuid says.
             uids, gids = (ociprograms.range_within(m, wanted) for m in maps)
@@ -252,7 +252,7 @@ def _ids(first_id: int, *, root: bool) -> tuple[IdRange | None, IdRange | None]:
         service = [ociprograms.own_range(_subids(path), "spinetta", -1) for path in ("/etc/subuid", "/etc/subgid")]
         if service[0] and service[1] and service[0].first == service[1].first:
             return service[0], service[1]
-        both = IdRange(DEFAULT_FIRST_ID, ID_COUNT)
+        both = HostIds(DEFAULT_FIRST_ID, ID_COUNT)
         return both, both
     return found[0], found[1]
 
@@ -267,7 +267,7 @@ def user_name() -> str:
         return str(os.geteuid())
 
 
-def _subids(path: str) -> tuple[IdRange, ...]:
+def _subids(path: str) -> tuple[HostIds, ...]:
     return ociprograms.parse_subids(read_text(path, SUBIDS_BYTES_MAX))
 
 

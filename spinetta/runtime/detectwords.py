@@ -8,7 +8,7 @@ from typing import Any
 
 from spinetta import ociprograms
 from spinetta.checkup import Finding, Level, ok
-from spinetta.ociprograms import ID_COUNT, IdRange, Program
+from spinetta.ociprograms import ID_COUNT, HostIds, Program
 from spinetta.runtime.groups import Groups
 
 NO_CONTAINERS = "tasks that name an image are not taken here"
@@ -40,9 +40,9 @@ class Seen:
     found: tuple[Program, ...]
     unusable: tuple[str, ...]
     inits: tuple[str, ...]
-    uids: IdRange | None
-    gids: IdRange | None
-    subuids: tuple[IdRange, ...]
+    uids: HostIds | None
+    gids: HostIds | None
+    subuids: tuple[HostIds, ...]
     newuidmap: bool
     userns_settings: Mapping[str, str]
     fuse_overlayfs: str
@@ -104,7 +104,7 @@ def _node_without_root(seen: Seen) -> list[Finding]:
     return [Finding("runtime", Level.WARNING, words, NO_CONTAINERS, mend)]
 
 
-def namespace_command(uids: IdRange, gids: IdRange) -> str:
+def namespace_command(uids: HostIds, gids: HostIds) -> str:
     """What makes a user root of a namespace, with its range of ids behind it."""
     ids = f"--map-users={uids.first},1,{uids.count} --map-groups={gids.first},1,{gids.count}"
     return f"unshare --user --mount --map-root-user {ids}"
@@ -227,11 +227,11 @@ def _ids(seen: Seen, facts: Facts, best: Facts, ran: Facts) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _first(ids: IdRange | None) -> int:
+def _first(ids: HostIds | None) -> int:
     return ids.first if ids else 0
 
 
-def _roots_ids(seen: Seen, ids: IdRange) -> Finding:
+def _roots_ids(seen: Seen, ids: HostIds) -> Finding:
     owners = {"root", "spinetta", "0", seen.user}
     others = ociprograms.others_in(seen.subuids, ids, owners)
     text = f"containers have {ID_COUNT} users and groups of their own, from {ids.first} on"

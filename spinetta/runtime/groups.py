@@ -100,7 +100,7 @@ def _passing(tree: Hierarchy, own: Path) -> tuple[Path, frozenset[str], list[str
                 why = "it belongs to another user"
             elif passed == offered or not _words(group / "cgroup.procs") or not (group / "cgroup.type").exists():
                 return group, offered, []  # the one without a type is the root of all, which may do both
-            elif group == own and _delegated(group):
+            elif group == own and hierarchy.delegated(group):
                 return group, offered, []
             else:
                 why = "it holds processes and is not delegated"
@@ -120,15 +120,6 @@ def _refused(group: Path, name: str) -> str:
     with contextlib.suppress(OSError):
         (group / name).rmdir()
     return ""
-
-
-def _delegated(group: Path) -> bool:
-    """Whether the service manager handed us this group: then the shim empties it into a leaf, and it may pass on."""
-    for name in ("user.delegate", "trusted.delegate"):
-        with contextlib.suppress(OSError):
-            if os.getxattr(group, name) == b"1":
-                return True
-    return False
 
 
 def _words(path: Path) -> frozenset[str]:

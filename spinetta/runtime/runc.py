@@ -172,7 +172,7 @@ class RuncRuntime:
             raise UserError(
                 f"the user of the image {asked.image}: {image.user_trouble}", hint="name another with --user"
             )
-        uid, gid = user_of(asked.user, image.user, site.task_user, root_inside=root_inside)
+        uid, gid = ocirequest.user_of(asked.user, image.user, site.task_user, root_inside=root_inside)
         env = environment(image.env, launch)
         missing = program_missing(image.rootfs, launch.argv[0], env["PATH"], [m.target for m in mounts])
         if missing and not asked.writable:
@@ -213,7 +213,7 @@ class RuncRuntime:
         if problems := ocirequest.refusals(request):  # by what the image says: the rest was looked at when it came in
             raise UserError(f"no container can be made of the image {asked.image}: {'; '.join(problems)}")
         config = ociconfig.runtime_config(request)
-        owner = (outside(site.uids, uid), outside(site.gids, gid))
+        owner = (ocirequest.outside(site.uids, uid), ocirequest.outside(site.gids, gid))
         return replace(launch, container=ContainerLaunch(site.program, config, tuple(lower), asked.writable, owner))
 
     def _skeleton(self, rootfs: Path, mounts: Sequence[Mount]) -> Path | None:
@@ -234,7 +234,9 @@ class RuncRuntime:
         name = hashlib.sha256(repr((sorted(lacking), self._site.uids)).encode()).hexdigest()[:32]
         folder = self._shim.state_dir / "skeletons" / name
         if not folder.is_dir():
-            _make_skeleton(folder, lacking, outside(self._site.uids, 0), outside(self._site.gids, 0))
+            _make_skeleton(
+                folder, lacking, ocirequest.outside(self._site.uids, 0), ocirequest.outside(self._site.gids, 0)
+            )
         return folder
 
 
@@ -247,32 +249,6 @@ def environment(of_image: Sequence[str], launch: Launch) -> dict[str, str]:
     pairs = (line.partition("=") for line in of_image)
     secrets = {SECRETS_VARIABLE: ocirequest.SECRETS} if launch.secrets else {}
     return {**usual, **{name: value for name, _, value in pairs if name}, **launch.env, **secrets}
-
-
-def user_of(
-    asked: str, of_image: tuple[int, int] | None, otherwise: tuple[int, int], *, root_inside: bool
-) -> tuple[int, int]:
-    """User and group inside.
-
-    Raises:
-        UserError: root was asked for and may not be.
-    """
-    if not asked:
-        return of_image if of_image is not None and of_image[0] != 0 else otherwise
-    uid_text, _, gid_text = ("0" if asked == "root" else asked).partition(":")
-    uid = int(uid_text)
-    gid = int(gid_text) if gid_text else uid
-    if uid == 0 and not root_inside:
-        raise UserError("no command runs as root of its container here")
-    return uid, gid
-
-
-def outside(ranges: Sequence[ocirequest.IdRange], number: int) -> int:
-    """The host's id of one of a container's."""
-    for ids in ranges:
-        if number in ids:
-            return ids.host_id + number - ids.container_id
-    raise UserError(f"user or group {number} is nobody on this node")
 
 
 def resolve_mounts(mounts: Sequence[Mount], allows: Collection[str]) -> tuple[Mount, ...]:

@@ -65,7 +65,8 @@ def engine(*, own: bool = False) -> Iterator[Docker]:
         own: start one even when another is up.
 
     Raises:
-        NoDocker: there is none, and it cannot be started.
+        NoDocker: it is not installed, or we are not root.
+        AssertionError: it does not come up.
     """
     if not own and (there := answering()) is not None:
         yield there
@@ -101,7 +102,7 @@ def engine(*, own: bool = False) -> Iterator[Docker]:
                 what="dockerd answers",
             )
             if process.poll() is not None:
-                raise NoDocker(f"dockerd ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+                raise AssertionError(f"dockerd ended with {process.returncode}:\n{log.read_text()[-2000:]}")
             yield docker
         finally:
             process.terminate()  # it ends its containers and its containerd

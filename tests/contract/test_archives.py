@@ -21,7 +21,8 @@ from spinetta.errors import NotFound, StoreUnavailable
 from spinetta.model import Completed, NodeId, NodeRecord, Outcome, State, Task, TaskId
 from spinetta.node.archive import Archive
 from spinetta.node.archiving import NodeArchivist
-from spinetta.node.driver import Driver, LaunchSettings
+from spinetta.node.driver import Driver
+from spinetta.node.launching import LaunchSettings
 from spinetta.node.services import limits
 from spinetta.node.services.peers import Peers
 from spinetta.runtime.protocol import Runtime

@@ -11,7 +11,8 @@ import pytest
 from spinetta.agent import Agent
 from spinetta.events import Commit, CommitDone, Happening, Read, ReadDone, Rejected
 from spinetta.node import driver as drivers
-from spinetta.node.driver import Driver, LaunchSettings
+from spinetta.node.driver import Driver
+from spinetta.node.launching import LaunchSettings
 from spinetta.runtime.protocol import Runtime
 from spinetta.store.etcd import EtcdStore
 from spinetta.txn import Committed, Put, Txn

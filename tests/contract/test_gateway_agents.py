@@ -22,7 +22,8 @@ from spinetta.access import NodeRole
 from spinetta.agent import Agent
 from spinetta.events import Happening, LeaveWanted, SetDraining
 from spinetta.model import Exit, IncarnationId, NodeId, Outcome, QueueHint, Reason, State, Task, Usage
-from spinetta.node.driver import Driver, LaunchSettings
+from spinetta.node.driver import Driver
+from spinetta.node.launching import LaunchSettings
 from spinetta.runtime.protocol import Exited, Held, Launch, ShimLost
 from spinetta.store.protocol import Store
 from spinetta.txn import Committed

@@ -17,7 +17,8 @@ from spinetta.agent import Agent
 from spinetta.events import Start, Started, attempt_key
 from spinetta.model import IncarnationId, Reason, Revision, TaskId, TaskSpec
 from spinetta.node import vault as vaults
-from spinetta.node.driver import Driver, LaunchSettings
+from spinetta.node.driver import Driver
+from spinetta.node.launching import LaunchSettings
 from spinetta.node.vault import Vault
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.runtime.shim import proctable

@@ -15,7 +15,8 @@ import pytest
 from spinetta.agent import Agent
 from spinetta.client.links import LINKS_MAX, RETIRED_MAX, Link, Links
 from spinetta.events import Happening, Tick
-from spinetta.node.driver import Driver, LaunchSettings
+from spinetta.node.driver import Driver
+from spinetta.node.launching import LaunchSettings
 from spinetta.runtime.protocol import Runtime
 from spinetta.store.protocol import Store
 from spinetta.trust.backoff import Backoff

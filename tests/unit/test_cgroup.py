@@ -278,7 +278,7 @@ def test_version_2_a_delegated_group_is_emptied_into_a_leaf(machine: Machine, mo
     (own / hierarchy.LEAF).mkdir()
     (own / hierarchy.LEAF / "cgroup.procs").write_text("")
     monkeypatch.setattr(hierarchy, "write_text", busy(own))
-    monkeypatch.setattr(hierarchy, "_delegated", lambda group: group == own)
+    monkeypatch.setattr(hierarchy, "delegated", lambda group: group == own)
     assert machine.cgroups().folders == [own / "spinetta-n1-0000"]
     assert (own / hierarchy.LEAF / "cgroup.procs").read_text() == "1234"
     # The next daemon of the service may find itself in the leaf.

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from spinetta.checkup import Finding, Level
-from spinetta.ociprograms import HYBRID, NONE, V2, IdRange, Program
+from spinetta.ociprograms import HYBRID, NONE, V2, HostIds, Program
 from spinetta.runtime.detect import support_of
 from spinetta.runtime.detectwords import Seen
 from spinetta.runtime.groups import Groups, look_at_groups
 
 RUNC = Program("/usr/sbin/runc", "runc", (1, 3, 4), "runc version 1.3.4")
 GROUPS = Groups(HYBRID, ("cpu", "memory", "pids"), (), "spinetta-trial-1", "spinetta-trial-1")
-IDS = IdRange(1_000_000, 65536)
+IDS = HostIds(1_000_000, 65536)
 SEEN = Seen(
     wanted="auto", data_dir="/srv/n1", user="root", rootless=False, groups=GROUPS, found=(RUNC,), unusable=(),
     inits=("/usr/bin/tini-static",), uids=IDS, gids=IDS, subuids=(), newuidmap=True, userns_settings={},
@@ -78,7 +78,7 @@ def test_user_namespaces_that_are_switched_off() -> None:
 
 def test_a_user_without_ids_of_its_own() -> None:
     user = {**TRIED, "mode": "user"}
-    seen = replace(SEEN, rootless=True, user="ann", uids=None, gids=None, subuids=(IdRange(1_000_000, 65536, "bob"),))
+    seen = replace(SEEN, rootless=True, user="ann", uids=None, gids=None, subuids=(HostIds(1_000_000, 65536, "bob"),))
     found = bad(seen, {**FACTS, "idmapped": None, "tried": [user]})["ids"]
     assert found.mend == "usermod --add-subuids 1065536-1131071 --add-subgids 1065536-1131071 ann"
     assert "root in a container is ann" in found.weakens
@@ -105,10 +105,10 @@ def test_root_of_a_namespace_without_ids() -> None:
 
 
 def test_ids_that_another_user_has() -> None:
-    found = bad(replace(SEEN, subuids=(IdRange(1_000_500, 65536, "bob"),)))["ids"]
+    found = bad(replace(SEEN, subuids=(HostIds(1_000_500, 65536, "bob"),)))["ids"]
     assert "bob has 1000500-1066035 of them" in found.seen
     assert found.mend == "spinetta node join --container-ids 1066036"
-    assert "ids" not in bad(replace(SEEN, subuids=(IdRange(1_000_000, 65536, "spinetta"),)))
+    assert "ids" not in bad(replace(SEEN, subuids=(HostIds(1_000_000, 65536, "spinetta"),)))
 
 
 def test_overlays_that_cannot_be_had() -> None:

@@ -8,7 +8,8 @@ from typing import cast
 from spinetta.agent import Agent
 from spinetta.events import Happening, Start, Started, Stop
 from spinetta.model import ContainerSpec, Exit, IncarnationId, Reason, Revision
-from spinetta.node.driver import Driver, LaunchSettings
+from spinetta.node.driver import Driver
+from spinetta.node.launching import LaunchSettings
 from spinetta.runtime.protocol import Launch, Runtime
 from spinetta.store.protocol import Store
 from tests.builders import key_of, settings, spec

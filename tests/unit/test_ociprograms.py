@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinetta import ociprograms
-from spinetta.ociprograms import AUTO, HYBRID, ID_COUNT, NONE, V1, V2, IdRange, Program, parse_subids
+from spinetta.ociprograms import AUTO, HYBRID, ID_COUNT, NONE, V1, V2, HostIds, Program, parse_subids
 
 RUNC = Program("/usr/sbin/runc", "runc", (1, 3, 4))
 CRUN = Program("/usr/bin/crun", "crun", (1, 8, 1))
@@ -102,40 +102,40 @@ def test_lines_of_subuid() -> None:
     assert [(r.owner, r.first, r.count) for r in ranges] == [
         ("alice", 100000, 65536), ("bob", 165536, 65536), ("1007", 300000, 70000), ("short", 1, 10),
     ]  # fmt: skip
-    assert ociprograms.own_range(ranges, "bob", 1) == IdRange(165536, ID_COUNT)
-    assert ociprograms.own_range(ranges, "carol", 1007) == IdRange(300000, ID_COUNT)
+    assert ociprograms.own_range(ranges, "bob", 1) == HostIds(165536, ID_COUNT)
+    assert ociprograms.own_range(ranges, "carol", 1007) == HostIds(300000, ID_COUNT)
     assert ociprograms.own_range(ranges, "short", 1) is None, "too few of them"
     assert ociprograms.own_range(ranges, "nobody", 65534) is None
-    assert str(IdRange(100000, 65536)) == "100000-165535"
+    assert str(HostIds(100000, 65536)) == "100000-165535"
 
 
 def test_ranges_of_others_within_ours() -> None:
     ranges = parse_subids(SUBUID)
-    assert [r.owner for r in ociprograms.others_in(ranges, IdRange(160000, 10000), ["root"])] == ["alice", "bob"]
-    assert [r.owner for r in ociprograms.others_in(ranges, IdRange(160000, 10000), ["alice"])] == ["bob"]
-    assert ociprograms.others_in(ranges, IdRange(231072, 65536), ["root"]) == ()
-    assert ociprograms.others_in(ranges, IdRange(1_000_000, 65536), ["root"]) == ()
+    assert [r.owner for r in ociprograms.others_in(ranges, HostIds(160000, 10000), ["root"])] == ["alice", "bob"]
+    assert [r.owner for r in ociprograms.others_in(ranges, HostIds(160000, 10000), ["alice"])] == ["bob"]
+    assert ociprograms.others_in(ranges, HostIds(231072, 65536), ["root"]) == ()
+    assert ociprograms.others_in(ranges, HostIds(1_000_000, 65536), ["root"]) == ()
 
 
 def test_ids_in_a_user_namespace() -> None:
     everything = ociprograms.mapped("         0          0 4294967295\n")
-    wanted = IdRange(1_000_000, ID_COUNT)
+    wanted = HostIds(1_000_000, ID_COUNT)
     assert ociprograms.range_within(everything, wanted) == wanted
     nested = ociprograms.mapped("         0      64123          1\n         1    2000000      65536\n")
-    assert nested == (IdRange(0, 65537),)
-    assert ociprograms.range_within(nested, wanted) == IdRange(1, ID_COUNT)
+    assert nested == (HostIds(0, 65537),)
+    assert ociprograms.range_within(nested, wanted) == HostIds(1, ID_COUNT)
     assert ociprograms.range_within(ociprograms.mapped("0 100000 65536"), wanted) is None, "0 is taken by root"
     assert ociprograms.range_within(ociprograms.mapped("0 1000 1"), wanted) is None
     assert ociprograms.mapped("not a map\n") == ()
     apart = ociprograms.mapped("0 1000 1\n200000 300000 70000\n")
-    assert ociprograms.range_within(apart, wanted) == IdRange(200_000, ID_COUNT)
+    assert ociprograms.range_within(apart, wanted) == HostIds(200_000, ID_COUNT)
 
 
-RANGES = st.lists(st.builds(IdRange, st.integers(0, 3_000_000), st.integers(1, 200_000)), max_size=12)
+RANGES = st.lists(st.builds(HostIds, st.integers(0, 3_000_000), st.integers(1, 200_000)), max_size=12)
 
 
 @given(RANGES)
-def test_a_free_range_is_nobodys(ranges: list[IdRange]) -> None:
-    free = IdRange(ociprograms.free_range(ranges), ID_COUNT)
+def test_a_free_range_is_nobodys(ranges: list[HostIds]) -> None:
+    free = HostIds(ociprograms.free_range(ranges), ID_COUNT)
     assert free.first >= 1_000_000
     assert not any(r.overlaps(free) for r in ranges)

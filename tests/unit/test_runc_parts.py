@@ -13,9 +13,9 @@ from spinetta.container import Mount
 from spinetta.errors import UserError
 from spinetta.model import Reason
 from spinetta.ociconfig import PATH_DEFAULT
-from spinetta.ocirequest import SECRETS, Device, IdRange
+from spinetta.ocirequest import SECRETS, Device, IdRange, outside, user_of
 from spinetta.runtime.protocol import Launch
-from spinetta.runtime.runc import Unfit, _make_skeleton, devices_of, environment, outside, resolve_mounts, user_of
+from spinetta.runtime.runc import Unfit, _make_skeleton, devices_of, environment, resolve_mounts
 
 OTHERWISE = (1000, 1000)
 

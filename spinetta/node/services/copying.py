@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import PurePosixPath
-from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -22,10 +20,10 @@ from spinetta.node.services.desk import Asked
 from spinetta.node.services.errors import busy
 from spinetta.node.services.holder import Found, find
 from spinetta.node.services.peers import FORWARDED, Peers
+from spinetta.node.threads import in_thread
 from spinetta.runtime.shim.bundle import WORK
 from spinetta.v1 import api_pb2 as api
 
-T = TypeVar("T")
 INSIDE = "/work"  # where a container sees its scratch space
 
 
@@ -70,7 +68,7 @@ class Copying:
                 hint="while it runs: spinetta exec ID -- cat FILE",
             )
         path = _inside(request.path) if spec.container is not None else request.path
-        fd = await _in_thread(lambda: self._open_path(found, path))
+        fd = await in_thread(lambda: self._open_path(found, path))
         try:
             seen = os.fstat(fd)
             is_directory = stat.S_ISDIR(seen.st_mode)
@@ -89,10 +87,10 @@ class Copying:
             skipped = scratch.Skipped()
             parts = scratch.read_tree(fd, skipped) if is_directory else scratch.read_file(fd)
             try:
-                while data := await _in_thread(lambda: _gather(parts)):
+                while data := await in_thread(lambda: _gather(parts)):
                     yield api.CopyOutChunk(data=data)
             finally:
-                await _in_thread(parts.close)  # type: ignore[attr-defined] # a generator
+                await in_thread(parts.close)  # type: ignore[attr-defined] # a generator
             if skipped.count:
                 yield api.CopyOutChunk(skipped=[_told(n) for n in skipped.names], skipped_count=skipped.count)
         except OSError as e:
@@ -163,13 +161,3 @@ def _gather(parts: Iterator[bytes]) -> bytes:
 
 def _told(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-    """Run it in a thread, and if cancelled, wait for its end: files must not be closed under it."""
-    running = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from spinetta import validate
 from spinetta.errors import UserError
 from spinetta.node.services import limits
+from spinetta.node.threads import in_thread
 from spinetta.runtime.shim import logcap
 
-T = TypeVar("T")
 CUT_BEHIND_BYTES_MAX = (
     16 << 20
 )  # written behind the mark of a cut log before it is cut again, a tenth of a second later
@@ -78,7 +77,7 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
         size = _size(fd)
         position = max(size - span.tail_bytes, 0) if span.tail_bytes else span.offset
         while position > size:
-            if (last := await _in_thread(partial(_cut_end, fd, size))) is not None:
+            if (last := await in_thread(partial(_cut_end, fd, size))) is not None:
                 yield last
                 await _over(progress)
                 return
@@ -99,9 +98,9 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
             # Looked at before reading: what was written before the end is then read after it was seen.
             over = progress is None or progress.over
             want = validate.LOG_CHUNK_BYTES if left is None else min(left, validate.LOG_CHUNK_BYTES)
-            data, size = await _in_thread(partial(_read, fd, position, want, name))
+            data, size = await in_thread(partial(_read, fd, position, want, name))
             if size < position:
-                if (last := await _in_thread(partial(_cut_end, fd, size))) is not None:
+                if (last := await in_thread(partial(_cut_end, fd, size))) is not None:
                     yield last
                     await _over(progress)
                     return
@@ -129,16 +128,6 @@ async def tail(path: Path, span: Span, progress: Progress | None, name: Callable
             delay_s = min(delay_s * 2, limits.LOG_POLL_MAX_S)
     finally:
         os.close(fd)
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-    """Run it in a thread, and if cancelled, wait for its end: the file must not be closed under it."""
-    running = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
 
 
 async def _open(path: Path, progress: Progress | None, name: Callable[[], str]) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from spinetta import imageref
 from spinetta.errors import Denied, NotFound, UserError
 from spinetta.imageref import ImageRef, Kind
+from spinetta.names import is_below
 from spinetta.runtime.images import errands
 
 GUESS_LIMIT_S = 300.0  # to look through a compressed tar file
@@ -70,7 +71,7 @@ async def look(ref: ImageRef, allows: Iterable[str] | None) -> Local:
 def _look(ref: ImageRef, allowed: Sequence[str] | None) -> tuple[str, str]:
     try:
         real = os.path.realpath(ref.path, strict=True)
-        if allowed is not None and not any(_is_below(real, os.path.realpath(p)) for p in allowed):
+        if allowed is not None and not any(is_below(real, os.path.realpath(p)) for p in allowed):
             raise Denied(
                 f"{ref.path} is really {real}, which is not below a directory that is allowed",
                 field="image",
@@ -93,10 +94,6 @@ def _look(ref: ImageRef, allowed: Sequence[str] | None) -> tuple[str, str]:
     if ":" in real or "," in real or real == "/":
         raise UserError(f"{real} is no path that an image can have", field="image", hint="without ':' and ','")
     return real, f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
-
-
-def _is_below(path: str, top: str) -> bool:
-    return path == top or path.startswith(top.rstrip("/") + "/")
 
 
 async def mirrored(ref: ImageRef, registries_conf: str) -> tuple[ImageRef, ...]:

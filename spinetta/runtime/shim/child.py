@@ -124,13 +124,20 @@ def run(spawn: Spawn, report: int, outer_proc: int) -> NoReturn:
         os._exit(127)
 
 
+def join_groups(files: Sequence[str]) -> None:
+    """Enter the control groups of these files, ``cgroup.procs``. OSError: the first that refuses."""
+    for path in files:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"0")
+        finally:
+            os.close(fd)
+
+
 def _become(spawn: Spawn, report: int, stage: list[str]) -> NoReturn:
     os.setsid()
     stage[0] = "cgroup"
-    for path in spawn.join:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        os.write(fd, b"0")
-        os.close(fd)
+    join_groups(spawn.join)
     stage[0] = "setup"
     if spawn.die_with_parent:
         sysapi.set_parent_death_signal(signal.SIGKILL)

@@ -318,10 +318,7 @@ def _run(plan: Plan, report: int) -> NoReturn:
 def _become(plan: Plan, stage: list[str]) -> NoReturn:
     os.setsid()
     stage[0] = "cgroup"
-    for path in plan.join:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        os.write(fd, b"0")
-        os.close(fd)
+    child.join_groups(plan.join)
     stage[0] = "setup"
     if not plan.around.isolated:
         sysapi.set_parent_death_signal(signal.SIGKILL)

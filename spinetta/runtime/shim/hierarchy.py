@@ -125,8 +125,8 @@ def _words(path: Path) -> set[str]:
     return set()
 
 
-def _delegated(group: Path) -> bool:
-    """Whether the service manager handed us this group (systemd marks it so)."""
+def delegated(group: Path) -> bool:
+    """Whether the service manager handed us this group (systemd marks it so): we may empty it into a leaf."""
     for name in ("user.delegate", "trusted.delegate"):
         with contextlib.suppress(OSError):
             if os.getxattr(group, name) == b"1":
@@ -179,7 +179,7 @@ def base_v2(tree: Hierarchy) -> tuple[Path, frozenset[str], list[str]]:
                 try:
                     return group, _pass_on(group, offered), []
                 except OSError as error:
-                    if error.errno != errno.EBUSY or group != own or not _delegated(group):
+                    if error.errno != errno.EBUSY or group != own or not delegated(group):
                         raise
                     _move_into_leaf(group)
                 return group, _pass_on(group, offered), []

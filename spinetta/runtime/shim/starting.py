@@ -289,11 +289,8 @@ def _join_files(group: Group | None) -> list[str]:
 def _become_helper(argv: list[str], env: dict[str, str], join: Sequence[str]) -> None:
     try:
         os.setsid()
-        for path in join:
-            with contextlib.suppress(OSError):  # gone, or it has groups below
-                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-                os.write(fd, b"0")
-                os.close(fd)
+        with contextlib.suppress(OSError):  # gone, or it has groups below
+            child.join_groups(join)
         child.reset_signals()
         child.reset_priority(TASK_OOM_SCORE_ADJ)
         null = os.open("/dev/null", os.O_RDWR)
