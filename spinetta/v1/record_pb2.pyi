@@ -240,6 +240,7 @@ class TaskSpec(_message.Message):
     LOSSES_ALLOWED_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
     KEEP_SCRATCH_S_FIELD_NUMBER: _builtins.int
+    OPEN_FILES_MAX_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID version 7, canonical form"""
     name: _builtins.str
@@ -264,6 +265,8 @@ class TaskSpec(_message.Message):
     """nodes it may lose while it executes; absent: the default"""
     keep_scratch_s: _builtins.float
     """how long its scratch directory stays on its node after its end"""
+    open_files_max: _builtins.int
+    """files that each of its processes may have open; 0: the node's default"""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -318,10 +321,11 @@ class TaskSpec(_message.Message):
         losses_allowed: _builtins.int | None = ...,
         container: Global___ContainerSpec | None = ...,
         keep_scratch_s: _builtins.float = ...,
+        open_files_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "container", b"container", "losses_allowed", b"losses_allowed", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "clearance", b"clearance", "command", b"command", "container", b"container", "env", b"env", "grace_s", b"grace_s", "id", b"id", "keep_scratch_s", b"keep_scratch_s", "labels", b"labels", "losses_allowed", b"losses_allowed", "name", b"name", "overlap", b"overlap", "owner", b"owner", "priority", b"priority", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "retries", b"retries", "retry_backoff_s", b"retry_backoff_s", "sealed", b"sealed", "secrets", b"secrets", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required", "walltime_s", b"walltime_s", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed", "_restart_on_node_failure", b"_restart_on_node_failure", "clearance", b"clearance", "command", b"command", "container", b"container", "env", b"env", "grace_s", b"grace_s", "id", b"id", "keep_scratch_s", b"keep_scratch_s", "labels", b"labels", "losses_allowed", b"losses_allowed", "name", b"name", "open_files_max", b"open_files_max", "overlap", b"overlap", "owner", b"owner", "priority", b"priority", "resources", b"resources", "restart_on_node_failure", b"restart_on_node_failure", "retries", b"retries", "retry_backoff_s", b"retry_backoff_s", "sealed", b"sealed", "secrets", b"secrets", "tags_forbidden", b"tags_forbidden", "tags_required", b"tags_required", "walltime_s", b"walltime_s", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__losses_allowed: _TypeAlias = _typing.Literal["losses_allowed"]  # noqa: Y015
     _WhichOneofArgType__losses_allowed: _TypeAlias = _typing.Literal["_losses_allowed", b"_losses_allowed"]  # noqa: Y015
@@ -870,6 +874,26 @@ class Node(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class UnitsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
@@ -898,6 +922,7 @@ class Node(_message.Message):
     ALLOWS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     IMAGES_COMING_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
     UNFIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
@@ -954,6 +979,10 @@ class Node(_message.Message):
     def images_coming(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """… and is getting"""
 
+    @_builtins.property
+    def units(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """by countable, the labels of those that are given out one by one, with commas"""
+
     def __init__(
         self,
         *,
@@ -985,11 +1014,12 @@ class Node(_message.Message):
         allows: _abc.Iterable[_builtins.str] | None = ...,
         images: _abc.Iterable[_builtins.str] | None = ...,
         images_coming: _abc.Iterable[_builtins.str] | None = ...,
+        units: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         unfit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allows", b"allows", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "images", b"images", "images_coming", b"images_coming", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "unfit", b"unfit", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allows", b"allows", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "images", b"images", "images_coming", b"images_coming", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "unfit", b"unfit", "units", b"units", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
