@@ -292,7 +292,7 @@ class Claims:
         return (
             task.state is State.QUEUED
             and not uncleared(spec.clearance, self.window.clearances)
-            and not refusals(needs(spec.container), self.window.allows)
+            and not refusals(needs(spec.container, spec.open_files_max), self.window.allows)
         )
 
     def _bid(self, bid: Bid, task: Task, incarnation: IncarnationId, now_ms: int) -> None:

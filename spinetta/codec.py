@@ -119,6 +119,7 @@ def spec_to_pb(s: TaskSpec) -> pb.TaskSpec:
         keep_scratch_s=s.keep_scratch_s,
     )
 
+        open_files_max=s.open_files_max,
 
 def spec_from_pb(m: pb.TaskSpec) -> TaskSpec:
     """Message to model; an absent restart_on_node_failure means yes. Maps and tags come out sorted."""
@@ -148,6 +149,7 @@ def spec_from_pb(m: pb.TaskSpec) -> TaskSpec:
         keep_scratch_s=m.keep_scratch_s,
     )
 
+        open_files_max=m.open_files_max,
 
 def container_to_pb(c: ContainerSpec) -> pb.ContainerSpec:
     """Model to message."""

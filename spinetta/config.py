@@ -67,6 +67,8 @@ class Settings:
         collect_keep: at most so many of them stay in it, whatever their age; 0: any number. Both count on the leader.
         archive_keep_bytes: what this node's archive may take, the oldest go first; 0: any amount.
         pids_max: processes and threads of one task; 0: no limit.
+        open_files: that a process of a task which asks for no number may have open at once (its hard limit).
+        open_files_max: the most that a task may ask for; less where the machine allows less.
         reconcile_s: between two full comparisons with the store.
     """
 
@@ -114,6 +116,8 @@ class Settings:
     collect_keep: int = 100_000
     archive_keep_bytes: int = 1 << 30
     pids_max: int = 4096
+    open_files: int = 65536  # what databases and sorting in many pieces take; it costs nothing until it is used
+    open_files_max: int = 1 << 20  # the kernel's own bound, unless somebody has raised it
     reconcile_s: float = 45.0
 
     @property
@@ -335,6 +339,13 @@ def _check_together(s: Settings, origins: Mapping[str, Origin]) -> None:
             f"{units.format_duration(s.kill_margin_s)} (from {where('kill_margin_s')})",
             field="node.grace",
             hint=f"set grace above {units.format_duration(shortest_s)}, or shorten the other two",
+        )
+    if s.open_files > s.open_files_max:
+        raise UserError(
+            f"open_files {s.open_files} (from {where('open_files')}) is more than open_files_max {s.open_files_max} "
+            f"(from {where('open_files_max')})",
+            field="node.open_files",
+            hint="lower it, or raise the other",
         )
     if s.address in s.peers:
         raise UserError(

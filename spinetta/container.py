@@ -2,9 +2,9 @@
 
 Both are lists of words, so that they travel in a queue hint and in a node's record, and compare without either side's
 configuration. A task's `needs`: ``container``, ``network:host``, ``capability:SYS_PTRACE``, ``user:root``,
-``mount:/data/x``, ``mount-rw:/scratch/y``, ``image:/srv/images/a.tar``, ``image:docker://HOST/REPOSITORY``. A node's
-`allows`: the same words, where a path stands for all that lies below it, and ``process`` and ``container`` for what it
-runs.
+``mount:/data/x``, ``mount-rw:/scratch/y``, ``image:/srv/images/a.tar``, ``image:docker://HOST/REPOSITORY``,
+``open-files:5000``. A node's `allows`: the same words, where a path stands for all that lies below it and a number for
+all that are less, and ``process`` and ``container`` for what it runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from spinetta import imageref, names
+from spinetta import imageref, names, openfiles
 from spinetta.errors import UserError
 
 PROCESS, CONTAINER = "process", "container"
@@ -80,11 +80,12 @@ class ContainerSpec:
 # --- what a task needs ---------------------------------------------------------------------------------------------
 
 
-def needs(asked: ContainerSpec | None) -> tuple[str, ...]:
+def needs(asked: ContainerSpec | None, open_files_max: int = 0) -> tuple[str, ...]:
     """All that a node must allow for the task, sorted; empty for a plain process that asks for nothing."""
+    wanted: set[str] = {openfiles.word(open_files_max)} if open_files_max else set()
     if asked is None:
-        return ()
-    wanted = {CONTAINER}
+        return tuple(wanted)
+    wanted.add(CONTAINER)
     if asked.network != "none":
         wanted.add(f"network:{asked.network}")
     wanted |= {f"capability:{name}" for name in asked.capabilities}
@@ -124,6 +125,8 @@ def is_granted(need: str, granted: Collection[str]) -> bool:
     """Whether one word is among these allowances, or below one of them."""
     if need in granted:
         return True
+    if (number := openfiles.number_of(need)) is not None:
+        return number <= openfiles.most(granted)
     if need.startswith(imageref.ALLOWANCE):
         return imageref.refusal(need, granted) is None
     kind, colon, path = need.partition(":")

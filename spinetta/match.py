@@ -6,7 +6,7 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from spinetta import units
+from spinetta import openfiles, units
 from spinetta.access import MEMBERS
 from spinetta.container import CONTAINER, PROCESS, refusals
 from spinetta.model import QueueHint, Resources
@@ -59,7 +59,10 @@ def why_never(
     if unwanted:
         return Reason(Obstacle.TAG_FORBIDDEN, f"the task forbids the node's tag {', '.join(unwanted)}")
     if refused := refusals(hint.needs, allows):
-        return Reason(Obstacle.NOT_ALLOWED, _not_allowed(refused))
+        files = [number for word in refused if (number := openfiles.number_of(word)) is not None]
+        if len(files) < len(refused):
+            return Reason(Obstacle.NOT_ALLOWED, _not_allowed(refused))
+        return Reason(Obstacle.TOO_LARGE, _too_few_files(max(files), openfiles.most(allows)))
     if not hint.resources.fits_in(capacity):
         return Reason(Obstacle.TOO_LARGE, shortfall(hint.resources, capacity))
     return None
@@ -70,7 +73,13 @@ def _not_allowed(refused: list[str]) -> str:
         return "the node runs no containers"
     if PROCESS in refused:
         return "the node runs tasks in containers only, and this one names no image"
-    return f"the node does not allow {', '.join(refused)}"
+    return f"the node does not allow {', '.join(w for w in refused if openfiles.number_of(w) is None)}"
+
+
+def _too_few_files(wanted: int, there: int) -> str:
+    if not there:
+        return "the node is of a version that sets no limit on open files"
+    return f"{wanted} open files wanted, at most {there} there"
 
 
 def why_not_now(hint: QueueHint, free: Resources) -> Reason | None:

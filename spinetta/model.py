@@ -180,6 +180,7 @@ class TaskSpec:
     losses_allowed: int = LOSSES_ALLOWED
     container: ContainerSpec | None = None
     keep_scratch_s: float = 0.0
+    open_files_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +269,7 @@ class QueueHint:
             spec.priority,
             delay_s,
             spec.clearance,
-            needs(spec.container),
+            needs(spec.container, spec.open_files_max),
             spec.container.image if spec.container is not None else "",
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spinetta import container, names, units
+from spinetta import container, names, openfiles, units
 from spinetta.errors import UserError
 
 PEERS_MAX = 64  # one that answers is enough; more than this is a mistake
@@ -328,6 +328,7 @@ def _keep_time(value: Any, where: str) -> float:
 
 
 _PORT = _whole(0, 65535)
+_FILES = _whole(openfiles.OPEN_FILES_MIN, openfiles.OPEN_FILES_MAX)
 _ENDS = ("keep", "drain", "release")
 
 NODE_OPTIONS: tuple[Option, ...] = (
@@ -385,6 +386,8 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("collect_keep", "collect_keep", _whole(0, KEEP_MAX), "Finished tasks to keep in it (0: any).", "N"),
     Option("archive_keep", "archive_keep_bytes", units.parse_bytes, "Archived tasks to keep here (0: all).", "SIZE"),
     Option("pids_max", "pids_max", _whole(0, 4_194_304), "Processes and threads of one task (0: any).", "N"),
+    Option("open_files", "open_files", _FILES, "Files a process of a task has open, if it asks for none.", "N"),
+    Option("open_files_max", "open_files_max", _FILES, "The most that a task may ask for.", "N"),
     Option("reconcile", "reconcile_s", _duration(1, 600), "Between full comparisons with the store.", "TIME"),
 )
 CLIENT_OPTIONS: tuple[Option, ...] = (

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from spinetta import confidential, container, names, ociconfig
+from spinetta import confidential, container, names, ociconfig, openfiles
 from spinetta.errors import UserError
 from spinetta.model import Resources, TaskId, TaskSpec
 from spinetta.options import COUNT_MAX, COUNTABLES_MAX, PATH_MAX
@@ -183,6 +183,7 @@ def check_spec(spec: TaskSpec, field: str, *, grace_min_s: float = GRACE_MIN_S, 
         for words in ociconfig.mount_refusals(spec.container.mounts):
             raise UserError(words, field=dot + "container.mounts", hint="choose other places, e.g. /data")
     _check_seconds(spec.keep_scratch_s, 0, container.KEEP_SCRATCH_MAX_S, dot + "keep_scratch_s", "a time to keep files")
+    openfiles.check(spec.open_files_max, dot + "open_files_max")
     _check_range(spec.losses_allowed, 0, LOSSES_ALLOWED_MAX, dot + "losses_allowed", "a number of lost nodes")
     _check_range(spec.priority, -PRIORITY_MAX, PRIORITY_MAX, dot + "priority", "a priority")
     _check_range(spec.retries, 0, RETRIES_MAX, dot + "retries", "a number of retries")

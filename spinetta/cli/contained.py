@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from spinetta import units
+from spinetta import openfiles, units
 from spinetta.container import CONTAINER, PROCESS, refusals
 from spinetta.model import ContainerSpec, Mount, NodeRecord, QueueHint, TaskSpec
 
@@ -25,7 +25,10 @@ def container_document(c: ContainerSpec) -> dict[str, Any]:
 
 def container_lines(s: TaskSpec) -> list[tuple[str, str]]:
     """Pairs of a heading and text; what is as usual says nothing."""
-    pairs = [("Scratch", f"kept for {units.format_duration(s.keep_scratch_s)}" if s.keep_scratch_s else "")]
+    pairs = [
+        ("Open files", str(s.open_files_max) if s.open_files_max else ""),
+        ("Scratch", f"kept for {units.format_duration(s.keep_scratch_s)}" if s.keep_scratch_s else ""),
+    ]
     c = s.container
     if c is None:
         return pairs
@@ -51,7 +54,7 @@ def _mount(m: Mount) -> str:
 
 def allowed_words(allows: Collection[str]) -> list[str]:
     """What a node's administrator allows; how it runs tasks is told elsewhere."""
-    return [word for word in allows if word not in (PROCESS, CONTAINER)]
+    return [word for word in allows if word not in (PROCESS, CONTAINER) and openfiles.number_of(word) is None]
 
 
 def images_cell(node: NodeRecord) -> str:
@@ -63,7 +66,8 @@ def images_cell(node: NodeRecord) -> str:
 
 def advice(hint: QueueHint, node: NodeRecord) -> str:
     """What an administrator of a node that does not allow a task would have to do about it; begins with ``;``."""
-    refused, allows = refusals(hint.needs, node.allows), node.allows
+    refused = [word for word in refusals(hint.needs, node.allows) if openfiles.number_of(word) is None]
+    allows = node.allows
     if CONTAINER in refused and CONTAINER in node.runtimes:
         return "; it is set to, and cannot: see the warnings of spinetta node show " + node.name
     if CONTAINER in refused:

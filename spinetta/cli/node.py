@@ -210,6 +210,7 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
         return found
 
     found = with_client(work, node, timeout, config_file)
+    from spinetta import openfiles
     from spinetta.cli import show as shown
     from spinetta.cli.contained import allowed_words
 
@@ -232,6 +233,7 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
         ("etcd", r.etcd_client_url + (" (leader)" if found.etcd_leader else "")),
         ("Runtimes", ", ".join(r.runtimes)),
         ("Allows", ", ".join(allowed_words(r.allows))),
+        ("Open files", f"at most {most} for a task" if (most := openfiles.most(r.allows)) else ""),
         *(("Image", digest) for digest in r.images),
         *(("Image", f"{digest} (on its way)") for digest in r.images_coming),
         ("Certificate", f"until {shown.moment(r.certificate_expires_ms)}" if r.certificate_expires_ms else ""),

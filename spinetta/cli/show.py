@@ -7,7 +7,7 @@ import time
 from datetime import datetime
 from typing import Any
 
-from spinetta import units
+from spinetta import openfiles, units
 from spinetta.cli.contained import advice, container_document, container_lines
 from spinetta.cli.used import now_words, usage_document, usage_words
 from spinetta.client.views import NodeInfo, NodeList, TaskInfo
@@ -67,6 +67,7 @@ def attempt_document(a: Attempt) -> dict[str, Any]:
         "token": a.token,
         "started_ms": a.started_ms,
         "ended_ms": a.ended_ms,
+        "open_files_max": s.open_files_max,
         "outcome": outcome_word(a.outcome),
         "exit_code": a.exit_code,
         "signal": a.signal,
@@ -131,7 +132,9 @@ def node_document(n: NodeInfo) -> dict[str, Any]:
         "etcd_peer_url": r.etcd_peer_url,
         "etcd_member_id": f"{r.etcd_member_id:x}" if r.etcd_member_id else "",
         "runtimes": list(r.runtimes),
-        "allows": list(r.allows),
+        "allows": [word for word in r.allows if openfiles.number_of(word) is None],
+        "open_files_max": openfiles.most(r.allows),
+        "units": {name: list(labels) for name, labels in r.units},
         "images": list(r.images),
         "images_coming": list(r.images_coming),
         "clearances": list(r.clearances),

@@ -79,6 +79,7 @@ def container_options(command: F) -> F:
 @click.option("--disk", metavar="SIZE", help="Scratch space.")
 @click.option("--gpu", metavar="N", type=int, help="Short for --countable gpu=N.")
 @click.option("--countable", "countables", multiple=True, metavar="NAME=N", help="Other things that nodes offer.")
+@click.option("--open-files", metavar="N", type=int, help="Files that each of its processes may have open at once.")
 @click.option("--time", metavar="TIME", help="The longest it may run, e.g. 1h30m.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="The node must have it; may be repeated.")
 @click.option("--not-tag", "not_tags", multiple=True, metavar="TAG", help="The node must not have it.")
@@ -197,6 +198,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
             "user",
             "tmp",
             "keep_scratch",
+            "open_files",
         )
         if options[name] is not None
     }

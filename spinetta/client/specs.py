@@ -49,6 +49,7 @@ class TaskOptions(TypedDict, total=False):
     mounts: Mounts
     tmp: int | str
     keep_scratch: float | str
+    open_files: int
 
 
 def new_id() -> TaskId:
@@ -90,6 +91,7 @@ def make_spec(
     mounts: Mounts = (),
     tmp: int | str = 0,
     keep_scratch: float | str = 0,
+    open_files: int = 0,
 ) -> TaskSpec:
     """A checked task specification.
 
@@ -127,13 +129,14 @@ def make_spec(
         mounts: files and directories of the node: `Mount`, or ``"SOURCE[:TARGET][:rw]"``, read-only without ``rw``.
         tmp: size of /tmp, e.g. ``"4GiB"``; 0: the node's default.
         keep_scratch: how long its scratch directory stays on its node after its end, seconds or e.g. ``"2h"``.
+        open_files: how many files each of its processes may have open at once; 0: the node's default.
 
     Raises:
         UserError: names the argument.
     """
     given: dict[str, object] = {"name": name, "workdir": workdir, "owner": owner, "id": id, "restart": restart}
     given |= {"gpu": gpu, "priority": priority, "retries": retries}
-    given |= {"overlap": overlap, "losses_allowed": losses_allowed}
+    given |= {"overlap": overlap, "losses_allowed": losses_allowed, "open_files": open_files}
     given |= {"image": image, "network": network, "writable": writable, "user": user}
     for key, value in given.items():
         if value is not None or key != "id":
@@ -176,6 +179,7 @@ def make_spec(
             tmp=tmp,
         ),
         keep_scratch_s=units.parse_duration(keep_scratch, "keep_scratch"),
+        open_files_max=open_files,
     )
     try:
         validate.check_spec(spec, "", to_be_sealed=True)
@@ -242,6 +246,7 @@ _NAMES = {
     "restart_on_node_failure": "restart",
     "grace_s": "grace",
     "keep_scratch_s": "keep_scratch",
+    "open_files_max": "open_files",
     "container.tmp_bytes": "tmp",
     **{f"container.{part}": part for part in ("image", "network", "user", "capabilities", "mounts")},
 }
@@ -299,6 +304,7 @@ ENTRY_KEYS: Mapping[str, str] = {
     "mounts": _MOUNTS,
     "tmp": _AMOUNT,
     "keep_scratch": _AMOUNT,
+    "open_files": _WHOLE,
 }
 
 

@@ -97,6 +97,7 @@ class Daemon:
         self._stop = stop
         self._report: Report | None = None
         name = NodeId(settings.name)
+        self._open_files_most = min(settings.open_files_max, detect.open_files_most())
         vault = Vault(store, name, lambda: credentials.sealing_private) if credentials is not None else None
         self.archive = Archive(Path(settings.data_dir) / "archive", settings.archive_keep_bytes)
         self.agent = Agent(self._agent_settings(), entrance.incarnation)
@@ -104,7 +105,14 @@ class Daemon:
             self.agent,
             store,
             containers.runtime,
-            LaunchSettings(settings.name, settings.pids_max, settings.address, settings.log_max_bytes),
+            LaunchSettings(
+                settings.name,
+                settings.pids_max,
+                settings.address,
+                settings.log_max_bytes,
+                settings.open_files,
+                self._open_files_most,
+            ),
             remember=self._remember,
             vault=vault,
             archivist=NodeArchivist(name, self.archive, dialer, lambda: self.agent.peers),
@@ -462,7 +470,7 @@ class Daemon:
             started_ms=wall_ms(),
             boot_id=boot_id(),
             runtimes=s.runtimes,
-            allows=self.containers.allows,
+            allows=(*self.containers.allows, openfiles.word(self._open_files_most)),
             warnings=self._warnings(),
         )
         return AgentSettings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -68,6 +69,25 @@ def capacity(settings: Settings, root: Path = Path("/")) -> tuple[Resources, tup
     if machine.disk_free_bytes < DISK_WARN_BYTES:
         warnings.append(f"only {units.format_bytes(machine.disk_free_bytes)} are free under {settings.data_dir}")
     return offered, tuple(warnings)
+
+
+def open_files_most() -> int:
+    """The highest limit of open files that this node can give to what it starts.
+
+    With the right to (CAP_SYS_RESOURCE on the machine itself) all that the kernel takes, else our own hard limit. Found
+    out by doing it, since within a user namespace root has that right only in name.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = _read(Path("/proc/sys/fs/nr_open"))
+    kernel = int(text) if text.isdigit() else hard
+    if kernel <= hard:
+        return hard
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, kernel))
+    except (ValueError, OSError):
+        return hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return kernel
 
 
 def detect(data_dir: Path, root: Path = Path("/")) -> Machine:

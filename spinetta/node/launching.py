@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spinetta import openfiles
 from spinetta.events import Start, attempt_key
 from spinetta.model import TaskSpec
 from spinetta.node.vault import Opened
@@ -20,6 +21,8 @@ class LaunchSettings:
     pids_max: int
     api_address: str
     log_bytes_max: int = 0
+    open_files: int = 0  # the hard limit of those that ask for nothing; 0: as the node itself
+    open_files_most: int = openfiles.OPEN_FILES_MAX  # that this machine lets it set
 
 
 def task_environment(spec: TaskSpec, attempt: int, settings: LaunchSettings) -> dict[str, str]:
@@ -56,6 +59,7 @@ def launch_of(start: Start, settings: LaunchSettings, opened: Opened | None = No
         log_bytes_max=settings.log_bytes_max,
         disk_bytes_max=spec.resources.disk_bytes,
         keep_scratch_s=spec.keep_scratch_s,
+        open_files=openfiles.limits(spec.open_files_max, settings.open_files, settings.open_files_most),
         countables=spec.resources.countables,
         wants=spec.container,
     )

@@ -54,6 +54,7 @@ class Launch:
         disk_bytes_max: of its scratch directory; it is ended when it has more. 0: no limit.
         keep_scratch_s: for how long its scratch directory is kept aside when the attempt is forgotten, instead of being
             removed. 0: not at all.
+        open_files: soft and hard limit of the files that each of its processes may have open; 0: as the node itself.
         countables: whole things that it was granted, such as gpus.
         wants: the container that was asked for; None: a plain process.
         container: how it is contained: what `Runtime.prepare` makes of `wants`.
@@ -76,6 +77,7 @@ class Launch:
     log_bytes_max: int = 0
     disk_bytes_max: int = 0
     keep_scratch_s: float = 0.0
+    open_files: tuple[int, int] = (0, 0)
     countables: tuple[tuple[str, int], ...] = ()
     wants: ContainerSpec | None = field(default=None, repr=False)
     container: ContainerLaunch | None = field(default=None, repr=False)
@@ -158,4 +160,17 @@ class Runtime(Protocol):
 
     def log_path(self, key: AttemptKey, stream: str) -> Path:
         """Where ``stdout`` or ``stderr`` of an attempt is, or would be."""
+        ...
+
+
+class ShimRuntime(Runtime, Protocol):
+    """What one shim does, or all of a node's together."""
+
+    @property
+    def state_dir(self) -> Path:
+        """Where what is new has its scratch directories, and what the shim needs beside them."""
+        ...
+
+    def warnings(self) -> tuple[str, ...]:
+        """What this machine lacks and what that weakens, for people."""
         ...

@@ -20,8 +20,7 @@ from spinetta.model import Exit, Reason, Usage
 from spinetta.runtime.images.errands import TRANSIENT
 from spinetta.runtime.images.store import ImageStore, PreparedImage
 from spinetta.runtime.lookup import NotInImage, kind_of, program_missing
-from spinetta.runtime.process import ProcessRuntime
-from spinetta.runtime.protocol import AttemptKey, ContainerLaunch, Exited, Held, Launch, ShimLost
+from spinetta.runtime.protocol import AttemptKey, ContainerLaunch, Exited, Held, Launch, ShimLost, ShimRuntime
 from spinetta.trust.backoff import Backoff
 
 TASK_USER = (1000, 1000)  # who a command is when neither the task nor the image says, or the image says root
@@ -84,7 +83,7 @@ class RuncRuntime:
     All that runs is held by the shim; this prepares. An image is in use from `prepare` to `forget`.
     """
 
-    def __init__(self, shim: ProcessRuntime, images: ImageStore, site: Site) -> None:
+    def __init__(self, shim: ShimRuntime, images: ImageStore, site: Site) -> None:
         self._shim = shim
         self._images = images
         self._site = site
@@ -206,6 +205,7 @@ class RuncRuntime:
             mounts=mounts,
             devices=devices_of(launch.countables, site.devices),
             tmp_bytes=asked.tmp_bytes or site.tmp_bytes,
+            rlimits={"RLIMIT_NOFILE": launch.open_files} if launch.open_files[1] else {},
             programs_32=image.architecture in ocirequest.MACHINES_32,
             host=site.host,
             rules=replace(site.rules, root_inside=root_inside),

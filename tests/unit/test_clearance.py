@@ -265,6 +265,6 @@ def test_every_field_of_a_task_is_sealed_or_known_to_be_visible() -> None:
     visible = {
         *("id", "resources", "walltime_s", "tags_required", "tags_forbidden", "priority", "retries", "retry_backoff_s"),
         *("restart_on_node_failure", "owner", "grace_s", "clearance", "sealed", "secrets", "overlap", "losses_allowed"),
-        *("container", "keep_scratch_s"),  # nodes are chosen by it
+        *("container", "keep_scratch_s", "open_files_max"),  # nodes are chosen by it
     }
     assert set(whole) == sealed | visible

@@ -101,7 +101,7 @@ def test_every_option_of_submit_arrives(capsys: pytest.CaptureFixture[str], monk
         "--grace", "30s", "--losses-allowed", "2", "--owner", "me", "--clearance", "phi", "--secret", "k=f",
         "--image", "docker://a.test/t:1", "--network", "host", "--writable", "--user", "7:8", "--cap-add", "CAP_KILL",
         "--cap-add", "CHOWN", "--mount", "/out/:/results:rw", "--mount", "/data", "--tmp", "1M", "--keep-scratch", "2h",
-        "--id", task_id,
+        "--open-files", "5000", "--id", task_id,
         "--", "echo", "--name", "--", "x",
     )) == 0  # fmt: skip
     [spec] = json.loads(capsys.readouterr().out)["tasks"]
@@ -114,7 +114,7 @@ def test_every_option_of_submit_arrives(capsys: pytest.CaptureFixture[str], monk
         "walltime_s": 5400.0, "tags_required": ["ssd"], "tags_forbidden": ["old"], "priority": -3, "retries": 2,
         "retry_backoff_s": 5.0, "restart_on_node_failure": False, "owner": "me", "grace_s": 30.0,
         "clearance": ["phi"], "secrets": [{"name": "k", "file": "f"}], "sealed": False,
-        "overlap": False, "losses_allowed": 2, "keep_scratch_s": 7200.0,
+        "overlap": False, "losses_allowed": 2, "keep_scratch_s": 7200.0, "open_files_max": 5000,
         "container": {
             "image": "docker://a.test/t:1", "network": "host", "writable": True, "user": "7:8",
             "capabilities": ["CHOWN", "KILL"], "tmp_bytes": 10**6,

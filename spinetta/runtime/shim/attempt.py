@@ -51,6 +51,7 @@ class Held:
         disk_bytes_max: of the scratch directory; 0: no limit.
         disk_used_bytes: what it held when it was found to hold more than that.
         log_bytes_max: of each stream's log, the rest is discarded; 0: no limit.
+        open_files: soft and hard limit of the files that each of its processes has open; None: as ours.
     """
 
     key: str
@@ -87,6 +88,7 @@ class Held:
     disk_bytes_max: int = 0
     disk_used_bytes: int = 0
     log_bytes_max: int = 0
+    open_files: tuple[int, int] | None = None
     keep_scratch_s: int = 0
     keep_part: str = ""
     secrets: dict[str, bytes] = field(default_factory=dict, repr=False)

@@ -33,6 +33,7 @@ class Spawn:
         die_with_parent: have the kernel kill it when the shim dies; only without a pid namespace of our own.
         parent: the shim's pid.
         nofile, core: limits to give back.
+        open_files: the limit that it must have instead of `nofile`; None: none.
         secrets: files to provide at `place`.
         bundle: of a container, whose runtime is started instead of `argv`.
     """
@@ -49,6 +50,7 @@ class Spawn:
     parent: int
     nofile: tuple[int, int]
     core: tuple[int, int]
+    open_files: tuple[int, int] | None
     key: str
     secrets: dict[str, bytes] = field(repr=False)
     place: secretfiles.Place
@@ -104,6 +106,8 @@ def explain(stage: str, number: int, program: str, cwd: str) -> str:
             return f"cannot mount the root file system: {why}"
         case "runtime":
             return f"cannot execute the container runtime {program}: {why}"
+        case "open-files":
+            return f"cannot set its limit of open files: this node's own is lower, or the kernel's ({why})"
         case "cgroup":
             return f"cannot enter the cgroup: {why}"
         case _:
@@ -152,6 +156,8 @@ def _become(spawn: Spawn, report: int, stage: list[str]) -> NoReturn:
     _open_streams(spawn)
     if spawn.bundle:
         bundle.prepare(spawn.bundle, spawn.secrets, stage)
+        stage[0] = "open-files"
+        limit_files(spawn.open_files, for_runtime=True)
         stage[0] = "runtime"
         os.set_inheritable(report, True)
         os.execve(spawn.bundle.program, spawn.bundle.command(report), spawn.env)  # noqa: S606 - no shell
@@ -166,6 +172,8 @@ def _become(spawn: Spawn, report: int, stage: list[str]) -> NoReturn:
     else:
         stage[0] = "cwd"
         os.chdir(spawn.cwd)
+    stage[0] = "open-files"
+    limit_files(spawn.open_files)  # last: what we have inherited may be more
     stage[0] = "exec"
     become_program(spawn.argv, spawn.env, stage)
 
@@ -195,6 +203,24 @@ def restore_limits(nofile: tuple[int, int], core: tuple[int, int]) -> None:
     """Give back the limits on open files and core dumps that the shim changed for itself."""
     resource.setrlimit(resource.RLIMIT_CORE, core)
     resource.setrlimit(resource.RLIMIT_NOFILE, nofile)
+
+
+def limit_files(limits: tuple[int, int] | None, *, for_runtime: bool = False) -> None:
+    """Set the limit on open files. OSError: this machine does not let us.
+
+    `for_runtime`: this is a container's runtime, which sets it itself: it must be able to.
+    """
+    if limits is None:
+        return
+    if for_runtime:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limits[1] <= hard:
+            return
+        limits = (soft, limits[1])
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    except ValueError:  # so Python calls EPERM here
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM)) from None
 
 
 def _open_streams(spawn: Spawn) -> None:

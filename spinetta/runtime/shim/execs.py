@@ -74,6 +74,7 @@ class Plan:
     join: Sequence[str]
     mounts: str  # of a process whose mounts it is to see; empty: ours
     around: Surroundings
+    open_files: tuple[int, int] | None
     parent: int
     log_fd: int = -1
 
@@ -156,6 +157,7 @@ class Execs:
             join=held.group.join_files() if held.group else [],
             mounts=f"/proc/{held.pid}/ns/mnt" if held.secret_names and self._around.place.mount else "",
             around=self._around,
+            open_files=held.open_files,
             parent=os.getpid(),
         )
 
@@ -189,6 +191,7 @@ class Execs:
             join=join,
             mounts="",
             around=self._around,
+            open_files=held.open_files,
             parent=os.getpid(),
             log_fd=log_fd,
         )
@@ -349,5 +352,7 @@ def _become(plan: Plan, stage: list[str]) -> NoReturn:
         with open(fd, "w", encoding="utf-8", errors="surrogateescape", closefd=False) as file:
             json.dump(plan.process, file, ensure_ascii=False)
         argv = [item.replace("{}", str(fd)) for item in argv]
+    stage[0] = "open-files"
+    child.limit_files(plan.open_files, for_runtime=plan.process is not None)
     stage[0] = "exec"
     child.become_program(argv, plan.env, stage)

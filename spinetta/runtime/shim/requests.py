@@ -39,6 +39,7 @@ def attempt_of(message: Message, layout: Layout) -> Held:
         incarnation=text(message, "incarnation", ""),
         disk_bytes_max=integer(message, "disk_bytes_max", 0),
         log_bytes_max=integer(message, "log_bytes_max", 0),
+        open_files=_open_files(message),
         keep_scratch_s=integer(message, "keep_scratch_s", 0),
         keep_part=WORK if contained else "",
         private=message.get("private") is True,
@@ -100,6 +101,17 @@ def _is_absolute(path: str) -> bool:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32
+
+
+def _open_files(message: Message) -> tuple[int, int] | None:
+    given = message.get("open_files")
+    if given is None:
+        return None
+    if not isinstance(given, list) or len(given) != 2 or not all(_is_id(number) for number in given):
+        raise BadMessage("open_files must be a soft and a hard limit")
+    if not 0 < given[0] <= given[1]:
+        raise Refused("bad-request", "the soft limit of open files must not be above the hard one")
+    return given[0], given[1]
 
 
 def _folder(message: Message) -> str:

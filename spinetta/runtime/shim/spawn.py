@@ -61,6 +61,7 @@ def spawn(held: Held, around: Surroundings) -> None:
         parent=os.getpid(),
         nofile=around.nofile,
         core=around.core,
+        open_files=held.open_files,
         key=held.key,
         secrets=held.secrets,
         place=around.place,
@@ -120,5 +121,5 @@ def read_report(held: Held) -> bool:
         failure = json.loads(rest)
         program, cwd = ("(sealed)", "(sealed)") if held.private else (held.argv[0], held.cwd)
         held.spawn_error = child.explain(failure["stage"], failure["errno"], program, cwd)
-        held.spawn_unfit = failure["stage"] == "secrets"
+        held.spawn_unfit = failure["stage"] in ("secrets", "open-files")
     return True
