@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinetta import __version__
+from spinetta import __version__, openfiles
 from spinetta.access import NodeRole
 from spinetta.agent import Agent
 from spinetta.config import Settings
