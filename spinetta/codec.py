@@ -6,7 +6,7 @@ rolling upgrade must therefore add fields one release before it relies on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -16,6 +16,7 @@ from spinetta.errors import CorruptRecord as CorruptRecord
 from spinetta.model import (
     LOSSES_ALLOWED,
     Attempt,
+    Beat,
     Completed,
     ContainerSpec,
     Holding,
@@ -29,6 +30,7 @@ from spinetta.model import (
     QueueHint,
     Resources,
     Revision,
+    ShimInfo,
     State,
     Task,
     TaskId,
@@ -117,9 +119,9 @@ def spec_to_pb(s: TaskSpec) -> pb.TaskSpec:
         losses_allowed=s.losses_allowed,
         container=container_to_pb(s.container) if s.container is not None else None,
         keep_scratch_s=s.keep_scratch_s,
+        open_files_max=s.open_files_max,
     )
 
-        open_files_max=s.open_files_max,
 
 def spec_from_pb(m: pb.TaskSpec) -> TaskSpec:
     """Message to model; an absent restart_on_node_failure means yes. Maps and tags come out sorted."""
@@ -147,9 +149,9 @@ def spec_from_pb(m: pb.TaskSpec) -> TaskSpec:
         losses_allowed=m.losses_allowed if m.HasField("losses_allowed") else LOSSES_ALLOWED,
         container=container_from_pb(m.container) if m.HasField("container") else None,
         keep_scratch_s=m.keep_scratch_s,
+        open_files_max=m.open_files_max,
     )
 
-        open_files_max=m.open_files_max,
 
 def container_to_pb(c: ContainerSpec) -> pb.ContainerSpec:
     """Model to message."""
@@ -246,6 +248,7 @@ def task_to_pb(t: Task) -> pb.Task:
         completed_ms=t.completed_ms,
         submitted_at_node=t.submitted_at_node,
         losses_excused=t.losses_excused,
+        losses_preparing=t.losses_preparing,
     )
 
 
@@ -267,7 +270,25 @@ def task_from_pb(m: pb.Task) -> Task:
         completed_ms=m.completed_ms,
         submitted_at_node=m.submitted_at_node,
         losses_excused=m.losses_excused,
+        losses_preparing=m.losses_preparing,
     )
+
+
+def shim_to_pb(s: ShimInfo) -> pb.Shim:
+    """Model to message."""
+    return pb.Shim(
+        code=s.code,
+        release=s.release,
+        started_ms=s.started_ms,
+        retiring=s.retiring,
+        attempts=s.attempts,
+        services=s.services,
+    )
+
+
+def shim_from_pb(m: pb.Shim) -> ShimInfo:
+    """Message to model."""
+    return ShimInfo(m.code, m.release, m.started_ms, m.retiring, m.attempts, tuple(m.services))
 
 
 def node_to_pb(n: NodeRecord) -> pb.Node:
@@ -302,6 +323,8 @@ def node_to_pb(n: NodeRecord) -> pb.Node:
         allows=n.allows,
         images=n.images,
         images_coming=n.images_coming,
+        shims=map(shim_to_pb, n.shims),
+        units={name: ",".join(labels) for name, labels in n.units},
     )
 
 
@@ -337,6 +360,8 @@ def node_from_pb(m: pb.Node) -> NodeRecord:
         allows=tuple(m.allows),
         images=tuple(m.images),
         images_coming=tuple(m.images_coming),
+        shims=tuple(map(shim_from_pb, m.shims)),
+        units=tuple(sorted((name, tuple(labels.split(","))) for name, labels in m.units.items())),
     )
 
 
@@ -434,17 +459,19 @@ def decode_completed(data: bytes) -> Completed | None:
     return Completed(NodeId(m.node), m.completed_ms)
 
 
-def encode_beat(waiting: Iterable[Revision]) -> bytes:
-    """The value of ``/beat/NODE``: the tokens of attempts that are not started before a later beat."""
-    return pb.Beat(waiting=sorted(waiting)).SerializeToString(deterministic=True)
+def encode_beat(beat: Beat) -> bytes:
+    """The value of ``/beat/NODE``."""
+    m = pb.Beat(waiting=sorted(beat.waiting), preparing=sorted(beat.preparing))
+    return m.SerializeToString(deterministic=True)
 
 
-def decode_beat(data: bytes) -> frozenset[Revision]:
+def decode_beat(data: bytes) -> Beat:
     """The value of ``/beat/NODE``; what cannot be read holds nothing back."""
     try:
-        return frozenset(Revision(t) for t in parse(pb.Beat(), data, "a heartbeat").waiting)
+        m = parse(pb.Beat(), data, "a heartbeat")
     except CorruptRecord:
-        return frozenset()
+        return Beat()
+    return Beat(frozenset(map(Revision, m.waiting)), frozenset(map(Revision, m.preparing)))
 
 
 def encode_node(n: NodeRecord) -> bytes:

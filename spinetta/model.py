@@ -221,6 +221,7 @@ class Task:
         failures: of the task itself: paid for out of `TaskSpec.retries`.
         losses: of nodes under it while it executed, or may have: paid for out of `TaskSpec.losses_allowed`.
         losses_excused: of nodes that had not started it: held against nobody.
+        losses_preparing: of these, while what it needs was brought in: excused only so often.
     """
 
     spec: TaskSpec
@@ -236,11 +237,28 @@ class Task:
     completed_ms: int = 0
     submitted_at_node: str = ""
     losses_excused: int = 0
+    losses_preparing: int = 0
 
     @property
     def id(self) -> TaskId:
         """The task's id."""
         return self.spec.id
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a node's heartbeat promises: tokens of attempts that it does not start before a later one leaves them out.
+
+    `preparing`: what they need is being brought in, which could take a node down; of the others nothing was touched.
+    """
+
+    waiting: frozenset[Revision] = frozenset()
+    preparing: frozenset[Revision] = frozenset()
+
+    @property
+    def promised(self) -> frozenset[Revision]:
+        """All that is not started."""
+        return self.waiting | self.preparing
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +313,27 @@ class Completed:
 
 
 @dataclass(frozen=True, slots=True)
+class ShimInfo:
+    """One of a node's shims.
+
+    Attributes:
+        code: a digest of its code; empty: it is from before shims were told.
+        release: of the software its code was part of; may be empty.
+        started_ms: wall clock; 0: it does not say.
+        retiring: it takes nothing new, and ends when it has nothing left.
+        attempts: that one which retires still has.
+        services: the same, programs of the node itself.
+    """
+
+    code: str
+    release: str
+    started_ms: int
+    retiring: bool = False
+    attempts: int = 0
+    services: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class NodeRecord:
     """What a node says of itself, bound to its lease."""
 
@@ -327,6 +366,8 @@ class NodeRecord:
     allows: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     images_coming: tuple[str, ...] = ()
+    shims: tuple[ShimInfo, ...] = ()
+    units: tuple[tuple[str, tuple[str, ...]], ...] = ()  # by countable, labels of those that are given one by one
 
 
 class Life(enum.IntEnum):

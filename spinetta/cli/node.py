@@ -202,20 +202,22 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
       spinetta node show --json n2 | jq .warnings
     """
 
-    async def work(client: AsyncClient) -> NodeInfo:
+    from spinetta.cli.unitlines import Given, given_units, unit_words
+
+    async def work(client: AsyncClient) -> tuple[NodeInfo, Given]:
         wanted = await drain.chosen(client, name)
         found = next((n for n in (await client.nodes()).nodes if n.record.name == wanted), None)
         if found is None:
             raise NotFound(f"there is no node {wanted}", field="node", hint="see: spinetta node list")
-        return found
+        return found, await given_units(client, found.record)
 
-    found = with_client(work, node, timeout, config_file)
+    found, given = with_client(work, node, timeout, config_file)
     from spinetta import openfiles
     from spinetta.cli import show as shown
     from spinetta.cli.contained import allowed_words
 
     if as_json:
-        output.put_json(shown.node_document(found))
+        output.put_json({**shown.node_document(found), "units_given": given})
         return
     r = found.record
     pairs = [
@@ -226,6 +228,7 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
         ("Offers", shown.resources_words(r.capacity)),
         ("Free", (shown.resources_words(r.free) or "nothing") if found.known else ""),
         ("Running", str(r.running) if found.known else ""),
+        *(("Units", words) for words in unit_words(given)),
         ("Tags", ", ".join(r.tags)),
         ("Cleared for", ", ".join(r.clearances)),
         ("Started", shown.moment(r.started_ms)),
@@ -237,6 +240,7 @@ def show(name: str | None, as_json: bool, node: str | None, timeout: str | None,
         *(("Image", digest) for digest in r.images),
         *(("Image", f"{digest} (on its way)") for digest in r.images_coming),
         ("Certificate", f"until {shown.moment(r.certificate_expires_ms)}" if r.certificate_expires_ms else ""),
+        *(("Shim", shown.shim_words(shim)) for shim in r.shims),
         ("Incarnation", r.incarnation),
         ("Version", r.version),
         *((("Takes no tasks", r.unfit),) if r.unfit else ()),
@@ -371,21 +375,18 @@ def _end(pid: int, number: signal.Signals, limit_s: float) -> None:
 
 
 def _end_shim(directory: Path) -> bool:
-    """End a shim that no daemon looks after, with all that it holds; False when there is none."""
+    """End the shims that no daemon looks after, with all that they hold; False when there is none."""
     import asyncio
 
-    from spinetta.runtime.launch import open_socket
+    from spinetta.runtime.generations import living
     from spinetta.runtime.process import ProcessRuntime
 
     async def end() -> bool:
-        state = directory / "shim"
-        try:
-            (await open_socket(state)).close()
-        except (OSError, TimeoutError):
-            return False
-        async with ProcessRuntime.connect(state, node="", kill_margin_s=0) as runtime:
-            await runtime.shutdown_shim()
-        return True
+        folders = await living(directory / "shim")
+        for folder in folders:
+            async with ProcessRuntime.connect(folder, node="", kill_margin_s=0) as runtime:
+                await runtime.shutdown_shim()
+        return bool(folders)
 
     return asyncio.run(end())
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from spinetta import openfiles, units
 from spinetta.cli.contained import advice, container_document, container_lines
-from spinetta.cli.used import now_words, usage_document, usage_words
+from spinetta.cli.used import now_document, now_words, units_words, usage_document, usage_words
 from spinetta.client.views import NodeInfo, NodeList, TaskInfo
 from spinetta.match import Obstacle, why_never, why_not_now
-from spinetta.model import LOSSES_ALLOWED, Attempt, Outcome, QueueHint, Reason, Resources, State, Task, TaskSpec
+from spinetta.model import (
+    LOSSES_ALLOWED,
+    Attempt,
+    Outcome,
+    QueueHint,
+    Reason,
+    Resources,
+    ShimInfo,
+    State,
+    Task,
+    TaskSpec,
+)
 
 SEALED = "(sealed)"
 
@@ -55,6 +67,7 @@ def spec_document(s: TaskSpec) -> dict[str, Any]:
         "secrets": [{"name": name, "file": file} for name, file in s.secrets],
         "container": container_document(s.container) if s.container is not None else None,
         "keep_scratch_s": s.keep_scratch_s,
+        "open_files_max": s.open_files_max,
     }
 
 
@@ -67,7 +80,6 @@ def attempt_document(a: Attempt) -> dict[str, Any]:
         "token": a.token,
         "started_ms": a.started_ms,
         "ended_ms": a.ended_ms,
-        "open_files_max": s.open_files_max,
         "outcome": outcome_word(a.outcome),
         "exit_code": a.exit_code,
         "signal": a.signal,
@@ -103,10 +115,21 @@ def task_document(info: TaskInfo) -> dict[str, Any]:
         "revision": info.revision,
         "spec_omitted": info.spec_omitted,
         "withheld": info.withheld,
-        "now": {"memory_bytes": info.now.memory_bytes, "pids": info.now.pids} if info.now is not None else None,
+        "now": now_document(info),
         "spec": spec_document(t.spec),
         "attempts": [attempt_document(a) for a in t.attempts],
     }
+
+
+def shim_words(shim: ShimInfo) -> str:
+    """One of a node's shims: how old it is, what code, and what keeps it."""
+    parts = [f"version {shim.release}" if shim.release else "", f"code {shim.code}" if shim.code else "older code"]
+    if shim.started_ms:
+        parts.append(f"started {age(shim.started_ms)} ago")
+    if not shim.retiring:
+        return ", ".join(part for part in parts if part)
+    left = [f"{shim.attempts} attempt{'' if shim.attempts == 1 else 's'}", *shim.services]
+    return f"retiring with {' and '.join(left)}; " + ", ".join(part for part in parts if part)
 
 
 def node_document(n: NodeInfo) -> dict[str, Any]:
@@ -137,6 +160,7 @@ def node_document(n: NodeInfo) -> dict[str, Any]:
         "units": {name: list(labels) for name, labels in r.units},
         "images": list(r.images),
         "images_coming": list(r.images_coming),
+        "shims": [asdict(shim) for shim in r.shims],
         "clearances": list(r.clearances),
         "certificate_expires_ms": r.certificate_expires_ms or None,
         "warnings": list(r.warnings),
@@ -287,6 +311,7 @@ def task_lines(info: TaskInfo) -> list[tuple[str, str]]:
     if last is not None:
         pairs.append(("Used", usage_words(last.usage)))
     pairs.append(("Now", now_words(info)))
+    pairs.append(("Given", units_words(info.now.units) if info.now is not None else ""))
     return [(k, v) for k, v in pairs if v.strip()]
 
 

@@ -19,8 +19,7 @@ from spinetta.errors import RuntimeUnavailable, UserError
 from spinetta.ociprograms import ID_COUNT
 from spinetta.runtime.detect import ContainerSupport, container_support
 from spinetta.runtime.images.store import ImageStore, StoreSettings
-from spinetta.runtime.process import ProcessRuntime
-from spinetta.runtime.protocol import Runtime
+from spinetta.runtime.protocol import Runtime, ShimRuntime
 from spinetta.runtime.runc import TASK_USER, RuncRuntime, Site
 from spinetta.runtime.shim.container import CAPABILITY
 
@@ -57,7 +56,7 @@ class Containers:
 
 
 @asynccontextmanager
-async def open_containers(settings: Settings, data_dir: Path, shim: ProcessRuntime) -> AsyncIterator[Containers]:
+async def open_containers(settings: Settings, data_dir: Path, shim: ShimRuntime) -> AsyncIterator[Containers]:
     """Find out what this machine can do, and open the store of images.
 
     What cannot be had is told as a warning, and by what the node allows: it then runs plain processes only.
@@ -174,7 +173,7 @@ def _kernel() -> tuple[int, int]:
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
-def _why_none(support: ContainerSupport, shim: ProcessRuntime) -> str:
+def _why_none(support: ContainerSupport, shim: ShimRuntime) -> str:
     if not support.works:
         return "; ".join(support.warnings) or "runc does not work here, see spinetta doctor"
     if CAPABILITY not in shim.capabilities():

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinetta import __version__, openfiles
+from spinetta import __version__, devices, openfiles
 from spinetta.access import NodeRole
 from spinetta.agent import Agent
 from spinetta.config import Settings
@@ -25,6 +25,7 @@ from spinetta.node.driver import Driver, wall_ms
 from spinetta.node.ending import Ending
 from spinetta.node.entry import Entrance
 from spinetta.node.etcdcare import EtcdCare
+from spinetta.node.etcdmove import EtcdMove
 from spinetta.node.fitness import LOOK_EVERY_S, Fitness
 from spinetta.node.health import StoreHealth
 from spinetta.node.join import GATEWAYS_MAX
@@ -42,8 +43,9 @@ from spinetta.node.services.server import ApiServer, serve
 from spinetta.node.signals import StopSignals
 from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.node.vault import Vault
+from spinetta.runtime.granting import GrantingRuntime, missing_files
 from spinetta.runtime.images.store import ImageStore
-from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.shims import Shims
 from spinetta.settings import AgentSettings
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
@@ -77,7 +79,7 @@ class Daemon:
         self,
         settings: Settings,
         entrance: Entrance,
-        runtime: ProcessRuntime,
+        runtime: Shims,
         containers: Containers,
         store: EtcdStore | GatewayStore,
         credentials: NodeCredentials | None,
@@ -96,15 +98,17 @@ class Daemon:
         self.seat: OwnSeat = entrance.seat
         self._stop = stop
         self._report: Report | None = None
-        name = NodeId(settings.name)
+        self._devices = devices.read(settings.devices)
+        self._granting = GrantingRuntime(containers.runtime, Path(settings.data_dir) / "units", self._devices)
         self._open_files_most = min(settings.open_files_max, detect.open_files_most())
+        name = NodeId(settings.name)
         vault = Vault(store, name, lambda: credentials.sealing_private) if credentials is not None else None
         self.archive = Archive(Path(settings.data_dir) / "archive", settings.archive_keep_bytes)
         self.agent = Agent(self._agent_settings(), entrance.incarnation)
         self.driver = Driver(
             self.agent,
             store,
-            containers.runtime,
+            self._granting,
             LaunchSettings(
                 settings.name,
                 settings.pids_max,
@@ -188,8 +192,12 @@ class Daemon:
 
     @property
     def shim_dir(self) -> Path:
-        """The state directory of this node's shim."""
-        return self._runtime.state_dir
+        """The state directory of this node's first shim."""
+        return self._runtime.home
+
+    def holder_dir(self, key: str) -> Path:
+        """The state directory of the shim that holds an attempt."""
+        return self._runtime.state_dir_of(key)
 
     def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:
         """Where a stream of an attempt made here is."""
@@ -206,7 +214,8 @@ class Daemon:
             return None
         if found is None:
             return None
-        return RunningSample(held.holding.attempt, found.usage, found.memory_bytes, found.pids)
+        given = self._granting.labels(held.key)
+        return RunningSample(held.holding.attempt, found.usage, found.memory_bytes, found.pids, given)
 
     async def membership(self) -> Membership:
         """etcd's members, leader and alarms."""
@@ -305,6 +314,7 @@ class Daemon:
             yield self._health.run()
             pause_s = self.settings.lease_ttl_s / 2
             yield EtcdCare(self.agent, self.seat, self._store, self._health, pause_s=pause_s).run()
+            yield EtcdMove(self._runtime, self.seat, self._store, self.name).run()
 
     def _serve(self) -> AbstractAsyncContextManager[ApiServer]:
         addresses = [self.settings.address]
@@ -373,6 +383,7 @@ class Daemon:
             clearances=tuple(sorted(self.clearances)),
             images=images,
             images_coming=images_coming,
+            shims=self._runtime.described(),
         )
         if record != self.agent.session.record:
             await self.driver.tell(SelfChanged(record))
@@ -470,8 +481,10 @@ class Daemon:
             started_ms=wall_ms(),
             boot_id=boot_id(),
             runtimes=s.runtimes,
+            units=devices.labels_of(s.devices),
             allows=(*self.containers.allows, openfiles.word(self._open_files_most)),
             warnings=self._warnings(),
+            shims=self._runtime.described(),
         )
         return AgentSettings(
             record=record,
@@ -492,6 +505,7 @@ class Daemon:
 
     def _warnings(self) -> tuple[str, ...]:
         trouble = tuple(t for t in (self._audit.trouble, self.archive.trouble) if t)
+        trouble = (*missing_files(self._devices), *trouble)
         return (*self._runtime.warnings(), *self.containers.warnings, *self._entrance.warnings, *trouble)
 
 

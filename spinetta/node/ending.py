@@ -13,7 +13,7 @@ from spinetta.node.driver import Driver
 from spinetta.node.entry import Memory
 from spinetta.node.seats import OwnSeat
 from spinetta.node.signals import StopSignals, Wish
-from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.shims import Shims
 
 log = logging.getLogger("spinetta.node")
 
@@ -33,7 +33,7 @@ class Ending:
         self,
         driver: Driver,
         seat: OwnSeat,
-        runtime: ProcessRuntime,
+        runtime: Shims,
         memory: Memory,
         stop: StopSignals,
         drain_timeout_s: float,

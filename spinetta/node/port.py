@@ -32,6 +32,7 @@ class RunningSample:
     usage: Usage
     memory_bytes: int
     pids: int
+    units: tuple[tuple[str, tuple[str, ...]], ...] = ()  # by countable, the labels of those that it has
 
 
 class NodePort(Protocol):
@@ -91,7 +92,11 @@ class NodePort(Protocol):
 
     @property
     def shim_dir(self) -> Path:
-        """The state directory of this node's shim: its socket, and the attempts' scratch spaces."""
+        """The state directory of this node's first shim, where logs and kept scratch spaces of all attempts are."""
+        ...
+
+    def holder_dir(self, key: str) -> Path:
+        """The state directory of the shim that holds an attempt: its socket, and the attempt's scratch space."""
         ...
 
     def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:

@@ -15,7 +15,7 @@ from spinetta.errors import StoreUnavailable, UserError
 from spinetta.node import recovery
 from spinetta.node.entry import etcd_tls, free_port
 from spinetta.node.recovery import Made, Place, Survey, Tell
-from spinetta.runtime.launch import open_socket
+from spinetta.runtime.generations import living
 from spinetta.runtime.process import ProcessRuntime
 from spinetta.store.identity import Identity, check_data_dir
 from spinetta.store.members import status
@@ -146,15 +146,12 @@ async def check_lost(known: Identity, own_url: str, tls: EtcdTls | None) -> None
 
 async def _stop_own_etcd(place: Place, data_dir: Path, tls: EtcdTls | None) -> None:
     """The shim may keep it running, with tasks, when the daemon has ended; the tasks go on."""
-    try:
-        (await open_socket(data_dir / "shim")).close()
-    except (OSError, TimeoutError):
-        return
-    async with ProcessRuntime.connect(data_dir / "shim", node="", kill_margin_s=0) as runtime:
-        found = await runtime.service(SERVICE)
-        if found is not None and found.exit is None:
-            settings = replace(place.etcd(data_dir / "etcd"), tls=tls)
-            await EtcdSupervisor(runtime, settings, log_path=(data_dir / "etcd.log").absolute()).stop()
+    for folder in await living(data_dir / "shim"):
+        async with ProcessRuntime.connect(folder, node="", kill_margin_s=0) as runtime:
+            found = await runtime.service(SERVICE)
+            if found is not None and found.exit is None:
+                settings = replace(place.etcd(data_dir / "etcd"), tls=tls)
+                await EtcdSupervisor(runtime, settings, log_path=(data_dir / "etcd.log").absolute()).stop()
 
 
 def _size(folder: Path) -> int:

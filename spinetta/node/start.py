@@ -20,8 +20,8 @@ from spinetta.node.entry import Entrance, enter, etcd_tls, remembered
 from spinetta.node.lock import DirectoryLock
 from spinetta.node.signals import StopSignals, Wish
 from spinetta.node.threads import standing_threads
-from spinetta.runtime.process import ProcessRuntime
 from spinetta.runtime.shim import sysapi
+from spinetta.runtime.shims import Shims
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.gateway import GatewayStore
 from spinetta.store.supervisor import SERVICE as ETCD_SERVICE
@@ -129,7 +129,7 @@ async def _live_once(settings: Settings, data_dir: Path, stop: StopSignals) -> i
     dialer = Dialer.open() if credentials is None else Dialer.secured(credentials.pems)
     async with contextlib.AsyncExitStack() as stack:
         runtime = await stack.enter_async_context(
-            ProcessRuntime.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
+            Shims.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
         )
         try:
             containers = await stack.enter_async_context(open_containers(settings, data_dir, runtime))
@@ -163,7 +163,7 @@ def _store(entrance: Entrance, credentials: NodeCredentials | None, dialer: Dial
     return EtcdStore(entrance.endpoints, lambda: tls)
 
 
-async def _leave_no_idle_shim(runtime: ProcessRuntime, *, with_etcd: bool = False) -> None:
+async def _leave_no_idle_shim(runtime: Shims, *, with_etcd: bool = False) -> None:
     """A node that could not come up must not leave a shim behind, unless it holds something.
 
     That is tasks of an earlier daemon, which nobody can give back now, or etcd (`with_etcd`: that ends, too).

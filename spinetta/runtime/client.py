@@ -32,7 +32,14 @@ REQUEST_LIMIT_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a shim says of itself. `version`: of the protocol, the highest that both know."""
+    """What a shim says of itself.
+
+    Attributes:
+        version: of the protocol, the highest that both know.
+        code: see `launch.code_of`; empty: it is from before shims were told.
+        release: of the package that its code was part of.
+        started_ms: wall clock; 0: it does not say.
+    """
 
     shim: str
     pid: int
@@ -40,6 +47,9 @@ class Hello:
     capabilities: tuple[str, ...]
     warnings: tuple[str, ...]
     version: int = PROTOCOL_VERSION
+    code: str = ""
+    release: str = ""
+    started_ms: int = 0
 
 
 def parse_exit(value: Any) -> Exit | None:
@@ -154,6 +164,9 @@ class ShimClient:
             capabilities=tuple(answer["capabilities"]),
             warnings=tuple(answer["warnings"]),
             version=answer["version"],
+            code=str(answer.get("code", "")),
+            release=str(answer.get("release", "")),
+            started_ms=int(answer.get("started_ms", 0)),
         )
 
     async def _greet(self, kill_margin_s: float) -> Message:

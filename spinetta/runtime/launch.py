@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import socket
@@ -11,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+from spinetta import __version__
 from spinetta.errors import RuntimeUnavailable
 from spinetta.runtime.shim.wire import SOCKET_NAME
 
 SHIM_DIR = Path(__file__).parent / "shim"
 START_LIMIT_S = 40.0  # waiting for the remains of an earlier shim (15 s), killing leftovers (10 s), a slow disk
 CONNECT_LIMIT_S = 5.0
+CODE_CHARACTERS = 16  # of 64: told apart are a few versions, not the work of an enemy
 IDLE_END_S = 60.0  # longer than a daemon takes to be upgraded and started again
 
 
@@ -39,15 +42,39 @@ async def open_socket(state_dir: Path) -> socket.socket:
     return sock
 
 
+def code_of(shim_dir: Path | None = None) -> str:
+    """What a shim's code is called: a digest of its files, by default of those that are installed now.
+
+    Raises:
+        RuntimeUnavailable: they cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in sorted((shim_dir or SHIM_DIR).glob("*.py")):
+            data = path.read_bytes()
+            digest.update(f"{path.name}\0{len(data)}\0".encode() + data)
+    except OSError as error:
+        raise RuntimeUnavailable(f"the shim's code cannot be read: {error}") from None
+    return digest.hexdigest()[:CODE_CHARACTERS]
+
+
 async def launch(
-    state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool = True, idle_end_s: float = IDLE_END_S
+    state_dir: Path,
+    *,
+    node: str,
+    kill_margin_s: float,
+    isolate: bool = True,
+    idle_end_s: float = IDLE_END_S,
+    home: Path | None = None,
 ) -> bool:
     """Start a shim for `state_dir`; False when there is one already (or another is just starting it).
 
     Without `isolate`, or where the kernel refuses a pid namespace, it runs as a child subreaper only and says so in its
-    warnings. One that has nothing to hold and no client for `idle_end_s` ends. RuntimeUnavailable tells why none could
-    be started.
+    warnings. One that has nothing to hold and no client for `idle_end_s` ends. Logs and kept scratch directories go to
+    `home`, by default the state directory itself. RuntimeUnavailable tells why none could be started.
     """
+    shared = {name: str(home / name) for name in ("logs", "kept")} if home is not None and home != state_dir else {}
+    code = await asyncio.to_thread(code_of)
     refused = "" if isolate else "switched off"
     while True:
         said = await _run_launcher(
@@ -58,6 +85,9 @@ async def launch(
                 "kill_margin_s": kill_margin_s,
                 "isolate": refused,
                 "idle_end_s": idle_end_s,
+                "code": code,
+                "release": __version__,
+                **shared,
             },
         )
         if "ready" in said:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import math
 import os
 import signal as signals
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from spinetta.errors import RuntimeUnavailable, SpinettaError, UserError
 from spinetta.model import Exit, Reason, Usage
+from spinetta.runtime import startmessage
 from spinetta.runtime.client import (
     REQUEST_LIMIT_S,
     Hello,
@@ -29,15 +28,12 @@ from spinetta.runtime.client import (
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import IDLE_END_S, launch
 from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
-from spinetta.runtime.shim.container import CAPABILITY as CONTAINERS
-from spinetta.runtime.shim.secretfiles import CAPABILITY as SECRET_FILES
-from spinetta.runtime.shim.wire import CONTAINERS_SINCE, KEY, Message
+from spinetta.runtime.shim.wire import KEY, Message
 
 START_LIMIT_S = 30.0  # includes writing the intent, on a slow disk
 RETRY_FIRST_S = 0.02
 RETRY_MOST_S = 2.0
 ATTACH_LIMIT_S = 60.0  # from `connect` to a shim that answers
-ARGUMENTS_CHARACTERS_MAX = 2 << 20  # as much as the kernel takes; escaped (six for one at worst) it is under 16 MiB
 _LOST = ""  # subject of ShimLost; no attempt has this key
 
 
@@ -61,8 +57,19 @@ class ProcessRuntime:
     of them may be repeated. If the shim has died another is started at once.
     """
 
-    def __init__(self, state_dir: Path, *, node: str, kill_margin_s: float, isolate: bool, idle_end_s: float) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        node: str,
+        kill_margin_s: float,
+        isolate: bool,
+        idle_end_s: float,
+        home: Path | None = None,
+        hub: Hub[Exited | ShimLost] | None = None,
+    ) -> None:
         self._state_dir = state_dir.absolute()
+        self._home = (home or state_dir).absolute()
         self._node = node
         self._kill_margin_s = kill_margin_s
         self._isolate = isolate
@@ -74,7 +81,9 @@ class ProcessRuntime:
         self._failure: SpinettaError | None = None
         self._closing = False
         self._ended: dict[AttemptKey, Exited] = {}
-        self._hub: Hub[Exited | ShimLost] = Hub()
+        self._hub: Hub[Exited | ShimLost] = hub or Hub()
+        self._shares_hub = hub is not None
+        self._unheld: set[str] = set()  # limits that were asked for and this shim does not know
 
     @classmethod
     @asynccontextmanager
@@ -86,15 +95,26 @@ class ProcessRuntime:
         kill_margin_s: float,
         isolate: bool = True,
         idle_end_s: float = IDLE_END_S,
+        home: Path | None = None,
+        hub: Hub[Exited | ShimLost] | None = None,
     ) -> AsyncIterator[ProcessRuntime]:
         """Attach to the shim of `state_dir`, starting one when none is alive. Leaving the block leaves it running.
 
         `kill_margin_s` is the time before the end of its grace at which the shim kills an attempt; a shim that runs
         with a wider one keeps it. `isolate=False` does without a pid namespace. A shim that holds nothing and has
-        no client for `idle_end_s` ends by itself. RuntimeUnavailable: no shim could be
-        started or reached; UserError: one of another version runs.
+        no client for `idle_end_s` ends by itself. Logs and kept scratch directories are in `home`, by default the state
+        directory; one of several shims of a node tells its news to their common `hub`. RuntimeUnavailable: no shim
+        could be started or reached; UserError: one of another version runs.
         """
-        runtime = cls(state_dir, node=node, kill_margin_s=kill_margin_s, isolate=isolate, idle_end_s=idle_end_s)
+        runtime = cls(
+            state_dir,
+            node=node,
+            kill_margin_s=kill_margin_s,
+            isolate=isolate,
+            idle_end_s=idle_end_s,
+            home=home,
+            hub=hub,
+        )
         supervising = asyncio.create_task(runtime._supervise())
         try:
             await runtime._settled.wait()
@@ -123,44 +143,14 @@ class ProcessRuntime:
         """Start an attempt; see `protocol.Runtime.start`."""
         if not KEY.match(launch.key):
             raise UserError(f"{launch.key!r} cannot be the name of a directory and a cgroup", field="key")
-        if problem := _unusable(launch):
+        if problem := startmessage.unusable(launch):
             # Not for the shim to refuse: to be told again and again that a request is malformed would help nobody.
             return Exit(Reason.SPAWN_FAILED, message=problem, ended_ms=time.time_ns() // 1_000_000)
-        if self._hello is not None and (lacking := _lacking(launch, self._hello)):
+        if self._hello is not None and (lacking := startmessage.lacking(launch, self._hello)):
             return Exit(Reason.NODE_UNFIT, message=lacking, ended_ms=time.time_ns() // 1_000_000)
-        more: dict[str, object] = {}
-        if launch.private:
-            more["private"] = True
-        if launch.secrets:
-            more["secrets"] = {name: base64.b64encode(data).decode() for name, data in launch.secrets}
-        if (contained := launch.container) is not None:
-            more["container"] = {
-                "program": contained.program,
-                "config": contained.config,
-                "lower": list(contained.lower),
-                "writable": contained.writable,
-                "owner": list(contained.owner),
-            }
-        answer = await self._ask(
-            "start",
-            START_LIMIT_S,
-            key=launch.key,
-            argv=list(launch.argv),
-            env=dict(launch.env),
-            cwd=launch.working_directory,
-            cpu_millis=launch.cpu_millis,
-            memory_bytes=launch.memory_bytes,
-            pids_max=launch.pids_max,
-            walltime_s=launch.walltime_s,
-            grace_s=_finite(launch.grace_s),
-            stop_wait_s=_finite(launch.stop_wait_s),
-            log_bytes_max=launch.log_bytes_max,
-            keep_scratch_s=math.ceil(launch.keep_scratch_s),
-            disk_bytes_max=launch.disk_bytes_max,
-            token=launch.token,
-            incarnation=launch.incarnation,
-            **more,
-        )
+        if self._hello is not None:
+            self._unheld |= startmessage.limits_unheld(launch, self._hello)
+        answer = await self._ask("start", START_LIMIT_S, **startmessage.fields_of(launch))
         return parse_exit(answer["exit"])
 
     async def stop(self, key: AttemptKey, why: str) -> None:
@@ -213,6 +203,11 @@ class ProcessRuntime:
         return feed
 
     @property
+    def unforgotten(self) -> Mapping[AttemptKey, Exited]:
+        """Ends that this connection has told of and that are not forgotten yet."""
+        return self._ended
+
+    @property
     def state_dir(self) -> Path:
         """Where the shim keeps everything."""
         return self._state_dir
@@ -220,7 +215,7 @@ class ProcessRuntime:
     @property
     def logs_dir(self) -> Path:
         """Holds one directory of logs for each attempt, by key."""
-        return self._state_dir / "logs"
+        return self._home / "logs"
 
     def log_path(self, key: AttemptKey, stream: str) -> Path:
         """Where ``stdout`` or ``stderr`` of an attempt is, or would be."""
@@ -256,14 +251,27 @@ class ProcessRuntime:
 
     async def service(self, name: str) -> Service | None:
         """A service that runs or has ended; None when none of that name was started."""
-        answer = await self._ask("services")
-        return next((_parse_service(one) for one in answer["services"] if one["key"] == name), None)
+        return next((one for one in await self.services() if one.name == name), None)
+
+    async def services(self) -> list[Service]:
+        """All of them."""
+        return [_parse_service(one) for one in (await self._ask("services"))["services"]]
 
     # The shim ----------------------------------------------------------------------------------------------------
 
     def warnings(self) -> tuple[str, ...]:
         """What this machine lacks and what that weakens, for people."""
-        return self._hello.warnings if self._hello else ()
+        limits = tuple(
+            f"{name} is missing: this node's shim is of an older version; tasks that ask for that limit run without it"
+            for name in sorted(self._unheld)
+        )
+        return (self._hello.warnings if self._hello else ()) + limits
+
+    @property
+    def hello(self) -> Hello:
+        """What the shim said of itself when it was last connected to."""
+        assert self._hello is not None  # noqa: S101 - `connect` gives nobody a runtime that was never connected
+        return self._hello
 
     def shim_pid(self) -> int:
         """The shim's pid as we see it."""
@@ -328,7 +336,8 @@ class ProcessRuntime:
         finally:
             self._settled.set()
             self._up.set()  # nobody is to wait for a connection that will not come
-            self._hub.close()
+            if not self._shares_hub:
+                self._hub.close()
 
     async def _serve_once(self) -> None:
         """Connect, starting a shim when none listens; then serve until the connection breaks."""
@@ -343,6 +352,7 @@ class ProcessRuntime:
                 kill_margin_s=self._kill_margin_s,
                 isolate=self._isolate,
                 idle_end_s=self._idle_end_s,
+                home=self._home,
             )
             if not started:
                 raise
@@ -377,41 +387,6 @@ class ProcessRuntime:
         exited = Exited(message["key"], end)
         self._ended[exited.key] = exited
         self._hub.put(exited.key, exited)
-
-
-def _finite(seconds: float) -> float | None:
-    """JSON has no infinity; null stands for it."""
-    return None if math.isinf(seconds) else seconds
-
-
-def _lacking(launch: Launch, hello: Hello) -> str:
-    """Why this shim cannot start it; empty when it can."""
-    if launch.container is not None:
-        if hello.version < CONTAINERS_SINCE:
-            return "the shim of this node is of a version that runs no containers: it must end and be started anew"
-        return "" if CONTAINERS in hello.capabilities else "this node cannot run containers: see its warnings"
-    if launch.secrets and SECRET_FILES not in hello.capabilities:
-        return "this node cannot give secrets to tasks: see its warnings"
-    return ""
-
-
-def _unusable(launch: Launch) -> str:
-    """Why the shim could not even read this; empty when it can."""
-    for name in ("cpu_millis", "memory_bytes", "pids_max", "token"):
-        if not 0 <= getattr(launch, name) < 1 << 63:
-            return f"{name} must be 0 to 2^63 - 1"
-    for name in ("walltime_s", "grace_s", "stop_wait_s"):
-        if not getattr(launch, name) >= 0:  # also when it is no number
-            return f"{name} must not be negative"
-    cwd = launch.working_directory
-    if cwd and (not cwd.startswith("/") or "\0" in cwd):
-        return f"the working directory must be an absolute path, not {'(sealed)' if launch.private else repr(cwd)}"
-    characters = sum(map(len, launch.argv)) + sum(len(name) + len(value) for name, value in launch.env.items())
-    if launch.container is not None:
-        characters *= 2  # they are in its configuration as well
-    if characters > ARGUMENTS_CHARACTERS_MAX:
-        return "the arguments and environment together are too long for any machine"
-    return ""
 
 
 def _parse_service(value: Message) -> Service:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from spinetta import devices
 from spinetta.model import ContainerSpec, Exit, Usage
 
 AttemptKey = str
@@ -56,6 +57,7 @@ class Launch:
             removed. 0: not at all.
         open_files: soft and hard limit of the files that each of its processes may have open; 0: as the node itself.
         countables: whole things that it was granted, such as gpus.
+        units: which ones, by label, of those that are given one by one; see `granting`.
         wants: the container that was asked for; None: a plain process.
         container: how it is contained: what `Runtime.prepare` makes of `wants`.
     """
@@ -79,6 +81,7 @@ class Launch:
     keep_scratch_s: float = 0.0
     open_files: tuple[int, int] = (0, 0)
     countables: tuple[tuple[str, int], ...] = ()
+    units: devices.Labels = ()
     wants: ContainerSpec | None = field(default=None, repr=False)
     container: ContainerLaunch | None = field(default=None, repr=False)
 

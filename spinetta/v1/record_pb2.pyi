@@ -686,6 +686,7 @@ class Task(_message.Message):
     COMPLETED_MS_FIELD_NUMBER: _builtins.int
     SUBMITTED_AT_NODE_FIELD_NUMBER: _builtins.int
     LOSSES_EXCUSED_FIELD_NUMBER: _builtins.int
+    LOSSES_PREPARING_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     outcome: Global___Outcome.ValueType
     reason: _builtins.str
@@ -700,6 +701,8 @@ class Task(_message.Message):
     submitted_at_node: _builtins.str
     losses_excused: _builtins.int
     """of nodes under it before it was started: not held against it"""
+    losses_preparing: _builtins.int
+    """of these, while what it needs was being brought in: these are excused only so often"""
     @_builtins.property
     def spec(self) -> Global___TaskSpec: ...
     @_builtins.property
@@ -722,10 +725,11 @@ class Task(_message.Message):
         completed_ms: _builtins.int = ...,
         submitted_at_node: _builtins.str = ...,
         losses_excused: _builtins.int = ...,
+        losses_preparing: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "attempts_started", b"attempts_started", "completed_ms", b"completed_ms", "failures", b"failures", "losses", b"losses", "losses_excused", b"losses_excused", "message", b"message", "outcome", b"outcome", "reason", b"reason", "spec", b"spec", "state", b"state", "submitted_at_node", b"submitted_at_node", "submitted_ms", b"submitted_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "attempts_started", b"attempts_started", "completed_ms", b"completed_ms", "failures", b"failures", "losses", b"losses", "losses_excused", b"losses_excused", "losses_preparing", b"losses_preparing", "message", b"message", "outcome", b"outcome", "reason", b"reason", "spec", b"spec", "state", b"state", "submitted_at_node", b"submitted_at_node", "submitted_ms", b"submitted_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -851,22 +855,69 @@ class Beat(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WAITING_FIELD_NUMBER: _builtins.int
+    PREPARING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """tokens of attempts that are not started before a later beat leaves them out"""
+
+    @_builtins.property
+    def preparing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """the same, while what they need is being brought in"""
 
     def __init__(
         self,
         *,
         waiting: _abc.Iterable[_builtins.int] | None = ...,
+        preparing: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["preparing", b"preparing", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Beat: _TypeAlias = Beat  # noqa: Y015
+
+@_typing.final
+class Shim(_message.Message):
+    """One of a node's shims."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    STARTED_MS_FIELD_NUMBER: _builtins.int
+    RETIRING_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    SERVICES_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """a digest of its code; empty: it is from before shims were told"""
+    release: _builtins.str
+    """of the software its code was part of"""
+    started_ms: _builtins.int
+    retiring: _builtins.bool
+    """it takes nothing new, and ends when it has nothing left"""
+    attempts: _builtins.int
+    """that one which retires still has"""
+    @_builtins.property
+    def services(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        release: _builtins.str = ...,
+        started_ms: _builtins.int = ...,
+        retiring: _builtins.bool = ...,
+        attempts: _builtins.int = ...,
+        services: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "code", b"code", "release", b"release", "retiring", b"retiring", "services", b"services", "started_ms", b"started_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shim: _TypeAlias = Shim  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):
@@ -923,6 +974,7 @@ class Node(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     IMAGES_COMING_FIELD_NUMBER: _builtins.int
     UNITS_FIELD_NUMBER: _builtins.int
+    SHIMS_FIELD_NUMBER: _builtins.int
     UNFIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
@@ -983,6 +1035,10 @@ class Node(_message.Message):
     def units(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """by countable, the labels of those that are given out one by one, with commas"""
 
+    @_builtins.property
+    def shims(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shim]:
+        """the first takes what is new"""
+
     def __init__(
         self,
         *,
@@ -1015,11 +1071,12 @@ class Node(_message.Message):
         images: _abc.Iterable[_builtins.str] | None = ...,
         images_coming: _abc.Iterable[_builtins.str] | None = ...,
         units: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        shims: _abc.Iterable[Global___Shim] | None = ...,
         unfit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allows", b"allows", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "images", b"images", "images_coming", b"images_coming", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "unfit", b"unfit", "units", b"units", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allows", b"allows", "authority_signed", b"authority_signed", "boot_id", b"boot_id", "brake", b"brake", "candidate", b"candidate", "capacity", b"capacity", "certificate_expires_ms", b"certificate_expires_ms", "clearances", b"clearances", "draining", b"draining", "etcd_authority_signed", b"etcd_authority_signed", "etcd_client_url", b"etcd_client_url", "etcd_member_id", b"etcd_member_id", "etcd_peer_url", b"etcd_peer_url", "etcd_trust_generation", b"etcd_trust_generation", "free", b"free", "images", b"images", "images_coming", b"images_coming", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "running", b"running", "runtimes", b"runtimes", "shims", b"shims", "started_ms", b"started_ms", "tags", b"tags", "trust_generation", b"trust_generation", "unfit", b"unfit", "units", b"units", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

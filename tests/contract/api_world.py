@@ -190,6 +190,9 @@ class HandNode:
     def wall_ms(self) -> int:
         return time.time_ns() // 1_000_000
 
+    def holder_dir(self, key: str) -> Path:
+        return self.shim_dir
+
     def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:
         return self.directory / f"{task_id}.{attempt}.{stream}"
 

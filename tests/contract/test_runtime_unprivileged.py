@@ -62,7 +62,8 @@ async def until(condition):
 async def main():
     async with asyncio.timeout(60), ProcessRuntime.connect(home / "state", node="n1", kill_margin_s=1.0) as rt:
         await rt.renew(time.clock_gettime(time.CLOCK_BOOTTIME))
-        assert rt.capabilities() == ("process", "secret-files"), rt.capabilities()
+        limits = ("log-limit", "disk-limit", "open-files-limit")
+        assert rt.capabilities() == ("process", *limits, "secret-files"), rt.capabilities()
         said = "\\n".join(rt.warnings())
         for word in ("pid-namespace", "memory-limit", "cpu-limit", "pids-limit", "cgroup-kill", "outlive", "kill late"):
             assert word in said, (word, said)

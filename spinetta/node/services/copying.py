@@ -100,7 +100,7 @@ class Copying:
 
     def _open_path(self, found: Found, path: str) -> int:
         key = attempt_key(found.task.spec.id, found.attempt.number)
-        running = self._port.shim_dir / "scratch" / key / (WORK if found.task.spec.container is not None else "")
+        running = self._port.holder_dir(key) / "scratch" / key / (WORK if found.task.spec.container is not None else "")
         for _ in range(2):  # it may be put aside between the two looks
             for folder in (running, scratch.kept_folder(self._port.shim_dir, key)):
                 try:

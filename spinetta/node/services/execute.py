@@ -76,9 +76,10 @@ class Execute:
         self, found: Found, start: api.ExecStart, requests: AsyncIterator[api.ExecRequest]
     ) -> AsyncIterator[api.ExecResponse]:
         task_id, number = found.task.spec.id, found.attempt.number
+        key = attempt_key(task_id, number)
         async with open_command(
-            self._port.shim_dir,
-            attempt_key(task_id, number),
+            self._port.holder_dir(key),
+            key,
             list(start.command),
             env=dict(start.env),
             working_directory=start.working_directory,

@@ -24,6 +24,7 @@ from .records import is_key, put_aside, read_records
 from .remains import Swept
 from .server import Identity, Server
 from .spawn import Surroundings
+from .wire import LIMITS, OPEN_FILES_LIMIT
 
 ORPHANS_AGAIN_S = 1.0
 IDLE_LOOKS_PER_WAIT = 4
@@ -35,7 +36,9 @@ _IGNORED = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "TSTP", "TTIN", "TTOU"
 def main(arguments: list[str]) -> int:
     """Start with one argument, the configuration as JSON. What comes of it is one JSON line on standard output."""
     config = json.loads(arguments[0])
-    layout = Layout(Path(config["state_dir"]))
+    layout = Layout(
+        Path(config["state_dir"]), **{name: Path(config[name]) for name in ("logs", "kept") if name in config}
+    )
     try:
         layout.make()
         lock_fd = detach.take_lock(layout.root, lambda: remains.read_identity(layout.root))
@@ -80,6 +83,7 @@ class Shim:
         resource.setrlimit(resource.RLIMIT_CORE, (0, core[1]))  # secrets pass through our memory
         shim = os.urandom(8).hex()
         # Before any group is made: one that is not written down would never be found again should we die now.
+        self._code = str(config.get("code", ""))
         self._write_identity(shim, around, remains.intended_groups(swept))
         self._cgroups = Cgroups(swept.name, swept.trees, swept.problems)
         self._place = secretfiles.find_place(layout.root, swept.name)
@@ -93,6 +97,9 @@ class Shim:
             node=node,
             capabilities=self._capabilities(around),
             warnings=tuple(self._warnings),
+            code=self._code,
+            release=str(config.get("release", "")),
+            started_ms=time.time_ns() // 1_000_000,
         )
         self._write_identity(shim, around, [*map(str, self._folders()), *swept.stuck])
         os.chdir("/")
@@ -144,6 +151,7 @@ class Shim:
         for folder in sweep(self._folders(), END_SWEEP_S):
             self._log(f"{folder} cannot be removed; the next start of a shim will try again")
         self._log("ended")
+        self._writer.finish()
         with contextlib.suppress(OSError):
             (self._layout.root / "shim.sock").unlink()
         secretfiles.remove_folder(self._place)
@@ -174,7 +182,7 @@ class Shim:
             self._warnings.append(f"{', '.join(names_)} {'is' if len(names_) == 1 else 'are'} missing: {reason}")
         if "cgroup-kill" in self._cgroups.missing:
             self._warnings.append("without cgroups a process that a task detaches may outlive it")
-        names = ["process", *self._cgroups.capabilities]
+        names = ["process", *LIMITS, OPEN_FILES_LIMIT, *self._cgroups.capabilities]
         if around.isolated:
             names.append("pid-namespace")
         if self._place:
@@ -196,6 +204,7 @@ class Shim:
             "boot_id": proctable.boot_id(),
             "cgroup_name": self._swept.name,
             "cgroups": groups,
+            "code": self._code,
         }
         remains.write_identity(self._layout.root, identity)
 

@@ -35,12 +35,15 @@ REASONS = ("cancelled", "released", "fenced", "walltime", "node-lost")
 
 @dataclass(frozen=True)
 class Identity:
-    """What the shim says of itself in `hello`."""
+    """What the shim says of itself in `hello`. `code`, `release`: as whoever started it names its code."""
 
     shim: str
     node: str
     capabilities: tuple[str, ...]
     warnings: tuple[str, ...]
+    code: str
+    release: str
+    started_ms: int
 
 
 class Server:
@@ -172,6 +175,9 @@ class Server:
                 "kill_margin_s": self._keeper.switch.kill_margin_s,
                 "capabilities": self._identity.capabilities,
                 "warnings": self._identity.warnings,
+                "code": self._identity.code,
+                "release": self._identity.release,
+                "started_ms": self._identity.started_ms,
             }
         )
 

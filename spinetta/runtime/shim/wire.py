@@ -13,6 +13,10 @@ from typing import Any
 PROTOCOL_VERSION = 2  # 2: containers, and limits of logs and scratch; 1 knew none of their fields
 PROTOCOL_OLDEST = 1  # that each side can do with: the one before
 CONTAINERS_SINCE = 2
+LOG_LIMIT, DISK_LIMIT = "log-limit", "disk-limit"  # limits that the kernel does not set
+LIMITS = (LOG_LIMIT, DISK_LIMIT)  # capabilities that every shim of this code has
+OPEN_FILES_LIMIT = "open-files-limit"
+LIMITS_SINCE = 2  # those that did not say so yet had these two all the same
 SOCKET_NAME = "shim.sock"
 IDENTITY_NAME = "shim.json"
 MESSAGE_BYTES_MAX = 16 << 20  # the longest argv and environment that the kernel takes, 2 MiB, escaped at its worst

@@ -1,0 +1,276 @@
+"""All shims of a node: one of the installed code, which takes what is new, and those before it, until they are empty.
+
+Why so: docs/adr/0039-upgrading-the-shim.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal as signals
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from spinetta.errors import RuntimeUnavailable
+from spinetta.model import Exit, Reason, ShimInfo, Usage
+from spinetta.runtime import generations
+from spinetta.runtime.client import Sample
+from spinetta.runtime.feed import Hub
+from spinetta.runtime.launch import IDLE_END_S
+from spinetta.runtime.process import ProcessRuntime, Service
+from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
+from spinetta.runtime.succession import Member, Opening, Succession, end
+
+log = logging.getLogger("spinetta.runtime")
+
+LOOK_EVERY_S = 5.0  # whether one that retires is empty, unless an end is forgotten before
+T = TypeVar("T")
+
+
+class Shims:
+    """Runs attempts as `ProcessRuntime` does with one shim; implements `protocol.Runtime`. See `connect`.
+
+    Which shim takes what is new is decided once, when the daemon starts.
+    """
+
+    def __init__(self, home: Path, shims: Succession, hub: Hub[Exited | ShimLost]) -> None:
+        self._home = home
+        self._newest = shims.newest
+        self._retiring = shims.retiring
+        self._outdated = shims.outdated
+        self._hub = hub
+        self._gone: dict[AttemptKey, tuple[str, int]] = {}  # what shims that have ended had held
+        self._look = asyncio.Event()
+        self._tending = asyncio.create_task(self._tend())
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls,
+        home: Path,
+        *,
+        node: str,
+        kill_margin_s: float,
+        isolate: bool = True,
+        idle_end_s: float = IDLE_END_S,
+    ) -> AsyncIterator[Shims]:
+        """Attach to all shims of `home`, starting one of the installed code when there is none.
+
+        Those of other code go on with what they hold; one that holds nothing ends. Directories of shims that have died
+        are cleared up, and the ends of what they held are told. Leaving the block leaves all running. The arguments
+        and errors are those of `ProcessRuntime.connect`.
+        """
+        hub: Hub[Exited | ShimLost] = Hub()
+        opening = Opening(home, node, kill_margin_s, isolate, idle_end_s, hub)
+        opened: list[Member] = []
+        try:
+            shims = cls(opening.home, await opening.open(opened), hub)
+            for member in shims._retiring:
+                log.info("%s", member.told())
+            try:
+                yield shims
+            finally:
+                await shims._stop_tending()
+        finally:
+            for member in opened:
+                await member.opened.aclose()
+            hub.close()
+
+    # protocol.Runtime --------------------------------------------------------------------------------------------
+
+    def capabilities(self) -> tuple[str, ...]:
+        """Names of what is enforced for what is new."""
+        return self._newest.runtime.capabilities()
+
+    async def prepare(self, launch: Launch) -> Launch | Exit:
+        """See `ProcessRuntime.prepare`."""
+        return await self._newest.runtime.prepare(launch)
+
+    async def start(self, launch: Launch) -> Exit | None:
+        """Start an attempt, in the newest shim unless another has it; see `protocol.Runtime.start`."""
+        identity = (launch.incarnation, launch.token)
+        for member in self._retiring:
+            if launch.key in member.held or member.past.get(launch.key) == identity:
+                return await member.runtime.start(launch)
+        if self._gone.get(launch.key) == identity:  # a start that comes late and twice: it must not run again
+            return Exit(Reason.SHIM_LOST, message="an earlier shim held it, and has ended")
+        return await self._newest.runtime.start(launch)
+
+    async def stop(self, key: AttemptKey, why: str) -> None:
+        """Ask for the end of an attempt; see `protocol.Runtime.stop`."""
+        await self._of(key).runtime.stop(key, why)
+
+    async def renew(self, renewed_at_s: float) -> None:
+        """Tell all shims of a committed renewal: one that does not answer keeps it from no other."""
+        await self._each(lambda runtime: runtime.renew(renewed_at_s))
+
+    async def forget(self, key: AttemptKey) -> None:
+        """Remove all but the logs of an ended attempt; see `protocol.Runtime.forget`."""
+        member = self._of(key)
+        await member.runtime.forget(key)
+        if member.held.pop(key, None) is not None:
+            self._look.set()
+
+    async def held(self) -> Sequence[Held]:
+        """All attempts that run or have ended and are not forgotten, by key. RuntimeUnavailable: one does not say."""
+        return sorted((one for held in await self._each(ProcessRuntime.held) for one in held), key=lambda one: one.key)
+
+    async def usage(self, key: AttemptKey) -> Usage | None:
+        """Use so far of a running attempt; None when it is over or nothing here counts it."""
+        return await self._of(key).runtime.usage(key)
+
+    async def sample(self, key: AttemptKey) -> Sample | None:
+        """Use so far of a running attempt and at this moment; None when it is over or nothing here counts it."""
+        return await self._of(key).runtime.sample(key)
+
+    def events(self) -> AsyncIterator[Exited | ShimLost]:
+        """Ends of attempts in all shims, as `ProcessRuntime.events`. Any shim may be the one that is lost."""
+        feed = self._hub.open()
+        for member in self._members:
+            for key, exited in member.runtime.unforgotten.items():
+                feed.put(key, exited)
+        return feed
+
+    @property
+    def home(self) -> Path:
+        """The first shim's directory, where logs and kept scratch directories are."""
+        return self._home
+
+    @property
+    def state_dir(self) -> Path:
+        """Where the shim that takes what is new keeps everything else."""
+        return self._newest.runtime.state_dir
+
+    def state_dir_of(self, key: AttemptKey) -> Path:
+        """The directory of the shim that holds an attempt, or would."""
+        return self._of(key).runtime.state_dir
+
+    @property
+    def logs_dir(self) -> Path:
+        """Holds one directory of logs for each attempt, by key."""
+        return self._home / "logs"
+
+    def log_path(self, key: AttemptKey, stream: str) -> Path:
+        """Where ``stdout`` or ``stderr`` of an attempt is, or would be."""
+        return self.logs_dir / key / stream
+
+    # Services ----------------------------------------------------------------------------------------------------
+
+    async def start_service(
+        self, name: str, argv: Sequence[str], env: Mapping[str, str], cwd: str, log_path: Path
+    ) -> Service:
+        """Start a program of the node itself in the newest shim; one of that name that runs in any is left alone."""
+        for member in self._retiring:
+            found = await member.runtime.service(name)
+            if found is not None and found.exit is None:
+                return found
+        return await self._newest.runtime.start_service(name, argv, env, cwd, log_path)
+
+    async def stop_service(
+        self, name: str, signal: int = signals.SIGTERM, wait_s: float = 10.0, limit_s: float = 30.0
+    ) -> Service | None:
+        """See `ProcessRuntime.stop_service`: wherever it runs."""
+        member = await self._runs(name) or self._newest
+        ended = await member.runtime.stop_service(name, signal, wait_s, limit_s)
+        self._look.set()
+        return ended
+
+    async def service(self, name: str) -> Service | None:
+        """A service that runs in any shim, or has ended in the newest; None when none of that name was started."""
+        member = await self._runs(name) or self._newest
+        return await member.runtime.service(name)
+
+    def strands(self, name: str) -> bool:
+        """Whether a service is all that a shim goes on for that would else have ended."""
+        return any(not member.held and name in member.services for member in self._retiring)
+
+    async def _runs(self, name: str) -> Member | None:
+        for member in self._members:  # the newest first; one that does not say could have it
+            found = await member.runtime.service(name)
+            if found is not None and found.exit is None:
+                return member
+        return None
+
+    # The shims ---------------------------------------------------------------------------------------------------
+
+    def described(self) -> tuple[ShimInfo, ...]:
+        """All of them, the one that takes what is new first."""
+        return tuple(
+            ShimInfo(
+                code=(hello := member.runtime.hello).code,
+                release=hello.release,
+                started_ms=hello.started_ms,
+                retiring=member is not self._newest,
+                attempts=len(member.held),
+                services=member.services,
+            )
+            for member in self._members
+        )
+
+    def warnings(self) -> tuple[str, ...]:
+        """What this machine lacks and what that weakens, for people; and what an upgrade waits for."""
+        stuck = (self._outdated,) if self._outdated else ()
+        return (*self._newest.runtime.warnings(), *stuck, *(member.told() for member in self._retiring))
+
+    def shim_pid(self) -> int:
+        """The pid of the shim that takes what is new, as we see it."""
+        return self._newest.runtime.shim_pid()
+
+    def shim_id(self) -> str:
+        """Changes with every new shim."""
+        return self._newest.runtime.shim_id()
+
+    async def shutdown_shim(self, why: str = "released", wait_s: float = 10.0, limit_s: float = 60.0) -> None:
+        """End all attempts, services and shims; see `ProcessRuntime.shutdown_shim`. One that fails keeps none other."""
+        await self._stop_tending()
+        await self._each(lambda runtime: runtime.shutdown_shim(why, wait_s, limit_s))
+        for folder in generations.folders(self._home):
+            if folder != self._home and not generations.is_occupied(folder):
+                await asyncio.to_thread(generations.remove, folder)
+
+    # Inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _members(self) -> list[Member]:
+        return [self._newest, *self._retiring]
+
+    def _of(self, key: AttemptKey) -> Member:
+        return next((member for member in self._retiring if key in member.held), self._newest)
+
+    async def _each(self, ask: Callable[[ProcessRuntime], Awaitable[T]]) -> list[T]:
+        """Ask all at once, to the end; then raise what one of them has raised."""
+        answers = await asyncio.gather(*(ask(member.runtime) for member in self._members), return_exceptions=True)
+        found: list[T] = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            found.append(answer)
+        return found
+
+    async def _tend(self) -> None:
+        """Let those that retire end when they are empty."""
+        while True:
+            self._look.clear()
+            for member in list(self._retiring):
+                try:
+                    await member.look()
+                    if member.is_empty:
+                        await self._end(member)
+                except RuntimeUnavailable as e:
+                    log.warning("a shim of an earlier version cannot be looked after now: %s", e)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._look.wait()
+
+    async def _end(self, member: Member) -> None:
+        self._retiring.remove(member)  # first: nobody is to wait for one that is ending
+        self._gone |= member.past
+        await end(member, self._home)
+
+    async def _stop_tending(self) -> None:
+        self._tending.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._tending
