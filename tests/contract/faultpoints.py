@@ -90,7 +90,7 @@ def becomes(module, name, role):
 
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE] + [str(SHIM.parent)]
 main = importlib.import_module("shim.main")
-becomes(importlib.import_module("shim.disk"), "_writer_main", "writer")
+becomes(importlib.import_module("shim.disk"), "writer_main", "writer")
 becomes(importlib.import_module("shim.child"), "run", "child")
 becomes(importlib.import_module("shim.detach"), "become_remover", "janitor")
 for name in CALLS:

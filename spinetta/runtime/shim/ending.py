@@ -1,4 +1,4 @@
-"""How a process ends: noticed, what it left is killed, counted, recorded on disk, reaped, reported. In that order."""
+"""How a process ends: noticed, what it left is killed, counted, written down, reaped, reported. In that order."""
 
 from __future__ import annotations
 
@@ -131,10 +131,13 @@ class Ending:
                 [held.stdout, held.stderr],
                 held.log_bytes_max,
                 lambda remark: self._remark(held, remark),
+                lambda: self._written(held),
                 lambda error: self._recorded(held, error),
             )
             return
-        self._writer.put(held.record_path, held.ended(), lambda error: self._recorded(held, error))
+        self._writer.put_later(
+            held.record_path, held.ended(), lambda: self._written(held), lambda error: self._recorded(held, error)
+        )
 
     def drop(self, held: Held) -> None:
         """Forgotten: stop writing its record, reap it, close everything."""
@@ -185,6 +188,12 @@ class Ending:
         held.group.kill()
         delay_s = _DELAYS_S[min(tries, len(_DELAYS_S) - 1)]
         self._loop.call_in(delay_s, lambda: self._remove_group(held, tries + 1))
+
+    def _written(self, held: Held) -> None:
+        """Its end outlives us: it may be told. That the disk has it as well is not waited for, see ADR 0040."""
+        if not held.forgotten:
+            self._reap(held)
+            self._report(held)
 
     def _recorded(self, held: Held, error: str) -> None:
         if held.forgotten:

@@ -13,13 +13,14 @@ from . import child, proctable, secretfiles
 from .attempt import ExitDict, Held, Phase, make_exit, now_ms
 from .cgroup import Cgroups
 from .deadman import DeadMansSwitch
-from .disk import TO_TRASH, Layout, Writer
+from .disk import Layout, Writer
 from .ending import Ending
 from .loop import READ, Loop, now_s
 from .spawn import Surroundings, drain_report, read_report, spawn
 from .starting import Containers
 from .watcher import Watcher
 from .wire import ATTEMPTS_MAX, SERVICES_MAX
+from .writing import TO_TRASH
 
 FORGOTTEN_MAX = 1024  # ends still known after `forget`, for a start that comes late and again
 KILL_AGAIN_S = 0.2
@@ -273,7 +274,8 @@ class Keeper:
         process = proctable.read(held.pid)
         if process is not None:
             where = {"pid": held.pid, "start_ticks": process.start_ticks, "boot_id": proctable.boot_id()}
-            self._writer.put(held.record_path, {**held.intent(), **where}, lambda _error: None)
+            # For as long as this machine runs: a later one has none of its processes.
+            self._writer.put_later(held.record_path, {**held.intent(), **where}, lambda: None, lambda _error: None)
 
     def _reported(self, held: Held) -> None:
         if not (drain_report(held) if held.container else read_report(held)):

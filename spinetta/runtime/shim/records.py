@@ -15,6 +15,7 @@ from .wire import KEY, Message
 SEALED_SINCE = 2  # records from this version on have a checksum; without one they are damaged
 RECORD_BYTES_MAX = 1 << 20  # ours have less than 20 KiB; anything larger is not ours
 BROKEN_MAX = 100  # kept for people to look at
+_NEW = ".new"  # of what is to replace a record, see `put_beside`
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,49 @@ def unseal(data: bytes) -> Message:
 
 def put_file(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, so that after a crash it is whole: the old or the new. Its folder is not synced."""
+    _write_beside(path, data, synced=True).rename(path)
+
+
+def put_beside(path: Path, data: bytes) -> None:
+    """Write what is to replace `path` beside it, where `read_records` finds it whatever becomes of the processes.
+
+    Not synced: after a power cut the old one counts. `settle` makes it `path`.
+    """
+    _write_beside(path, data, synced=False).rename(beside(path))
+
+
+def settle(path: Path) -> None:
+    """Sync what was written beside `path`, and put it there. Its folder is not synced."""
+    new = beside(path)
+    fd = os.open(new, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    new.rename(path)
+
+
+def beside(path: Path) -> Path:
+    """Where `put_beside` writes."""
+    return path.with_name(f".{path.name}{_NEW}")
+
+
+def _write_beside(path: Path, data: bytes, *, synced: bool) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        os.fsync(fd)
+        if synced:
+            os.fsync(fd)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     finally:
         os.close(fd)
-    temporary.rename(path)
+    return temporary
 
 
 def overwrite(path: Path, data: bytes) -> bool:
@@ -98,19 +128,32 @@ def sync_folder(path: Path) -> None:
 
 
 def read_records(folder: Path) -> Records:
-    """All records of a folder. Left-over temporary files go."""
+    """All records of a folder, with what was written beside them and is whole. Left-over temporary files go."""
     records = Records()
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+    for path in sorted(folder.iterdir()):  # those that begin with a dot come first
+        name = path.name
+        if name.startswith("."):
+            name = name[1:].removesuffix(_NEW)
+            if is_key(name) and path == beside(folder / name) and _read_into(records, name, path):
+                with contextlib.suppress(OSError):  # a read-only disk: it counts all the same
+                    settle(folder / name)
+                    sync_folder(folder)
+                continue
             with contextlib.suppress(OSError):  # a read-only disk, or somebody's folder
                 path.unlink()
-            continue
-        try:
-            with path.open("rb") as file:
-                records.found[path.name] = unseal(file.read(RECORD_BYTES_MAX + 1))
-        except (OSError, ValueError):
-            records.broken.append(path.name)
+        elif name not in records.found and not _read_into(records, name, path):
+            records.broken.append(name)
     return records
+
+
+def _read_into(records: Records, name: str, path: Path) -> bool:
+    """Whether there is a record."""
+    try:
+        with path.open("rb") as file:
+            records.found[name] = unseal(file.read(RECORD_BYTES_MAX + 1))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def put_aside(path: Path, broken: Path) -> Path | None:
