@@ -216,8 +216,9 @@ async def test_a_damaged_record_is_put_aside_and_named(state_dir: Path) -> None:
     async with runtime(state_dir) as rt:
         for key in ("good.1", "bad.1"):
             await ran(rt, shell(key, "exit 1"))
+        record = state_dir / "attempts" / "bad.1"
+        await until(lambda: b'"exit_code": 1' in record.read_bytes())  # it is told a moment before
     kill_shim(state_dir)
-    record = state_dir / "attempts" / "bad.1"
     data = record.read_bytes()
     # One bit, and its failure would be a success.
     record.write_bytes(data.replace(b'"exit_code": 1', b'"exit_code": 0'))
