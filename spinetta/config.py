@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spinetta import names, units
+from spinetta import devices, names, units
 from spinetta.errors import UserError
 from spinetta.options import CLIENT_OPTIONS, NODE_OPTIONS, VARIABLE_PREFIX, Option, variable
 
@@ -37,7 +37,10 @@ class Settings:
         countables: further things to offer, sorted by name.
         runtimes: how tasks may be run here: ``process``, ``container``; each must be installed.
         allow: what containers may have here beyond the usual, in the words of `container.check_allowance`, sorted.
-        devices: by countable, the device files of a container that has some of it.
+        devices: by countable, the device files of a container that has some of it; those of one unit with its label.
+        network_subnet: addresses for containers on the network bridge; empty: a free part of `network.POOL`.
+        network_nameservers: whom they ask for names; empty: whom the machine asks, as far as they can.
+        network_refuse: addresses and subnets that they may not connect to, beside those that they never may.
         container_program: ``auto``, ``runc``, ``crun``, or the absolute path of one of them.
         container_ids: the first of 65536 user and group ids of this machine that containers have; 0: found out.
         tmp_bytes: size of /tmp in a container that asks for none; it is memory, and counted as the task's.
@@ -343,6 +346,7 @@ def _check_together(s: Settings, origins: Mapping[str, Origin]) -> None:
     if s.open_files > s.open_files_max:
         raise UserError(
             f"open_files {s.open_files} (from {where('open_files')}) is more than open_files_max {s.open_files_max} "
+    devices.check_counts(s.countables, s.devices, "node.countables")
             f"(from {where('open_files_max')})",
             field="node.open_files",
             hint="lower it, or raise the other",

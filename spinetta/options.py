@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spinetta import container, names, openfiles, units
+from spinetta import container, devices, names, network, openfiles, units
 from spinetta.errors import UserError
 
 PEERS_MAX = 64  # one that answers is enough; more than this is a mistake
@@ -142,10 +142,12 @@ def _container_ids(value: Any, where: str) -> int:
 
 
 def parse_devices(value: Any, where: str = "") -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Devices of countables from ``gpu=/dev/nvidia0,/dev/nvidiactl,fpga=/dev/fpga0`` or a table, sorted by countable.
+    """Devices of countables from ``gpu=0:/dev/nvidia0,/dev/nvidiactl,fpga=/dev/fpga0`` or a table, sorted by countable.
+
+    Each is a path, or one with the label of the unit that it belongs to before it; see `devices`.
 
     Raises:
-        UserError: a bad name, or a path that is none of a device.
+        UserError: a bad name or label, a path that is none of a device, or one that belongs to several units.
     """
     found: dict[str, list[str]] = {}
     if isinstance(value, Mapping):
@@ -154,7 +156,8 @@ def parse_devices(value: Any, where: str = "") -> tuple[tuple[str, tuple[str, ..
         found = {str(name): _items(paths, where, DEVICES_MAX) for name, paths in value.items()}
     else:
         for item in _items(value, where, COUNTABLES_MAX * DEVICES_MAX):
-            name, equals, path = item.partition("=") if not item.startswith("/") else ("", "", item)
+            alone = item.startswith("/") or devices.is_labelled(item)
+            name, equals, path = ("", "", item) if alone else item.partition("=")
             if equals:
                 found.setdefault(name.strip(), [])
             elif not found or name:
@@ -162,13 +165,17 @@ def parse_devices(value: Any, where: str = "") -> tuple[tuple[str, tuple[str, ..
             found[name.strip() if equals else next(reversed(found))].append(path.strip())
     for name, paths in found.items():
         names.check_countable_name(name, where)
-        for path in paths:
+        for item in paths:
+            devices.check_label(item, where)
+            path = devices.split(item)[1]
             container.check_path(path, where)
             if not path.startswith("/dev/"):
                 raise UserError(f"not a device: {names.quoted(path)}", field=where, hint="a path below /dev")
         if not 0 < len(paths) <= DEVICES_MAX:
             raise UserError(f"{len(paths)} devices of {name}", field=where, hint=f"1 to {DEVICES_MAX}")
-    return tuple(sorted((name, tuple(dict.fromkeys(paths))) for name, paths in found.items()))
+    setting = tuple(sorted((name, tuple(dict.fromkeys(paths))) for name, paths in found.items()))
+    devices.check(setting, where)
+    return setting
 
 
 def _addresses(value: Any, where: str) -> tuple[str, ...]:
@@ -346,7 +353,22 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("countables", "countables", parse_countables, "Further things to offer, e.g. gpu=2.", "NAME=N,…"),
     Option("runtimes", "runtimes", _runtimes, "How tasks may be run here: process, container.", "NAME,…"),
     Option("allow", "allow", _allow, "What containers may have here, e.g. network:host, mount:/data.", "WORD,…"),
-    Option("devices", "devices", parse_devices, "What a countable is, e.g. gpu=/dev/nvidia0.", "NAME=PATH,…"),
+    Option("devices", "devices", parse_devices, "What a countable is, e.g. gpu=0:/dev/nvidia0.", "NAME=PATH,…"),
+    Option("network_subnet", "network_subnet", _subnet, "Addresses for containers on a bridge.", "SUBNET|auto"),
+    Option(
+        "network_nameservers",
+        "network_nameservers",
+        _each(network.parse_nameserver, network.NAMESERVERS_MAX),
+        "Whom they ask for names (none: as the machine).",
+        "ADDRESS,…",
+    ),
+    Option(
+        "network_refuse",
+        "network_refuse",
+        _each(network.parse_refused, network.REFUSE_MAX),
+        "Where they may not connect to.",
+        "SUBNET,…",
+    ),
     Option("container_program", "container_program", _container_program, "What runs them.", "auto|runc|crun|PATH"),
     Option("container_ids", "container_ids", _container_ids, "First of their 65536 user ids (0: automatic).", "ID"),
     Option(

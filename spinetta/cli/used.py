@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spinetta import units
@@ -57,3 +58,16 @@ def now_words(info: TaskInfo) -> str:
         return ""
     many = "" if info.now.pids == 1 else "es"
     return f"{units.format_bytes(info.now.memory_bytes)} memory, {info.now.pids} process{many}"
+
+
+def units_words(given: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Labels of units by countable, e.g. ``gpu 0, 1``."""
+    return "; ".join(f"{name} {', '.join(labels)}" for name, labels in given)
+
+
+def now_document(info: TaskInfo) -> dict[str, Any] | None:
+    """What a running task has at this moment; None when that is not known."""
+    if info.now is None:
+        return None
+    given = {name: list(labels) for name, labels in info.now.units}
+    return {"memory_bytes": info.now.memory_bytes, "pids": info.now.pids, "units": given}

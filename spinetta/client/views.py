@@ -13,10 +13,11 @@ from spinetta.v1 import record_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class UsageNow:
-    """Memory, processes and threads of a running task."""
+    """Memory, processes and threads of a running task, and by countable the labels of the units that it was given."""
 
     memory_bytes: int
     pids: int
+    units: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +241,8 @@ class ClusterInfo:
 
 def task_info(m: api.TaskView) -> TaskInfo:
     """From the wire."""
-    now = UsageNow(m.now.memory_bytes, m.now.pids) if m.HasField("now") else None
+    units = tuple(sorted((name, tuple(labels.split(","))) for name, labels in m.now.units.items()))
+    now = UsageNow(m.now.memory_bytes, m.now.pids, units) if m.HasField("now") else None
     return TaskInfo(codec.task_from_pb(m.task), m.node, m.revision, m.cancel_requested, m.spec_omitted, m.withheld, now)
 
 

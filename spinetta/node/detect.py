@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from spinetta import units
+from spinetta import devices, units
 from spinetta.config import Settings
 from spinetta.model import Resources
 
@@ -48,7 +48,7 @@ def capacity(settings: Settings, root: Path = Path("/")) -> tuple[Resources, tup
         settings.cpu_millis or found.cpu_millis,
         settings.memory_bytes or found.memory_bytes,
         settings.disk_bytes or found.disk_bytes,
-        settings.countables,
+        devices.offered(settings.countables, settings.devices),
     )
     warnings = []
     have = min(machine.cpu_count * 1000, machine.cpu_limit_millis or machine.cpu_count * 1000)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spinetta import devices as device_units
 from spinetta import imageref, ociconfig, ocirequest
 from spinetta.container import CONTAINER, ContainerSpec, Mount, is_granted, mount_need, needs, refusals
 from spinetta.errors import RuntimeUnavailable, UserError
@@ -43,7 +44,7 @@ class Site:
         uids, gids: which ids of the host are those of containers.
         overlay: root file systems can be laid over each other.
         allows: words of `container.check_allowance`, and what runs here.
-        devices: files of the node by countable.
+        devices: files of the node by countable, as the setting names them.
         tmp_bytes: size of /tmp.
         hostname: inside; hosts_path: a file for /etc/hosts that knows it, for those without the host's network.
         task_user: see `TASK_USER`.
@@ -203,7 +204,7 @@ class RuncRuntime:
             writable=asked.writable,
             capabilities=asked.capabilities,
             mounts=mounts,
-            devices=devices_of(launch.countables, site.devices),
+            devices=devices_of(launch.countables, site.devices, launch.units),
             tmp_bytes=asked.tmp_bytes or site.tmp_bytes,
             rlimits={"RLIMIT_NOFILE": launch.open_files} if launch.open_files[1] else {},
             programs_32=image.architecture in ocirequest.MACHINES_32,
@@ -271,7 +272,7 @@ def resolve_mounts(mounts: Sequence[Mount], allows: Collection[str]) -> tuple[Mo
 
 
 def devices_of(
-    countables: Sequence[tuple[str, int]], devices: Mapping[str, tuple[str, ...]]
+    countables: Sequence[tuple[str, int]], devices: Mapping[str, tuple[str, ...]], units: device_units.Labels = ()
 ) -> tuple[ocirequest.Device, ...]:
     """The device files that go with what was granted.
 
@@ -280,7 +281,10 @@ def devices_of(
     """
     found = []
     for name, count in countables:
-        for path in devices.get(name, ()) if count else ():
+        of, labels = device_units.of_items(devices.get(name, ())), given.get(name, ())
+        if of.units and len(labels) != count:
+            raise Unfit(Reason.NODE_UNFIT, f"{count} of {name} wanted, and it was given {', '.join(labels) or 'none'}")
+        for path in of.files(labels) if count else ():
             try:
                 seen = Path(path).stat()
             except OSError as error:
@@ -301,6 +305,7 @@ def _make_skeleton(folder: Path, lacking: Sequence[tuple[str, bool]], uid: int, 
             path = new / target.lstrip("/")
             (path if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
             if not is_folder:
+    given = dict(units)
                 path.touch()
         for top, folders, files in os.walk(new):
             for name in (".", *folders, *files):

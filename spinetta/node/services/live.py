@@ -41,7 +41,8 @@ class OwnUsage:
         for task_id in ids:
             sample = await self._port.running_sample(TaskId(task_id))
             if sample is not None:
-                now = api.RunningUsage(memory_bytes=sample.memory_bytes, pids=sample.pids)
+                given = {name: ",".join(labels) for name, labels in sample.units}
+                now = api.RunningUsage(memory_bytes=sample.memory_bytes, pids=sample.pids, units=given)
                 usage = codec.usage_to_pb(sample.usage)
                 found.append(api.Sampled(id=task_id, attempt=sample.attempt, usage=usage, now=now))
         return found

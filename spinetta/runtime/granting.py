@@ -1,0 +1,142 @@
+"""Giving each attempt units of its own: a runtime around the others."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from spinetta import devices
+from spinetta.model import Exit, Reason, Usage
+from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, Runtime, ShimLost
+from spinetta.runtime.unitbook import UnitBook
+
+log = logging.getLogger("spinetta.node")
+
+LISTINGS = 2  # without it in a row, before an attempt of this daemon's that is not there is taken for gone
+
+
+class GrantingRuntime:
+    """Implements `protocol.Runtime` by another one. An attempt has its units from `prepare` to `forget`.
+
+    What an earlier daemon gave and the shim does not hold is free again with the first listing. Of what this one gave,
+    and what became of it nobody has said, the second listing decides: a start may be under way while the first is made.
+    """
+
+    def __init__(self, inner: Runtime, directory: Path, of: Mapping[str, devices.Devices]) -> None:
+        """`directory`: see `UnitBook`. UserError: it cannot be read."""
+        self._inner = inner
+        self._of = dict(of)
+        self._book = UnitBook(directory, of)
+        self._book.open()
+        self._left_over = set(self._book.keys)
+        self._starting: set[AttemptKey] = set()
+        self._missed: dict[AttemptKey, int] = {}
+
+    def labels(self, key: AttemptKey) -> devices.Labels:
+        """The units that an attempt has."""
+        return self._book.labels(key)
+
+    def capabilities(self) -> tuple[str, ...]:
+        """Names of what is enforced here."""
+        return self._inner.capabilities()
+
+    async def prepare(self, launch: Launch) -> Launch | Exit:
+        """Give it its units, and bring in what else it needs; see `protocol.Runtime.prepare`."""
+        key = launch.key
+        self._starting.add(key)
+        self._left_over.discard(key)
+        try:
+            ready = self._given(launch)
+            if isinstance(ready, Launch):
+                ready = await self._inner.prepare(ready)
+        except BaseException:
+            self._starting.discard(key)
+            raise
+        if isinstance(ready, Exit):
+            self._starting.discard(key)
+        return ready
+
+    async def start(self, launch: Launch) -> Exit | None:
+        """Start an attempt that was prepared; see `protocol.Runtime.start`."""
+        try:
+            return await self._inner.start(launch)
+        finally:
+            self._starting.discard(launch.key)
+
+    async def stop(self, key: AttemptKey, why: str) -> None:
+        """Ask for the end of an attempt; see `protocol.Runtime.stop`."""
+        await self._inner.stop(key, why)
+
+    async def renew(self, renewed_at_s: float) -> None:
+        """Tell of a committed renewal; see `protocol.Runtime.renew`."""
+        await self._inner.renew(renewed_at_s)
+
+    async def forget(self, key: AttemptKey) -> None:
+        """Remove all but the logs of an ended attempt; others may have its units."""
+        await self._inner.forget(key)
+        self._book.release(key)
+        self._missed.pop(key, None)
+        self._starting.discard(key)
+
+    async def held(self) -> Sequence[Held]:
+        """All attempts that run or have ended and are not forgotten, by key."""
+        found = await self._inner.held()
+        self._keep_only({held.key for held in found})
+        return found
+
+    async def usage(self, key: AttemptKey) -> Usage | None:
+        """Use so far of a running attempt; None when it is over or nothing here counts it."""
+        return await self._inner.usage(key)
+
+    def events(self) -> AsyncIterator[Exited | ShimLost]:
+        """Ends of attempts as they happen, beginning with those not forgotten yet."""
+        return self._inner.events()
+
+    def log_path(self, key: AttemptKey, stream: str) -> Path:
+        """Where ``stdout`` or ``stderr`` of an attempt is, or would be."""
+        return self._inner.log_path(key, stream)
+
+    def _given(self, launch: Launch) -> Launch | Exit:
+        try:
+            found = self._book.acquire(launch.key, launch.countables)
+        except OSError as e:
+            return _unfit(f"which devices it has cannot be written down: {e.strerror}")
+        if isinstance(found, devices.Short):
+            log.warning("%s: %s", launch.key, found)
+            return _unfit(str(found))
+        if found:
+            log.info("%s has %s", launch.key, "; ".join(f"{name} {', '.join(labels)}" for name, labels in found))
+        told = devices.environment(found, self._of, contained=launch.wants is not None)
+        return replace(launch, env={**launch.env, **told}, units=found) if told or found else launch
+
+    def _keep_only(self, there: set[AttemptKey]) -> None:
+        for key in self._book.keys:
+            if key in there or key in self._starting:
+                self._missed.pop(key, None)
+                continue
+            self._missed[key] = self._missed.get(key, 0) + 1
+            if key in self._left_over or self._missed[key] >= LISTINGS:
+                log.info("%s is gone; its units are free again", key)
+                self._book.release(key)
+                del self._missed[key]
+        self._left_over.clear()
+
+
+def missing_files(of: Mapping[str, devices.Devices]) -> tuple[str, ...]:
+    """Words on device files that are named and are not there."""
+    said = []
+    for name, found in sorted(of.items()):
+        said += [
+            f"{path}, a device of {name} {label}, is not there: a container that is given it cannot start"
+            for label, paths in found.units
+            for path in paths
+            if not Path(path).exists()
+        ]
+    return tuple(said)
+
+
+def _unfit(message: str) -> Exit:
+    return Exit(Reason.NODE_UNFIT, message=message, ended_ms=time.time_ns() // 1_000_000)
