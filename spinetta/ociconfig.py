@@ -220,10 +220,12 @@ def _pts_options(request: Request) -> list[str]:
 
 
 def _sys(request: Request) -> list[dict[str, object]]:
-    """A /sys is a view of a network name space, and only for who made that one; for others the node's, to be read."""
+    """A /sys is a view of a network name space, made by who made that one; without one the node's, to be read."""
     options = ["nosuid", "noexec", "nodev", "ro"]
     if request.network == "none":
         made = [_mount("/sys", "sysfs", "sysfs", *options)]
+    elif request.sys_path:
+        made = [_mount("/sys", "bind", request.sys_path, "bind", "rprivate", *options)]
     else:
         recursive = ["rro", "rnosuid", "rnodev", "rnoexec"] if request.host.recursive_read_only else []
         made = [_mount("/sys", "bind", "/sys", "rbind", "rprivate", *options, *recursive)]

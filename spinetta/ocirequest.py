@@ -144,6 +144,7 @@ class Request:
         scratch_path: on the host; becomes /work, the working directory unless `cwd` says otherwise.
         secrets_path: a folder on the host, seen read-only; empty: none.
         network: ``none``, ``host``, or ``bridge`` with `netns_path`.
+        sys_path: on the host, a /sys that shows that namespace; empty: the machine's is seen.
         hosts_path, resolv_path: files on the host that are seen in /etc; empty: the image's.
         capabilities: names without ``CAP_``.
         tmp_bytes: size of /tmp; 0: the default.
@@ -168,6 +169,7 @@ class Request:
     hostname: str = "task"
     network: str = "none"
     netns_path: str = ""
+    sys_path: str = ""
     hosts_path: str = ""
     resolv_path: str = ""
     writable: bool = False
@@ -210,7 +212,9 @@ def refusals(request: Request) -> list[str]:
         found.append("a group that is nobody outside")
     if request.network not in container.NETWORKS or (request.network == "bridge") != bool(request.netns_path):
         found.append("a network name space goes with the network bridge, and with no other")
-    paths = [request.scratch_path, request.secrets_path, request.init_path, request.netns_path]
+    if request.sys_path and not request.netns_path:
+        found.append("a /sys of a network name space goes with that, and with no other")
+    paths = [request.scratch_path, request.secrets_path, request.init_path, request.netns_path, request.sys_path]
     paths += [request.hosts_path, request.resolv_path, *(d.path for d in request.devices)]
     found += [f"not a plain absolute path: {path}" for path in paths if path and not _plain(path)]
     if not request.scratch_path:

@@ -1,0 +1,213 @@
+"""What a node's containers share on a machine: a subnet, one table of rules, and that the machine forwards at all."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinetta import network
+from spinetta.network import Subnet
+from spinetta.runtime import netcommands
+from spinetta.runtime.netcommands import Commands
+from spinetta.runtime.netplace import Place
+
+_FORWARD = "/proc/sys/net/ipv4/ip_forward"
+RESOLV_FILES = ("/etc/resolv.conf", network.SYSTEMD_RESOLV)
+MTU_MIN = 576  # what every machine must take
+RESOLV_BYTES_MAX = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSettings:
+    """What an administrator says.
+
+    Attributes:
+        hostname: of containers.
+        subnet: for containers; empty: a free part of `network.POOL`.
+        nameservers: for containers; empty: the machine's own, as far as they can be reached.
+        refused: where containers may not connect to, beside `network.REFUSED_ALWAYS`.
+    """
+
+    hostname: str
+    subnet: str = ""
+    nameservers: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+class Gates:
+    """See the module. All of it is done under the lock of the machine's nodes.
+
+    Attributes:
+        subnet: of this node; None before `open`.
+        mtu: of the way out; 0: not known.
+
+    Raises, wherever it is asked for something:
+        UserError: a tool is not installed, or the subnet is taken.
+        CommandFailed: the kernel refuses.
+    """
+
+    def __init__(self, place: Place, settings: NetworkSettings, commands: Commands) -> None:
+        self._place = place
+        self._settings = settings
+        self._commands = commands
+        tools = netcommands.tools()
+        self._ip, self._nft = tools["ip"], tools["nft"]
+        self._own: frozenset[str] = frozenset()
+        self.mtu = 0
+        self.subnet: Subnet | None = None
+
+    async def open(self, *, keep: bool, cables: Collection[str]) -> Subnet:
+        """Choose the subnet, put the rules in place, and only then let the machine forward.
+
+        Args:
+            keep: containers of before have addresses of the subnet that was chosen then.
+            cables: the machine's ends of theirs; others of this node are cut.
+        """
+        async with netcommands.locked(self._place.lock, "another node on this machine is not done with its networks"):
+            tables = await self._tables()
+            routes = await self._commands.json((self._ip, "-j", "-4", "route", "show", "table", "all"))
+            self._own = network.own_addresses(routes)
+            self.mtu = await self._mtu(network.default_interface(routes))
+            mine = read_subnet(self._place)
+            if mine is not None:
+                await self._cut_all_but(mine, cables)
+            others = {name: marked for name, marked in tables.items() if name != _name(mine)}
+            if mine is not None and keep:
+                self.subnet = mine
+            else:
+                if mine is not None:
+                    await self._remove_table(mine)
+                self.subnet = network.choose(self._settings.subnet, others, routes)
+            await asyncio.to_thread(self._place.subnet.write_text, str(self.subnet))
+            await self._put_rules(self.subnet, others)
+            return self.subnet
+
+    async def shut(self) -> None:
+        """The last container is gone: no rules any more, and the machine forwards what it forwarded before."""
+        subnet = self.subnet or read_subnet(self._place)
+        if subnet is None:
+            return
+        async with netcommands.locked(self._place.lock, "another node on this machine is not done with its networks"):
+            others = [name for name in await self._tables() if name != _name(subnet)]
+            if _read_between(self._place.forwarding) is not None and not others:
+                await self._commands.well(("/bin/sh", "-c", f"echo 0 > {_FORWARD}"))
+            await self._cut_all_but(subnet, ())
+            await self._remove_table(subnet)
+            for path in (self._place.forwarding, self._place.subnet):
+                path.unlink(missing_ok=True)
+
+    async def resolv(self) -> str:
+        """A resolv.conf for containers, as the machine's is now."""
+        texts = await asyncio.to_thread(_read_resolvs)
+        return network.resolv_text(self._own, self._settings.nameservers, texts)
+
+    async def warnings(self) -> tuple[str, ...]:
+        """What will not work as one might expect."""
+        found = []
+        if not network.has_nameserver(await self.resolv()):
+            found.append(
+                "containers on the network bridge look up no names: the nameservers of this machine are its own, or "
+                "have IPv6 addresses; set network_nameservers"
+            )
+        if self._settings.subnet and self._settings.subnet != str(self.subnet):
+            found.append(
+                f"containers on the network bridge keep the subnet {self.subnet}: some of before still run; the next "
+                f"start without them takes {self._settings.subnet}"
+            )
+        chains = _entries(await self._commands.json((self._nft, "-j", "list", "chains")))
+        if (chain := network.forward_drops(chains)) and self.subnet is not None:
+            found.append(
+                f"a firewall of this machine (chain {chain}) drops what is forwarded unless it knows it: containers on "
+                f"the network bridge may reach nothing unless it lets interfaces of group "
+                f"{network.group_of(self.subnet)} pass"
+            )
+        return tuple(found)
+
+    # --- parts ---
+
+    async def _put_rules(self, subnet: Subnet, others: dict[str, bool]) -> None:
+        forwards = (await self._commands.well(("cat", _FORWARD))).strip() == b"1"
+        between = _read_between(self._place.forwarding)
+        if between is None and (not forwards or any(others.values())):  # another node has turned it on
+            links = await self._commands.json((self._ip, "-j", "link", "show"))
+            ours: set[str] = set()
+            for name in (*others, _name(subnet)):
+                ours |= await self._cables(network.subnet_of(name))
+            between = network.uplinks(n for link in links if (n := str(link.get("ifname"))) not in ours)
+            await asyncio.to_thread(self._place.forwarding.write_text, json.dumps(between))
+        text = network.rules(subnet, refused=self._settings.refused, was_off=between is not None, between=between or ())
+        await self._commands.well((self._nft, "-f", "-"), data=text.encode())
+        if not forwards:
+            await self._commands.well(("/bin/sh", "-c", f"echo 1 > {_FORWARD}"))
+
+    async def _tables(self) -> dict[str, bool]:
+        """Tables of nodes of this machine, and of each whether it says that nothing was forwarded before."""
+        chains = _entries(await self._commands.json((self._nft, "-j", "list", "chains")))
+        tables = _entries(await self._commands.json((self._nft, "-j", "list", "tables")))
+        marked = {c["chain"].get("table") for c in chains if (c.get("chain") or {}).get("name") == network.MARK}
+        names = [str(t["table"].get("name")) for t in tables if "table" in t]
+        return {name: name in marked for name in names if network.subnet_of(name) is not None}
+
+    async def _cables(self, subnet: Subnet | None) -> set[str]:
+        """The machine's ends of the cables of a node's containers."""
+        if subnet is None:
+            return set()
+        shown = (self._ip, "-j", "link", "show", "group", str(network.group_of(subnet)))
+        return {name for link in await self._commands.json(shown) if (name := str(link.get("ifname") or ""))}
+
+    async def _mtu(self, interface: str) -> int:
+        """Of the way out: a container that sends more at once would have to be told."""
+        shown = (self._ip, "-j", "link", "show", *(("dev", interface) if interface else ()))
+        found = [m for link in await self._commands.json(shown) if isinstance(m := link.get("mtu"), int)]
+        return found[0] if interface and found and found[0] >= MTU_MIN else 0
+
+    async def _cut_all_but(self, subnet: Subnet, cables: Collection[str]) -> None:
+        for name in sorted(await self._cables(subnet) - set(cables)):
+            await self._commands.run((self._ip, "link", "delete", "dev", name))  # it may be gone by itself
+
+    async def _remove_table(self, subnet: Subnet) -> None:
+        name = network.table_of(subnet)  # added first: to delete what is not there is an error
+        text = f"add table inet {name}\ndelete table inet {name}\n"
+        await self._commands.well((self._nft, "-f", "-"), data=text.encode())
+
+
+def read_subnet(place: Place) -> Subnet | None:
+    """The subnet that a node has taken."""
+    try:
+        return ipaddress.IPv4Network(place.subnet.read_text().strip())
+    except (OSError, ValueError):
+        return None
+
+
+def _name(subnet: Subnet | None) -> str:
+    return "" if subnet is None else network.table_of(subnet)
+
+
+def _read_between(path: Path) -> Sequence[str] | None:
+    """Interfaces between which nothing was forwarded before this node; None: the machine forwarded anyway."""
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return network.uplinks(map(str, told)) if isinstance(told, list) else None
+
+
+def _read_resolvs() -> list[str]:
+    texts = []
+    for path in RESOLV_FILES:
+        try:
+            with Path(path).open(errors="replace") as file:
+                texts.append(file.read(RESOLV_BYTES_MAX))
+        except OSError:
+            continue
+    return texts
+
+
+def _entries(told: Any) -> list[dict[str, Any]]:
+    listed = told.get("nftables") if isinstance(told, dict) else None
+    return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
