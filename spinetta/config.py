@@ -343,10 +343,10 @@ def _check_together(s: Settings, origins: Mapping[str, Origin]) -> None:
             field="node.grace",
             hint=f"set grace above {units.format_duration(shortest_s)}, or shorten the other two",
         )
+    devices.check_counts(s.countables, s.devices, "node.countables")
     if s.open_files > s.open_files_max:
         raise UserError(
             f"open_files {s.open_files} (from {where('open_files')}) is more than open_files_max {s.open_files_max} "
-    devices.check_counts(s.countables, s.devices, "node.countables")
             f"(from {where('open_files_max')})",
             field="node.open_files",
             hint="lower it, or raise the other",
