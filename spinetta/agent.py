@@ -33,6 +33,7 @@ from spinetta.events import (
     NoAnswer,
     Notice,
     PauseWanted,
+    Prepared,
     ReadDone,
     Refused,
     Rejected,
@@ -49,7 +50,7 @@ from spinetta.events import (
 )
 from spinetta.holdings import Holdings
 from spinetta.mirror import Delta, Mirror
-from spinetta.model import Exit, IncarnationId, NodeRecord, Reason, Resources
+from spinetta.model import Beat, Exit, IncarnationId, NodeRecord, Reason, Resources
 from spinetta.recover import Leadership
 from spinetta.session import Phase, Session
 from spinetta.settings import AgentSettings
@@ -194,6 +195,9 @@ class Agent:
             case Started():
                 self.claims.touch()
                 return self._ended_unfit(event.exit, now) + self.holdings.started(event, now)
+            case Prepared():
+                self.holdings.prepared(event.key)
+                return []
             case AttemptEnded():
                 return self._ended_unfit(event.exit, now) + self.holdings.attempt_ended(event)
             case RuntimeListed():
@@ -410,7 +414,8 @@ class Agent:
             effects += self.leadership.resign()
             effects += session.deregister()
         self._describe(now)
-        effects += session.poll(now, self.holdings.waiting, self.holdings.wanted)
+        unstarted = Beat(self.holdings.waiting, self.holdings.preparing)
+        effects += session.poll(now, unstarted, self.holdings.wanted)
         if self._may_lead:
             office = self.offices.entries.get(keys.OFFICE)
             lives = self.lives.entries if self.lives.synced else None

@@ -160,13 +160,21 @@ class Remember:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start an attempt; doing it twice starts it once. → `Started`."""
+    """Start an attempt; doing it twice starts it once. One that has to be prepared waits for `Begin`, as soon as
+    `Prepared` has been told. → `Started`."""
 
     spec: TaskSpec
     attempt: int
     token: Revision
     incarnation: IncarnationId
     grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Let an attempt begin for which all has been brought in. The answer to its `Start` is still to come."""
+
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +231,7 @@ Effect = (
     | RevokeLease
     | Remember
     | Start
+    | Begin
     | Stop
     | Forget
     | ListRuntime
@@ -340,6 +349,13 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """What an attempt needs has been brought in: it is not started before a `Begin`."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptEnded:
     """An attempt ended; told again after each reconnection until it is forgotten."""
 
@@ -440,6 +456,7 @@ Happening = (
     | KeptAlive
     | Remembered
     | Started
+    | Prepared
     | AttemptEnded
     | RuntimeListed
     | SelfChanged

@@ -46,6 +46,7 @@ from spinetta.processes import Processes
 
 RETRY_S = 0.5
 FINISHES_MAX = txn.NESTED_MAX
+NAMED_AFTER_S = 1.0  # of preparing: an image that is here takes less, and so no start is held up by a heartbeat
 READ_MAX = 100  # records read at once: below etcd's 128 operations a transaction
 
 
@@ -68,6 +69,7 @@ class Holdings:
         self._over: dict[TaskId, Revision] = {}  # tokens known to be spent, until a listing is newer than they
         self._listed_at = Revision(0)
         self.waiting: frozenset[Revision] = frozenset()  # tokens of what is not to be started now
+        self.preparing: frozenset[Revision] = frozenset()  # the same, while what they need is brought in
         self.wanted: frozenset[Revision] = frozenset()  # of what would be, had the node not promised otherwise
 
     # --- outside view ---
@@ -210,6 +212,10 @@ class Holdings:
             held.step = Step.STARTING
         return effects
 
+    def prepared(self, key: str) -> None:
+        """What an attempt needs is here."""
+        self._runtime.prepared(key)
+
     def attempt_ended(self, ended: AttemptEnded) -> list[Effect]:
         """A process is gone. Its end may be told more than once, and before the answer to its start."""
         held = self._by_key(ended.key)
@@ -252,7 +258,7 @@ class Holdings:
         cleared for, None while that is not known; what is no longer covered is given back, all else goes on.
         `promised`: tokens that the node has said it would not start; see `Session.poll`.
         """
-        self.waiting = self.wanted = frozenset()
+        self.waiting = self.preparing = self.wanted = frozenset()
         # Also when nothing can be done now: a time that is past would have us asked again and again.
         if self._retry_at_s is not None and self._retry_at_s <= now:
             self._retry_at_s = None
@@ -273,6 +279,7 @@ class Holdings:
                 h, now, now_ms, stop or h.goes_back(self.giving_back) or h.barred(clearances), may_start, promised
             )
         self.waiting = frozenset(h.token for h in ours if self._is_unstarted(h)) - self.wanted
+        self.preparing = frozenset(h.token for h in ours if self._prepares_long(h, now)) - self.wanted
         effects += self._read_unread()
         if self._retry_at_s is None:
             effects += self._record_ends(now, now_ms, life_seen, acl_seen)
@@ -282,6 +289,9 @@ class Holdings:
     def _is_unstarted(self, h: Held) -> bool:
         known = h.key in self._runtime.tokens or self._runtime.may_run(h.key) or self._runtime.is_past(h.key)
         return h.step in (Step.UNREAD, Step.STARTING) and not known
+
+    def _prepares_long(self, h: Held, now: float) -> bool:
+        return self._runtime.preparing_for_s(h.key, now) >= NAMED_AFTER_S
 
     def _tend(
         self,
@@ -310,7 +320,7 @@ class Holdings:
                 self.wanted |= {h.token}
             elif may_start and self._retry_at_s is None:
                 h.step = Step.RUNNING
-                self._runtime.start(h.key, prepares=h.task.spec.container is not None)
+                self._runtime.start(h.key, now, prepares=h.task.spec.container is not None)
                 grace_s = math.inf if h.holding.overlap else h.holding.grace_s  # never killed for silence
                 return [Start(h.task.spec, h.holding.attempt, h.token, h.holding.incarnation, grace_s)]
         elif (
@@ -319,6 +329,11 @@ class Holdings:
             and (h.key in self._runtime.tokens or self._runtime.is_preparing(h.key))
         ):
             return self._runtime.stop(h.key, why, now)
+        elif why is None and may_start and self._runtime.is_prepared(h.key):
+            if h.token in promised:
+                self.wanted |= {h.token}
+            else:
+                return [self._runtime.begin(h.key)]
         return []
 
     def _read_unread(self) -> list[Effect]:

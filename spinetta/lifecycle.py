@@ -26,6 +26,19 @@ UNFIT_DELAY_S = 5.0  # a task that an unfit node gave back: time for another to 
 RETRY_DELAY_MAX_S = 3600.0  # back-off doubles up to an hour: longer waits look like a hang
 
 
+# Of nodes that died while they brought in what a task needs. Nothing of it had run, so they cost it nothing; but what
+# is brought in may be what takes them down (an image that fills memory as it is unpacked), and three are no chance.
+PREPARING_LOSSES_MAX = 3
+
+
+class Reached(enum.Enum):
+    """How far an attempt had come when its node was lost, as far as is known."""
+
+    WAITING = "waiting"  # its node had promised not to start it, and had not touched it
+    PREPARING = "preparing"  # its node had promised the same, and brought in what it needs
+    EXECUTING = "executing"  # or it may have been
+
+
 class Event(enum.Enum):
     """What can happen to a task."""
 
@@ -119,7 +132,7 @@ def ended(
     *,
     cancel_requested: bool,
     cancel_reason: str = "",
-    executed: bool = True,
+    reached: Reached = Reached.EXECUTING,
     now_ms: int,
 ) -> Ended:
     """What follows from the end of the running attempt.
@@ -127,8 +140,9 @@ def ended(
     A process that ended by itself with exit code 0 has succeeded even if a cancel was on its way: its work is done.
     Otherwise a requested cancel comes before any retry or requeue. Losses of the node and failures of the task are
     counted apart: failures are paid for out of `TaskSpec.retries`, losses out of `TaskSpec.losses_allowed`, because a
-    task that takes its node down would else be passed on for ever. `executed`: False only when its node had promised
-    not to start it, and so it cannot have been the cause: such a loss costs nothing.
+    task that takes its node down would else be passed on for ever. `reached`: when its node had promised not to start
+    it, its program cannot have been the cause, and the loss costs nothing; what was being brought in for it can have
+    been, and so that is excused `PREPARING_LOSSES_MAX` times.
     """
     if exit_.reason is Reason.EXIT and exit_.exit_code == 0:
         return _over(task, Event.FINISH, Outcome.SUCCEEDED, exit_, token, now_ms)
@@ -140,8 +154,9 @@ def ended(
     never_ran = exit_.reason is Reason.FENCED and not ran
     if never_ran or exit_.reason is Reason.NODE_UNFIT:  # neither the task's failure nor a loss
         return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms, UNFIT_DELAY_S)
-    if exit_.reason in _LOSSES and not executed:
-        task = replace(task, losses_excused=task.losses_excused + 1)
+    if exit_.reason in _LOSSES and _is_excused(task, reached):
+        preparing = task.losses_preparing + (reached is Reached.PREPARING)
+        task = replace(task, losses_excused=task.losses_excused + 1, losses_preparing=preparing)
         return _again(task, Event.NODE_LOST, Outcome.LOST, exit_, token, now_ms)
     if exit_.reason in _LOSSES:
         task = replace(task, losses=task.losses + 1)
@@ -158,6 +173,12 @@ def ended(
         delay_s = min(task.spec.retry_backoff_s * 2.0 ** (task.failures - 1), RETRY_DELAY_MAX_S)
         return _again(task, Event.RETRY, Outcome.FAILED, exit_, token, now_ms, delay_s)
     return _over(task, Event.FINISH, Outcome.FAILED, exit_, token, now_ms)
+
+
+def _is_excused(task: Task, reached: Reached) -> bool:
+    if reached is Reached.PREPARING:
+        return task.losses_preparing < PREPARING_LOSSES_MAX
+    return reached is Reached.WAITING
 
 
 def _close_attempt(task: Task, outcome: Outcome, exit_: Exit, token: Revision, now_ms: int) -> Task:

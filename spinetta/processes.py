@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from spinetta.events import (
     AttemptEnded,
+    Begin,
     Effect,
     Forget,
     ListRuntime,
@@ -36,7 +37,8 @@ class Processes:
         self._past: dict[str, Exit] = {}  # of attempts that are forgotten: a listing that was under way may show them
         self._stopped: dict[str, float] = {}  # when the runtime was last asked to end it
         self._asked: dict[str, int] = {}  # starts that are to be answered
-        self._preparing: set[str] = set()  # of these, those that may take long before anything of them runs
+        self._preparing: dict[str, float] = {}  # of these, those that are not to begin yet, and since when
+        self._prepared: set[str] = set()  # of these, those that could
         self._unsure: set[str] = set()  # starts that were not answered: they may run
         self._list_at_s: float | None = None  # when to ask the runtime what it holds
 
@@ -61,8 +63,16 @@ class Processes:
         return key in self._asked
 
     def is_preparing(self, key: str) -> bool:
-        """Whether it may take long before anything of it runs, and it can be ended at once until then."""
+        """Whether it was not told to begin, and can be ended at once until then."""
         return key in self._preparing
+
+    def is_prepared(self, key: str) -> bool:
+        """Whether it only waits for being told to begin."""
+        return key in self._prepared
+
+    def preparing_for_s(self, key: str, now: float) -> float:
+        """How long it has been preparing; 0 for what is not."""
+        return now - self._preparing.get(key, now)
 
     def may_run(self, key: str) -> bool:
         """Whether a start of it is to be answered, or was not: it must neither be started nor called "not started"."""
@@ -102,7 +112,7 @@ class Processes:
         if left:
             self._asked[done.key] = left
         else:
-            self._preparing.discard(done.key)
+            self._leave(done.key)
         if isinstance(done.exit, NoAnswer):
             # It may run, so nothing is decided on it until the runtime has said what it holds.
             self._unsure.add(done.key)
@@ -115,6 +125,11 @@ class Processes:
         if done.exit is not None:
             self.ends[done.key] = done.exit
         return []
+
+    def prepared(self, key: str) -> None:
+        """All that it needs is here."""
+        if key in self._preparing:
+            self._prepared.add(key)
 
     def ended(self, ended: AttemptEnded, token: Revision) -> None:
         """A process is gone."""
@@ -130,11 +145,20 @@ class Processes:
         self._list_at_s = now + STOP_AGAIN_S
         return [ListRuntime()]
 
-    def start(self, key: str, *, prepares: bool) -> None:
-        """It is being started; `prepares`: an image may have to be brought in first."""
+    def start(self, key: str, now: float, *, prepares: bool) -> None:
+        """It is being started; `prepares`: an image may have to be brought in first, and it waits for `begin`."""
         self._asked[key] = self._asked.get(key, 0) + 1
         if prepares:
-            self._preparing.add(key)
+            self._preparing[key] = now
+
+    def begin(self, key: str) -> Effect:
+        """It is told to begin: from now on it may run."""
+        self._leave(key)
+        return Begin(key)
+
+    def _leave(self, key: str) -> None:
+        self._preparing.pop(key, None)
+        self._prepared.discard(key)
 
     def stop(self, key: str, why: Reason, now: float) -> list[Effect]:
         """Ask for its end, again only after a while."""
@@ -157,7 +181,7 @@ class Processes:
                 effects += self._forget(key)
             else:
                 effects += self.stop(key, Reason.FENCED, now)
-        for key in self._preparing - set(ours) - set(self.tokens):
+        for key in self._preparing.keys() - set(ours) - set(self.tokens):
             effects += self.stop(key, Reason.FENCED, now)
         over = (k for k in self._stopped if k not in self._preparing and (k not in self.tokens or k in self.ends))
         for key in list(over):

@@ -31,6 +31,7 @@ from spinetta.events import (
     RevokeLease,
 )
 from spinetta.model import (
+    Beat,
     Exit,
     Holding,
     Incarnation,
@@ -49,6 +50,11 @@ from spinetta.standing import NO_RIGHTS, Rights
 RETRY_S = 1.0
 REQUEUE_MAX = 100  # records read and written at once: below etcd's 128 operations a transaction
 BRAKE_NODES_MIN = 3  # with fewer nodes, one death would be "more than half"
+LOST_WHEN = {
+    lifecycle.Reached.WAITING: "was lost before it had started this",
+    lifecycle.Reached.PREPARING: "was lost while it brought in what this needs",
+    lifecycle.Reached.EXECUTING: "was lost",
+}
 
 
 def wait_out_s(grace_s: float, kill_margin_s: float, clock_rate_error: float) -> float:
@@ -58,6 +64,12 @@ def wait_out_s(grace_s: float, kill_margin_s: float, clock_rate_error: float) ->
     after that on its own clock, which may be slow by `clock_rate_error`, and has the margin to do so.
     """
     return grace_s * (1 + clock_rate_error) + kill_margin_s
+
+
+def _reached(token: Revision, said: Beat) -> lifecycle.Reached:
+    if token in said.preparing:
+        return lifecycle.Reached.PREPARING
+    return lifecycle.Reached.WAITING if token in said.waiting else lifecycle.Reached.EXECUTING  # or it may have been
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,12 +376,12 @@ class Leadership:
             case.act_at_s = now + RETRY_S
             return []
         beat = done.reading.entries.get(keys.beat(node))
-        waiting = codec.decode_beat(beat.value) if beat is not None else frozenset()
+        said = codec.decode_beat(beat.value) if beat is not None else Beat()
         nested = []
         for stray in case.batch:
             entry = done.reading.entries.get(keys.task(stray.task))
-            executed = stray.token not in waiting  # "it may have been" counts, too
-            body = self._put_back(node, stray, entry, executed, now_ms) if entry is not None else None
+            reached = _reached(stray.token, said)
+            body = self._put_back(node, stray, entry, reached, now_ms) if entry is not None else None
             if body is not None:
                 nested.append(body)
         case.strays.clear()
@@ -382,22 +394,24 @@ class Leadership:
         nested = nested[: txn.leading(nested)]  # the next listing shows the rest
         return [Commit(CaseTag("requeue", node, revision), txn.batch(nested, guards))]
 
-    def _put_back(self, node: NodeId, stray: Stray, entry: Entry, executed: bool, now_ms: int) -> txn.Txn | None:
+    def _put_back(
+        self, node: NodeId, stray: Stray, entry: Entry, reached: lifecycle.Reached, now_ms: int
+    ) -> txn.Txn | None:
         task = codec.readable(codec.decode_task, entry.value)
         if task is None or not lifecycle.is_attempt(task, node, stray.holding):
             return None  # its holder recorded the end after the listing
         # A heartbeat may have been committed late, after a newer one: enough for a budget, but not for starting a
         # second time what must be started once at most.
-        executed = executed or not task.spec.restart_on_node_failure
-        what = "was lost" if executed else "was lost before it had started this"
-        lost = Exit(Reason.NODE_LOST, message=f"node {node} {what}", ended_ms=now_ms)
+        if not task.spec.restart_on_node_failure:
+            reached = lifecycle.Reached.EXECUTING
+        lost = Exit(Reason.NODE_LOST, message=f"node {node} {LOST_WHEN[reached]}", ended_ms=now_ms)
         end = lifecycle.ended(
             task,
             lost,
             stray.token,
             cancel_requested=stray.holding.cancel_requested,
             cancel_reason=stray.holding.cancel_reason,
-            executed=executed,
+            reached=reached,
             now_ms=now_ms,
         )
         record = codec.encode_task(end.task)

@@ -7,6 +7,7 @@ condemned it, no claim or renewal of it commits, and this node must stop all tha
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import replace
 
 from spinetta import codec, keys, txn
@@ -30,11 +31,12 @@ from spinetta.events import (
     RenewRuntime,
     RevokeLease,
 )
-from spinetta.model import Incarnation, IncarnationId, LeaseId, Life, NodeRecord, Revision
+from spinetta.model import Beat, Incarnation, IncarnationId, LeaseId, Life, NodeRecord, Revision
 from spinetta.settings import AgentSettings
 from spinetta.standing import rights_in
 from spinetta.tenancy import SLACK_S, TAG, LeaseChange
 
+NOTHING_WAITS = Beat()
 RETRY_S = 0.5
 POLL_S = 1.0  # while waiting for the leader to close an earlier life
 REFUSED_AFTER_S = 3.0  # one voter may be behind the others for a moment: a node that it does not know may be new
@@ -93,7 +95,8 @@ class Session:
         self.acl: NodeAcl | None = None  # our rights as last read; None: no record, or not read yet
         self.acl_seen = Revision(0)  # its revision: ends are recorded under it
         self._refused_since_s: float | None = None
-        self._beat: frozenset[Revision] = frozenset()  # what the latest renewal says
+        self._beat = NOTHING_WAITS  # what the latest renewal says
+        self._renew_not_before_s = -math.inf  # however much somebody waits for it: the latest one had no answer
         self.promised: frozenset[Revision] = frozenset()  # not to be started before a renewal without it is committed
 
     # --- outside view ---
@@ -157,23 +160,23 @@ class Session:
         self._look(now)
 
     def poll(
-        self, now: float, waiting: frozenset[Revision] = frozenset(), wanted: frozenset[Revision] = frozenset()
+        self, now: float, unstarted: Beat = NOTHING_WAITS, wanted: frozenset[Revision] = frozenset()
     ) -> list[Effect]:
         """What time asks for.
 
-        `waiting`: tokens of attempts that are not to be started now: the next renewal promises it, so that whoever puts
-        them back when this node has died knows that they had no part in it. `wanted`: those that wait for the promise
-        to be taken back, and for nothing else.
+        `unstarted`: attempts that are not to be started now: the next renewal promises it, so that whoever puts them
+        back when this node has died knows that they had no part in it. `wanted`: tokens of those that wait for the
+        promise to be taken back, and for nothing else.
         """
-        if wanted & self.promised:
-            self._renew_at_s = min(self._renew_at_s, now)
+        if wanted & self.promised and self._renewing_since_s is None:
+            self._renew_at_s = min(self._renew_at_s, max(now, self._renew_not_before_s))
         effects: list[Effect] = []
         if self._act_at_s is not None and self._act_at_s <= now and not self._busy:
             self._act_at_s = None
             self._busy = True
             effects.append(Read("self", self._self_keys()))
         if self.active and self._renew_at_s <= now:
-            effects += self._renew(now, waiting)
+            effects += self._renew(now, unstarted)
         if self.active:
             effects += self._change.poll(now)
         if self.active and self._advertising is None and self._advertise_at_s <= now:
@@ -490,7 +493,7 @@ class Session:
         self._notice = ""
         return []
 
-    def _renew(self, now: float, waiting: frozenset[Revision]) -> list[Effect]:
+    def _renew(self, now: float, unstarted: Beat) -> list[Effect]:
         assert self.registration is not None and self.lease is not None  # noqa: S101, PT018 - active
         self._renew_at_s = now + self.settings.renew_every_s
         effects: list[Effect] = []
@@ -499,21 +502,22 @@ class Session:
             effects.append(KeepAlive("self", self.lease))
         if self._renewing_since_s is None:
             self._renewing_since_s = now
-            self._beat = waiting
-            self.promised |= waiting  # an answer that is lost may mean that it was made
-            effects.append(Commit("renew", txn.renew(self.registration, codec.encode_beat(waiting))))
+            self._beat = unstarted
+            self.promised |= unstarted.promised  # an answer that is lost may mean that it was made
+            effects.append(Commit("renew", txn.renew(self.registration, codec.encode_beat(unstarted))))
         return effects
 
     def _renewed(self, done: CommitDone, now: float) -> list[Effect]:
         sent_at_s, self._renewing_since_s = self._renewing_since_s, None
         if isinstance(done.result, txn.Committed) and sent_at_s is not None:
             self.renewed_at_s = sent_at_s
-            self.promised = self._beat
+            self.promised = self._beat.promised
             return [RenewRuntime(sent_at_s)]
         if isinstance(done.result, txn.Conflict):
             self.suspect(now)
         else:
             self._renew_at_s = min(self._renew_at_s, now + RETRY_S)
+            self._renew_not_before_s = now + RETRY_S
         return []
 
     def _advertise(self, now: float) -> list[Effect]:

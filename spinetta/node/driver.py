@@ -16,6 +16,7 @@ from spinetta.events import (
     Archive,
     Archived,
     AttemptEnded,
+    Begin,
     Change,
     Changed,
     Commit,
@@ -35,6 +36,7 @@ from spinetta.events import (
     ListRuntime,
     NoAnswer,
     Notice,
+    Prepared,
     Read,
     ReadDone,
     Reading,
@@ -89,9 +91,10 @@ def wall_ms() -> int:
 
 @dataclass(slots=True)
 class Preparing:
-    """What an attempt needs is being brought in. `scope` ends it, for the reason `why`."""
+    """What an attempt needs is being brought in. `scope` ends it, for the reason `why`; `go`: it may begin."""
 
     scope: asyncio.Timeout
+    go: asyncio.Event
     why: str = ""
 
 
@@ -215,6 +218,8 @@ class Driver:
                 self._spawn(self._write_down(effect))
             case Start():
                 self._spawn(self._start(effect))
+            case Begin():
+                self._begin(effect)
             case Stop():
                 self._stop(effect)
             case Forget():
@@ -370,20 +375,30 @@ class Driver:
             await self.tell(Started(launch.key, effect.token, ended))
 
     async def _prepare(self, launch: Launch) -> Launch | Exit:
-        """Bring in what a container needs, which may take long: until then a stop ends it at once."""
+        """Bring in what a container needs, which may take long, and wait until it may begin: until then a stop ends it
+        at once."""
         if launch.wants is None:
-            return launch
-        preparing = Preparing(asyncio.timeout(None))
+            return await self._runtime.prepare(launch)
+        preparing = Preparing(asyncio.timeout(None), asyncio.Event())
         self._preparing[launch.key] = preparing
         try:
             async with preparing.scope:
-                return await self._runtime.prepare(launch)
+                ready = await self._runtime.prepare(launch)
+                if not isinstance(ready, Exit):
+                    await self.tell(Prepared(launch.key))
+                    await preparing.go.wait()
+                return ready
         except TimeoutError:
             if not preparing.scope.expired():
                 raise
             return Exit(Reason(preparing.why), message="before it was started", ended_ms=wall_ms())
         finally:
-            del self._preparing[launch.key]
+            self._preparing.pop(launch.key, None)
+
+    def _begin(self, effect: Begin) -> None:
+        preparing = self._preparing.pop(effect.key, None)  # what is to end it from now on is the runtime's business
+        if preparing is not None:
+            preparing.go.set()
 
     def _stop(self, effect: Stop) -> None:
         preparing = self._preparing.get(effect.key)

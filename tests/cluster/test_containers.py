@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,30 @@ def test_a_shim_that_dies_takes_its_containers_along_and_they_run_again(
     eventually(lambda: not groups_of(f"{handle.id}.1"), within_s=20, what="nothing is left of the first")
     client.cancel([handle.id])
     assert ended(client, handle.id).outcome is Outcome.CANCELLED
+
+
+def test_a_node_that_dies_while_an_image_comes_in_costs_the_task_nothing(tmp_path: Path, image: Path) -> None:
+    """A registry that takes the call and says nothing: the node has told in its heartbeat that nothing runs."""
+    brief = ("--lease-ttl", "3s", "--grace", "5s", "--kill-margin", "1s", "--cpus", "2", "--memory", "2GiB")
+    with ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        cluster = stack.enter_context(running_cluster(tmp_path, 1, *brief, "--runtimes", "process"))
+        cluster.options = (*brief, "--runtimes", "container")
+        n2 = cluster.add()
+        cluster.wait_ready()
+        client = stack.enter_context(Client(cluster.nodes[0].address))
+        nobody = f"127.0.0.1:{silent.getsockname()[1]}"
+        waits = client.submit(["true"], image=f"docker://{nobody}/tools:1", losses_allowed=0)
+        eventually(lambda: client.get(waits.id).task.state is State.RUNNING, within_s=20, what="it is taken")
+        eventually(
+            lambda: '"value"' in cluster.etcdctl("get", "/beat/n2", "--write-out=json"),
+            within_s=20,
+            what=f"the heartbeat says that it is being prepared\n{cluster.tails()}",
+        )
+        n2.crash()
+        eventually(lambda: client.get(waits.id).task.state is State.QUEUED, within_s=30, what="it is put back")
+        found = client.get(waits.id).task
+        assert (found.losses, found.losses_excused, found.losses_preparing) == (0, 1, 1), found
+        assert "while it brought in what this needs" in found.attempts[-1].message
+        client.cancel([waits.id])
+        assert ended(client, waits.id).outcome is Outcome.CANCELLED

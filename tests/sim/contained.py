@@ -28,12 +28,14 @@ def with_containers(plan: Plan) -> Plan:
     if not has_containers(plan.seed):
         return plan
     submits = tuple((at_s, replace(spec, container=_asked(plan.seed, spec))) for at_s, spec in plan.submits)
-    lying = random.Random(f"lies {plan.seed}")
+    lying, bombing = random.Random(f"lies {plan.seed}"), random.Random(f"bombs {plan.seed}")
+    contained = [spec.id for _, spec in submits if spec.container is not None]
     return replace(
         plan,
         machines=tuple(replace(m, allows=_allows(plan.seed, m.name)) for m in plan.machines),
         submits=submits,
-        lying=frozenset(spec.id for _, spec in submits if spec.container is not None and lying.random() < 0.3),
+        lying=frozenset(task for task in contained if lying.random() < 0.3),
+        bombs=frozenset(contained[:1] if bombing.random() < 0.5 else ()),
     )
 
 

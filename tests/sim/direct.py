@@ -10,6 +10,7 @@ from spinetta.access import NodeAcl, NodeRole
 from spinetta.agent import Agent
 from spinetta.events import (
     AttemptEnded,
+    Begin,
     Change,
     Changed,
     Commit,
@@ -28,6 +29,7 @@ from spinetta.events import (
     ListRuntime,
     NoAnswer,
     Notice,
+    Prepared,
     Read,
     ReadDone,
     Reading,
@@ -44,7 +46,19 @@ from spinetta.events import (
     Watch,
     attempt_key,
 )
-from spinetta.model import Holding, IncarnationId, NodeId, QueueHint, Revision, State, Task, TaskId, TaskSpec
+from spinetta.model import (
+    Exit,
+    Holding,
+    IncarnationId,
+    NodeId,
+    QueueHint,
+    Reason,
+    Revision,
+    State,
+    Task,
+    TaskId,
+    TaskSpec,
+)
 from spinetta.settings import AgentSettings
 from spinetta.store.protocol import Changes, KeyValue
 from tests.sim.etcd_model import EtcdModel
@@ -115,6 +129,7 @@ class Node:
     shim: ShimModel
     disk: IncarnationId | None = None
     pending: list[Effect] = field(default_factory=list)
+    preparing: dict[str, Start] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     done: list[Effect] = field(default_factory=list)
     watches: dict[str, Watch] = field(default_factory=dict)
@@ -127,6 +142,7 @@ class Direct:
         self.model = EtcdModel()
         self.now = 0.0
         self.nodes: dict[NodeId, Node] = {}
+        self.has_images = True  # False: what a container needs is not brought in before the test says so
         self._script = script or (lambda _start: Script(1.0))
         for each in settings:
             self.add(each)
@@ -146,6 +162,7 @@ class Direct:
         """The daemon alone: what it knew and wanted is gone, the shim goes on."""
         node.agent = Agent(node.settings, node.disk)
         node.pending.clear()
+        node.preparing.clear()
         node.watches.clear()
         self.tell(node, RuntimeListed(node.shim.listing()))
 
@@ -165,9 +182,16 @@ class Direct:
         node.done.append(effect)
         answer: Happening | None = None
         match effect:
+            case Start(spec, attempt) if spec.container is not None:
+                node.preparing[attempt_key(spec.id, attempt)] = effect
+                if self.has_images:
+                    answer = Prepared(attempt_key(spec.id, attempt))
             case Start():
-                _, exit_ = node.shim.start(effect, self.now)
-                answer = Started(attempt_key(effect.spec.id, effect.attempt), effect.token, exit_)
+                answer = self._start(node, effect)
+            case Begin(key):
+                answer = self._start(node, node.preparing.pop(key))
+            case Stop(key, why) if key in node.preparing:
+                answer = Started(key, node.preparing.pop(key).token, Exit(Reason(why), message="before it was started"))
             case Stop(key, why):
                 node.shim.stop(key, why, self.now)
             case Forget(key):
@@ -190,6 +214,10 @@ class Direct:
         if answer is not None:
             self.tell(node, answer)
         self.deliver()
+
+    def _start(self, node: Node, start: Start) -> Happening:
+        _, exit_ = node.shim.start(start, self.now)
+        return Started(attempt_key(start.spec.id, start.attempt), start.token, exit_)
 
     def lose(self, node: Node, effect: Effect, *, arrives: bool = False) -> None:
         """Nobody answers; what was asked has happened or not."""

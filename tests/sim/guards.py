@@ -89,6 +89,11 @@ REASONING: dict[str, tuple[str, str]] = {
     "no-must-stop": ("a condemned node stops all", "it runs what was put back"),
     "always-nothing-runs": ("only what has stopped is reported dead", "the wait is skipped while processes run"),
     "late-news": ("what is over stays over", "late news of a claim start it again"),
+    "promises-forgotten": (
+        "what a heartbeat says is not started begins once one without it is committed",
+        "a task that took its node down is excused",
+    ),
+    "images-for-ever": ("losses while an image comes in are excused only so often", "it takes down node after node"),
     "lives-go-on": ("claims end with the life they were made under", "one commits for a life that is over"),
     "no-losses": ("losses of nodes are told from failures", "a dead node uses up the user's retries"),
     "blind-to-labels": ("labels are compared before a claim", "a task runs where it may not"),

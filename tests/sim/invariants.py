@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from spinetta import codec, keys, trustcodec
+from spinetta import codec, keys, lifecycle, trustcodec
 from spinetta.access import NodeAcl
 from spinetta.model import (
     Exit,
@@ -336,6 +336,8 @@ class Checker:
             self.excused[task] = record.losses_excused
             if truth is not None:
                 raise Violated(3, f"{task}: the loss of attempt {last.number} was excused, but it had been started")
+        if record.losses_preparing > lifecycle.PREPARING_LOSSES_MAX:
+            raise Violated(3, f"{task}: {record.losses_preparing} losses were excused while its image came in")
         ran = truth.exit if truth is not None else None
         if last.reason in (Reason.EXIT, Reason.SIGNAL, Reason.WALLTIME) and (
             ran is None or (ran.reason, ran.exit_code) != (last.reason, last.exit_code)

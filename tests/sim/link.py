@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from spinetta.agent import Agent
 from spinetta.errors import Compacted
-from spinetta.events import Changed, Effect, Happening, KeepAlive, KeptAlive, Watch, WatchLost
+from spinetta.events import Changed, Effect, Happening, KeepAlive, KeptAlive, Start, Watch, WatchLost
 from spinetta.model import NodeId, Revision
 from spinetta.settings import AgentSettings
 from spinetta.store.protocol import Changes
@@ -44,6 +44,7 @@ class Daemon:
     agent: Agent
     inbox: list[Happening] = field(default_factory=list)
     watches: dict[str, Seen] = field(default_factory=dict)
+    preparing: dict[str, Start] = field(default_factory=dict)
     turn_at_s: float | None = None
     wake_at_s: float | None = None
     paused_until_s: float = 0.0

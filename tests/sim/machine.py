@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from spinetta.agent import Agent
 from spinetta.events import (
     Archive,
+    Begin,
     Effect,
     Forget,
     Happening,
@@ -29,6 +30,7 @@ from tests.sim.faults import Machine as MachinePlan
 from tests.sim.invariants import Violated
 from tests.sim.link import Daemon, StoreLink
 from tests.sim.more import WILD_LAG_S
+from tests.sim.preparing import PreparingLink
 from tests.sim.shim_model import ShimModel
 from tests.sim.shimlink import EPSILON_S, WIRE_S, ShimLink
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 SLOW_DISK_S = 3.0  # what a write to disk takes at most when it is slow
 
 
-class Machine(StoreLink, ShimLink):
+class Machine(StoreLink, ShimLink, PreparingLink):
     """A node. What happens in it is scheduled in its world."""
 
     def __init__(self, world: World, plan: MachinePlan, settings: AgentSettings) -> None:
@@ -292,6 +294,12 @@ class Machine(StoreLink, ShimLink):
 
     def _carry_out(self, daemon: Daemon, effect: Effect) -> None:
         match effect:
+            case Start(spec) if spec.container is not None:
+                self._prepare(daemon, effect)
+            case Begin(key):
+                self._to_shim(daemon, daemon.preparing.pop(key))
+            case Stop(key) if key in daemon.preparing:
+                self._end_preparing(daemon, effect)
             case Start() | Stop() | Forget() | RenewRuntime():
                 self._to_shim(daemon, effect)
             case ListRuntime():

@@ -264,6 +264,8 @@ MUTANTS: dict[str, Mutant] = {
     "always-nothing-runs": put(holdings.Holdings, "nothing_runs", True),
     "late-news": put(holdings.Holdings, "_drop", lambda self, h: self.held.pop(h.task_id)),
     "no-reconcile": put(mirror.Mirror, "poll", lambda self, now: _poll_once(self, now)),
+    "promises-forgotten": put(session.Session, "promised", property(lambda _: frozenset(), lambda *_: None)),
+    "images-for-ever": put(lifecycle, "_is_excused", lambda _, reached: reached is not lifecycle.Reached.EXECUTING),
     "lives-go-on": put(claims.Claims, "life_ended", lambda _self: None),
 }
 

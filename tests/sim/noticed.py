@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.unit import test_agent, test_recover, test_session
+from tests.unit import test_agent, test_beats, test_recover, test_session
 from tests.unit import test_agent_rights as rights
 from tests.unit import test_agent_stories as stories
 
@@ -34,6 +34,7 @@ NOTICED: dict[str, tuple[str, int]] = {
     "reattach[3]": ("rights", 2),
     "OfficeHeld.guards[1]": ("rights", 179),
     "leads-on": ("rights", 2),
+    "promises-forgotten": ("machine,net", 106),
     "blind-to-labels": ("rights", 1),
     "blind-to-needs": ("", 7),
     "needs-as-hinted": ("", 18),
@@ -83,6 +84,8 @@ TOLD: dict[str, Callable[[], None]] = {
     "wait-without-rho": test_recover.test_it_waits_reads_puts_back_lists_again_and_closes,
     "wait-without-margin": test_recover.test_it_waits_reads_puts_back_lists_again_and_closes,
     "forgetful-daemon": test_agent.test_a_restarted_daemon_goes_on,
+    "promises-forgotten": test_beats.test_what_is_brought_in_begins_once_no_heartbeat_names_it,
+    "images-for-ever": test_beats.test_an_image_that_takes_down_node_after_node_is_given_up,
 }
 
 # mutant: what stands behind it, so that nothing goes wrong without it alone

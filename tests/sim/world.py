@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 from unittest import mock
 
-from spinetta import agent, claims, codec, collect, holdings, keys, queue, recover, steal, trustcodec
+from spinetta import agent, claims, codec, collect, holdings, keys, lifecycle, queue, recover, steal, trustcodec
 from spinetta.access import NodeAcl, NodeRole
 from spinetta.events import PauseWanted, SetDraining
 from spinetta.model import IncarnationId, Life, NodeId, State, TaskId
@@ -42,6 +42,7 @@ TIGHT: tuple[tuple[Any, str, float], ...] = (
     (claims, "LINGER_S", 1.0),
     (claims, "HOLD_OFF_S", 2.0),
     (holdings, "FINISHES_MAX", 2),
+    (lifecycle, "PREPARING_LOSSES_MAX", 1),
     (holdings, "READ_MAX", 2),
     (queue, "WINDOW_MAX", 2),
     (queue, "HINTS_READ_MAX", 1),

@@ -83,6 +83,7 @@ tasks = st.builds(
     failures=u32,
     losses=u32,
     losses_excused=u32,
+    losses_preparing=u32,
     submitted_ms=s64,
     completed_ms=s64,
     submitted_at_node=text,

@@ -7,7 +7,7 @@ import pytest
 
 from spinetta import lifecycle
 from spinetta.errors import InvariantViolation
-from spinetta.lifecycle import RETRY_DELAY_MAX_S, TRANSITIONS, Event
+from spinetta.lifecycle import PREPARING_LOSSES_MAX, RETRY_DELAY_MAX_S, TRANSITIONS, Event, Reached
 from spinetta.model import (
     ATTEMPTS_KEPT_MAX,
     Exit,
@@ -59,8 +59,8 @@ def running(**fields: object) -> Task:
     return lifecycle.claimed(queued(1, **fields), ME, LIFE, now_ms=NOW_MS)
 
 
-def end(task: Task, exit_: Exit, *, cancel: bool = False, executed: bool = True) -> lifecycle.Ended:
-    return lifecycle.ended(task, exit_, TOKEN, cancel_requested=cancel, executed=executed, now_ms=9000)
+def end(task: Task, exit_: Exit, *, cancel: bool = False, reached: Reached = Reached.EXECUTING) -> lifecycle.Ended:
+    return lifecycle.ended(task, exit_, TOKEN, cancel_requested=cancel, reached=reached, now_ms=9000)
 
 
 def test_a_submitted_task_waits() -> None:
@@ -213,10 +213,34 @@ def test_a_loss_under_a_task_that_was_not_started_costs_nothing() -> None:
     task = queued(losses_allowed=0, restart_on_node_failure=False)
     for _ in range(3):
         task = lifecycle.claimed(task, ME, LIFE, now_ms=1)
-        ended = end(task, Exit(Reason.NODE_LOST), executed=False)
+        ended = end(task, Exit(Reason.NODE_LOST), reached=Reached.WAITING)
         assert ended.event is Event.NODE_LOST
         task = ended.task
     assert (task.state, task.losses, task.losses_excused) == (State.QUEUED, 0, 3)
+
+
+def test_losses_while_its_image_came_in_are_excused_only_so_often() -> None:
+    """An image whose unpacking takes down node after node must not go round for ever."""
+    task = queued(losses_allowed=2)
+    seen = []
+    for _ in range(PREPARING_LOSSES_MAX + 3):
+        task = lifecycle.claimed(task, ME, LIFE, now_ms=1)
+        ended = end(task, Exit(Reason.NODE_LOST), reached=Reached.PREPARING)
+        seen.append((ended.event, ended.task.losses, ended.task.losses_excused))
+        task = ended.task
+    excused = [(Event.NODE_LOST, 0, n + 1) for n in range(PREPARING_LOSSES_MAX)]
+    counted = [(Event.NODE_LOST, n + 1, PREPARING_LOSSES_MAX) for n in range(2)]
+    assert seen == [*excused, *counted, (Event.GIVE_UP, 3, PREPARING_LOSSES_MAX)]
+
+
+def test_losses_of_what_was_not_touched_are_no_losses_while_it_was_prepared() -> None:
+    task = queued(losses_allowed=0)
+    for _ in range(PREPARING_LOSSES_MAX + 2):
+        task = end(lifecycle.claimed(task, ME, LIFE, now_ms=1), Exit(Reason.NODE_LOST), reached=Reached.WAITING).task
+    for _ in range(PREPARING_LOSSES_MAX):
+        task = end(lifecycle.claimed(task, ME, LIFE, now_ms=1), Exit(Reason.NODE_LOST), reached=Reached.PREPARING).task
+    assert (task.state, task.losses, task.losses_preparing) == (State.QUEUED, 0, PREPARING_LOSSES_MAX)
+    assert task.losses_excused == 2 * PREPARING_LOSSES_MAX + 2
 
 
 def test_why_it_was_given_up_is_told() -> None:
