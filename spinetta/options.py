@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spinetta import container, devices, names, openfiles, units
+from spinetta import container, devices, names, network, openfiles, units
 from spinetta.errors import UserError
 
 PEERS_MAX = 64  # one that answers is enough; more than this is a mistake
@@ -147,7 +147,7 @@ def parse_devices(value: Any, where: str = "") -> tuple[tuple[str, tuple[str, ..
     Each is a path, or one with the label of the unit that it belongs to before it; see `devices`.
 
     Raises:
-        UserError: a bad name or label, a path that is none of a device, or one that belongs to several units.
+        UserError: a bad name, or a path that is none of a device.
     """
     found: dict[str, list[str]] = {}
     if isinstance(value, Mapping):

@@ -280,6 +280,7 @@ def devices_of(
         Unfit: one is not there.
     """
     found = []
+    given = dict(units)
     for name, count in countables:
         of, labels = device_units.of_items(devices.get(name, ())), given.get(name, ())
         if of.units and len(labels) != count:
@@ -305,7 +306,6 @@ def _make_skeleton(folder: Path, lacking: Sequence[tuple[str, bool]], uid: int, 
             path = new / target.lstrip("/")
             (path if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
             if not is_folder:
-    given = dict(units)
                 path.touch()
         for top, folders, files in os.walk(new):
             for name in (".", *folders, *files):
