@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spinetta.client.admin import Access, AsyncAdmin, AuthorityInfo, NewToken, Rotated, WhoAmI
     from spinetta.client.aio import AsyncClient, AsyncTaskHandle
     from spinetta.client.containers import Mount
+    from spinetta.client.execs import CopiedEntry, CopySkipped, ExecEnd, ExecOutput
     from spinetta.client.specs import TaskOptions, make_spec, new_id
     from spinetta.client.sync import Client, TaskHandle
     from spinetta.client.syncadmin import Admin
@@ -55,6 +56,10 @@ _HOMES = {
     "Client": "sync",
     "TaskHandle": "sync",
     "Mount": "containers",
+    "CopiedEntry": "execs",
+    "CopySkipped": "execs",
+    "ExecEnd": "execs",
+    "ExecOutput": "execs",
     "TaskOptions": "specs",
     "make_spec": "specs",
     "new_id": "specs",
@@ -83,6 +88,10 @@ __all__ = [
     "CancelResult",
     "Client",
     "ClusterInfo",
+    "CopiedEntry",
+    "CopySkipped",
+    "ExecEnd",
+    "ExecOutput",
     "LeaveStep",
     "LogChunk",
     "Mount",

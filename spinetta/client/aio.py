@@ -493,3 +493,13 @@ class AsyncTaskHandle:
     def log(self, **options: Any) -> AsyncIterator[views.LogChunk]:
         """Its log; options are those of `AsyncClient.log`."""
         return self._client.log(self.id, **options)
+
+    def exec(self, command: Sequence[str], **options: Any) -> AbstractAsyncContextManager[execs.Execution]:
+        """Run a command beside it; options are those of `AsyncClient.exec`."""
+        return self._client.exec(self.id, command, **options)
+
+    def copy_out(
+        self, path: str = "", *, attempt: int = 0
+    ) -> AsyncGenerator[execs.CopiedEntry | bytes | execs.CopySkipped, None]:
+        """A file or directory of its scratch space; see `AsyncClient.copy_out`."""
+        return self._client.copy_out(self.id, path, attempt=attempt)

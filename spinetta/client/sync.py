@@ -7,15 +7,17 @@ import contextlib
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from spinetta import validate
-from spinetta.client import views
+from spinetta.client import execs, views
 from spinetta.client.aio import AsyncClient
 from spinetta.client.credentials import Bearer, Source
 from spinetta.client.specs import TaskOptions
 from spinetta.client.syncadmin import Admin
+from spinetta.client.syncexecs import Execution, execute
 from spinetta.client.syncimages import Images
 from spinetta.config import DEFAULT_ADDRESS, ClientSettings
 from spinetta.model import TaskId, TaskSpec
@@ -171,6 +173,16 @@ class Client:
         """A task's log, chunk by chunk; options are those of `AsyncClient.log`."""
         return self._iterate(self._client.log(task_id, **options))
 
+    def exec(self, task_id: str, command: Sequence[str], **options: Any) -> AbstractContextManager[Execution]:
+        """Run a command beside a running task; leaving the block ends it. Options are those of `AsyncClient.exec`."""
+        return execute(self._client.exec(task_id, command, **options), self._run, self._iterate)
+
+    def copy_out(
+        self, task_id: str, path: str = "", *, attempt: int = 0
+    ) -> Iterator[execs.CopiedEntry | bytes | execs.CopySkipped]:
+        """A file or directory of a task's scratch space: first what it is, then bytes; as `AsyncClient.copy_out`."""
+        return self._iterate(self._client.copy_out(task_id, path, attempt=attempt))
+
     def wait(self, ids: Sequence[str], *, timeout_s: float | None = None, any_: bool = False) -> views.WaitResult:
         """Wait until all (or any) of the tasks have ended."""
         return self._run(self._client.wait(ids, timeout_s=timeout_s, any_=any_))
@@ -245,3 +257,11 @@ class TaskHandle:
     def log(self, **options: Any) -> Iterator[views.LogChunk]:
         """Its log; options are those of `AsyncClient.log`."""
         return self._client.log(self.id, **options)
+
+    def exec(self, command: Sequence[str], **options: Any) -> AbstractContextManager[Execution]:
+        """Run a command beside it; options are those of `AsyncClient.exec`."""
+        return self._client.exec(self.id, command, **options)
+
+    def copy_out(self, path: str = "", *, attempt: int = 0) -> Iterator[execs.CopiedEntry | bytes | execs.CopySkipped]:
+        """A file or directory of its scratch space; see `AsyncClient.copy_out`."""
+        return self._client.copy_out(self.id, path, attempt=attempt)
