@@ -46,7 +46,7 @@ def make_device(path: Path, number: tuple[int, int]) -> None:
 @pytest.fixture
 def cards() -> Iterator[Path]:
     """A folder below /dev with two cards."""
-    with tempfile.TemporaryDirectory(prefix="spinetta-cards-", dir="/dev/shm") as name:  # noqa: S108 - below /dev
+    with tempfile.TemporaryDirectory(prefix="spinetta-cards-", dir="/dev/shm") as name:
         folder = Path(name)
         folder.chmod(0o755)
         for label, number in NUMBERS.items():

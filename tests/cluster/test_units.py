@@ -1,0 +1,109 @@
+"""What a task is given alone, on a real node: one card of two, also over the death of a daemon; and open files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinetta.client import Client
+from spinetta.errors import UserError
+from spinetta.model import Outcome, State
+from tests.cluster.harness import Cluster, eventually, free_base
+from tests.contract.containers import make_rootfs
+from tests.contract.test_units import cards
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+_ = cards  # a fixture
+CALM = ("--lease-ttl", "30s", "--grace", "60s", "--kill-margin", "2s", "--cpus", "4", "--memory", "2GiB")
+SHOWS = "echo $SPINETTA_DEVICES_GPU of $CUDA_VISIBLE_DEVICES; while [ ! -e gate ]; do sleep 0.1; done"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return make_rootfs(tmp_path / "image", 0)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, image: Path, cards: Path) -> Iterator[Cluster]:
+    devices = f"gpu=0:{cards}/card0,1:{cards}/card1"
+    options = (*CALM, "--devices", devices, "--allow", f"image:{image}", "--open-files-max", "5000")
+    made = Cluster(tmp_path, free_base(1), (*options, "--open-files", "3000"))
+    try:
+        made.add()
+        made.wait_ready()
+        yield made
+    finally:
+        made.stop()
+
+
+def said(client: Client, task: str) -> str:
+    try:
+        return b"".join(chunk.data for chunk in client.log(task)).decode()
+    except UserError:  # it has not begun
+        return ""
+
+
+def open_gate(cluster: Cluster, task: str) -> None:
+    (scratch,) = (cluster.nodes[0].data_dir / "shim").rglob(f"scratch/{task}.*")
+    (scratch / ("work" if (scratch / "work").is_dir() else "") / "gate").touch()
+
+
+def test_one_card_of_two_each(cluster: Cluster, image: Path) -> None:
+    node = cluster.nodes[0]
+    with Client(node.address) as client:
+        assert dict(client.nodes().nodes[0].record.capacity.countables) == {"gpu": 2}
+        contained = client.submit(["sh", "-c", SHOWS], gpu=1, image=f"rootfs:{image}").id
+        eventually(lambda: said(client, contained), within_s=30, what=f"it runs\n{cluster.tails()}")
+        plain = client.submit(["sh", "-c", SHOWS], gpu=1).id
+        eventually(lambda: said(client, plain), within_s=30, what=f"it runs\n{cluster.tails()}")
+        assert (said(client, contained), said(client, plain)) == ("0 of 0\n", "1 of 1\n")
+        third = client.submit(["sh", "-c", SHOWS], gpu=1).id
+
+        def status(task: str) -> dict[str, Any]:
+            found: dict[str, Any] = cluster.json("status", task)["tasks"][0]
+            return found
+
+        assert "busy: 1 gpu wanted, 0 there" in cluster.cli("status", third).stdout
+        node.kill_daemon()
+        node.start()
+        cluster.wait_ready()
+        eventually(lambda: status(plain)["now"], within_s=30, what="it is known again")
+        assert (status(plain)["now"]["units"], status(contained)["now"]["units"]) == ({"gpu": ["1"]}, {"gpu": ["0"]})
+        assert "Given:" in cluster.cli("status", plain).stdout
+        assert cluster.json("node", "show")["units_given"] == {"gpu": {"0": contained, "1": plain}}
+        assert f"gpu 0 ({contained[-6:]}), 1 ({plain[-6:]})" in cluster.cli("node", "show").stdout
+        assert said(client, third) == ""
+        open_gate(cluster, plain)  # the third takes its place
+        eventually(lambda: said(client, third), within_s=30, what=f"it runs\n{cluster.tails()}")
+        assert said(client, third) == "1 of 1\n"
+        for task in (contained, third):
+            open_gate(cluster, task)
+        done = client.wait([contained, plain, third], timeout_s=60).tasks
+        assert [(i.task.outcome, i.task.attempts_started) for i in done] == [(Outcome.SUCCEEDED, 1)] * 3
+        units = node.data_dir / "units"
+        eventually(lambda: not list(units.iterdir()), within_s=20, what="both are free again")
+
+
+def test_open_files_of_tasks(cluster: Cluster, image: Path) -> None:
+    with Client(cluster.nodes[0].address) as client:
+        shows = ["sh", "-c", "ulimit -Sn; ulimit -Hn"]
+        asked = [
+            (client.submit(shows, **more).id, numbers)
+            for more, numbers in (
+                ({}, "1024\n3000\n"),
+                ({"image": f"rootfs:{image}"}, "1024\n3000\n"),
+                ({"open_files": 5000}, "5000\n5000\n"),
+                ({"open_files": 64, "image": f"rootfs:{image}"}, "64\n64\n"),
+            )
+        ]
+        too_many = client.submit(shows, open_files=5001).id
+        client.wait([task for task, _ in asked], timeout_s=60)
+        for task, numbers in asked:
+            assert said(client, task) == numbers, cluster.tails()
+        assert client.get(too_many).task.state is State.QUEUED
+        assert "n1: 5001 open files wanted, at most 5000 there" in cluster.cli("status", too_many).stdout
+        assert "at most 5000 for a task" in cluster.cli("node", "show").stdout
+        client.cancel([too_many])
