@@ -9,15 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import spinetta
-from tests.cluster.harness import Cluster, Node, alive, eventually, free_base
+from spinetta.client import Client
+from spinetta.errors import StoreUnavailable, UserError
+from spinetta.model import Outcome, ShimInfo
+from tests.cluster.harness import READY_S, Cluster, Node, alive, eventually, free_base
 from tests.contract.containers import make_rootfs
 from tests.contract.oldshims import UNSAID
-from tests.contract.shims import identity, kill_shim
+from tests.contract.shims import identity
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -55,13 +57,20 @@ def of_earlier(directory: Path, package: Path, count: int, *options: str) -> Ite
         cluster.stop()
 
 
-def shims_of(cluster: Cluster, node: Node) -> list[dict[str, Any]]:
-    """As the node tells of them; none yet when it does not answer."""
-    shown = cluster.cli("node", "list", "--json", node=cluster.nodes.index(node), check=False)
-    if shown.returncode:
-        return []
-    found = cluster.json("node", "show", node.name, node=cluster.nodes.index(node))
-    return list(found["shims"])
+def shims_of(client: Client, name: str) -> tuple[ShimInfo, ...]:
+    """As the node tells of them; none while it does not answer."""
+    try:
+        return next(n.record.shims for n in client.nodes().nodes if n.record.name == name)
+    except (StoreUnavailable, StopIteration):
+        return ()
+
+
+def read(client: Client, task: str) -> str:
+    """What is in its log now; nothing before it has started."""
+    try:
+        return b"".join(chunk.data for chunk in client.log(task)).decode()
+    except UserError:
+        return ""
 
 
 def parent(pid: int) -> int:
@@ -89,65 +98,58 @@ def waiting(go: Path) -> list[str]:
 
 def test_tasks_go_on_over_an_upgrade(tmp_path: Path, earlier: Path) -> None:
     image = make_rootfs(tmp_path / "image", 0)
-    with of_earlier(tmp_path, earlier, 1, "--allow", f"image:{image}") as cluster:
+    go = tmp_path / "go"
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(of_earlier(tmp_path, earlier, 1, "--allow", f"image:{image}"))
         (node,) = cluster.nodes
-        first = identity(node.data_dir / "shim")["pid"]
+        home, second = node.data_dir / "shim", node.data_dir / "shim" / "generations" / "2"
+        client = stack.enter_context(Client(node.address))
+        first = identity(home)["pid"]
         (etcd,) = etcd_of(node)
         assert parent(etcd) == first
-        go = tmp_path / "go"
-        plain = cluster.cli("submit", "--", *waiting(go)).stdout.split()[-1]
-        cell = cluster.cli("submit", "--image", f"rootfs:{image}", "--", *waiting(Path("go"))).stdout.split()[-1]
-        for task in (plain, cell):
-            eventually(lambda t=task: "begun" in cluster.cli("log", t, check=False).stdout, within_s=30, what="begun")
+        plain = client.submit(waiting(go))
+        cell = client.submit(waiting(Path("go")), image=f"rootfs:{image}")
+        eventually(lambda: all("begun" in read(client, t.id) for t in (plain, cell)), within_s=30, what="both run")
         log = subprocess.Popen(
-            [sys.executable, "-m", "spinetta.cli", "log", "-f", plain],
+            [sys.executable, "-m", "spinetta.cli", "log", "-f", plain.id],
             stdout=subprocess.PIPE, text=True, env={**os.environ, "SPINETTA_NODE": node.address},
         )  # fmt: skip
-        try:
-            node.kill_daemon()
-            for is_killed in (True, False):  # in the midst of it
-                node.start()
-                eventually(
-                    lambda: (node.data_dir / "shim" / "generations" / "2" / "shim.sock").exists(),
-                    within_s=30, what="a shim beside the first",
-                )  # fmt: skip
-                if is_killed:
-                    node.kill_daemon()
-            cluster.wait_ready()
-            newest, old = eventually(lambda: shims_of(cluster, node), within_s=20, what="the node answers")
-            assert (newest["retiring"], newest["code"] != "") == (False, True)
-            assert (old["retiring"], old["attempts"], old["services"], old["code"]) == (True, 2, ["etcd"], "")
-            assert "retiring with 2 attempts and etcd" in cluster.cli("node", "show").stdout
-            assert "goes on with 2 attempts" in cluster.cli("node", "show").stdout
-            new = cluster.cli("submit", "--wait", "--", "sh", "-c", "echo new in $PWD").stdout
-            new = cluster.json("list", "--state", "complete")["tasks"][0]["id"]
-            assert "generations/2/scratch" in cluster.cli("log", new).stdout
-            assert cluster.cli("exec", cell, "--", "touch", "/work/file").returncode == 0
-            assert cluster.cli("cp", f"{cell}:file", str(tmp_path / "copied")).returncode == 0
-            assert parent(etcd_of(node)[0]) == first, "etcd stays where it is while it costs nothing"
-            go.touch()
-            cluster.cli("exec", cell, "--", "touch", "go")
-            cluster.cli("wait", plain, cell, timeout_s=60)
-            for task in (plain, cell):
-                found = cluster.json("status", task)["tasks"][0]
-                assert (found["outcome"], len(found["attempts"])) == ("succeeded", 1), found
-            out, _err = log.communicate(timeout=30)
-            assert [line.split()[0] for line in out.splitlines()] == ["begun", "done"]
-        finally:
-            log.kill()
-            log.wait()
-        eventually(lambda: not alive(first), within_s=40, what="the first shim has ended")
-        second = identity(node.data_dir / "shim" / "generations" / "2")["pid"]
-        assert parent(eventually(lambda: etcd_of(node), within_s=10, what="etcd runs")[0]) == second
-        cluster.wait_ready()
-        eventually(lambda: len(shims_of(cluster, node)) == 1, within_s=20, what="one shim is left")
-        assert not list((node.data_dir / "shim" / "attempts").iterdir())
-        # The machine goes down: all of it is found again, in the first directory.
+        stack.callback(log.wait)
+        stack.callback(log.kill)
         node.kill_daemon()
-        kill_shim(node.data_dir / "shim" / "generations" / "2")
-        node.start()
-        cluster.wait_ready()
-        cluster.cli("submit", "--wait", "--", "true")
-        stopped = cluster.cli("node", "stop", "--data-dir", str(node.data_dir), node=None)
-        assert "stopped" in stopped.stdout
+        for is_killed in (True, False):  # in the midst of it
+            node.start()
+            eventually(lambda: (second / "shim.sock").exists(), within_s=30, what="a shim beside the first")
+            if is_killed:
+                node.kill_daemon()
+        newest, old = eventually(lambda: shims_of(client, node.name), within_s=READY_S, what="the node answers")
+        assert (newest.retiring, newest.code != "") == (False, True)
+        assert (old.retiring, old.attempts, old.services, old.code) == (True, 2, ("etcd",), "")
+        shown = cluster.cli("node", "show").stdout
+        assert "retiring with 2 attempts and etcd" in shown
+        assert "goes on with 2 attempts" in shown
+        new = client.submit(["sh", "-c", "echo new in $PWD"])
+        assert client.wait([new.id], timeout_s=30).tasks[0].task.outcome is Outcome.SUCCEEDED
+        assert "generations/2/scratch" in read(client, new.id)
+        assert cluster.cli("exec", cell.id, "--", "touch", "/work/file").returncode == 0
+        assert cluster.cli("cp", f"{cell.id}:file", str(tmp_path / "copied")).returncode == 0
+        assert parent(etcd_of(node)[0]) == first, "etcd stays where it is while it costs nothing"
+        (home / "scratch" / cell.id).with_name(f"{cell.id}.1").joinpath("work", "go").touch()
+        go.touch()
+        done = client.wait([plain.id, cell.id], timeout_s=60).tasks
+        assert [(i.task.outcome, len(i.task.attempts)) for i in done] == [(Outcome.SUCCEEDED, 1)] * 2, cluster.tails()
+        out, _ = log.communicate(timeout=30)
+        assert [line.split()[0] for line in out.splitlines()] == ["begun", "done"]
+        eventually(lambda: not alive(first), within_s=40, what="the first shim has ended")
+        etcd = eventually(lambda: etcd_of(node), within_s=10, what="etcd runs")[0]
+        assert parent(etcd) == identity(second)["pid"]
+        eventually(lambda: len(shims_of(client, node.name)) == 1, within_s=READY_S, what="one shim is left")
+        assert not list((home / "attempts").iterdir())
+        # All that is stopped is, and the next start finds one directory.
+        assert "stopped" in cluster.cli("node", "stop", "--data-dir", str(node.data_dir), node=None).stdout
         assert not etcd_of(node)
+        assert node.process is not None
+        node.process.wait(10)
+        node.start()
+        eventually(lambda: shims_of(client, node.name), within_s=READY_S, what="it is there again")
+        assert not second.exists()

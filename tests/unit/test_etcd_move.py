@@ -81,11 +81,11 @@ def test_a_daemon_that_ends_in_the_midst_holds_nobody_up() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("changes", [{"healthy": False}, {"learner": True}])
-def test_not_while_one_is_unwell(changes: dict[str, bool]) -> None:
+@pytest.mark.parametrize("member", [replace(WELL[2], healthy=False), replace(WELL[2], learner=True)])
+def test_not_while_one_is_unwell(member: Member) -> None:
     async def scenario() -> None:
         store = ModelStore()
-        seat = Seat((*WELL[:2], replace(WELL[2], **changes)))
+        seat = Seat((*WELL[:2], member))
         assert "n3" in await EtcdMove(Always(), seat, store, NodeId("n1")).step()
         assert not seat.begun.is_set()
         assert not await held(store)
