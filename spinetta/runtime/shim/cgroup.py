@@ -68,6 +68,13 @@ def members(group: Path) -> list[int]:
 
 def remove_group(group: Path) -> bool:
     """Remove a group and those inside it; False when processes are still in it."""
+    try:
+        group.rmdir()  # few have any inside
+        return True
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
     for inner in _below(group):
         try:
             inner.rmdir()

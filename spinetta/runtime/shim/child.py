@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import resource
@@ -114,13 +115,16 @@ def explain(stage: str, number: int, program: str, cwd: str) -> str:
             return f"cannot start (at {stage}): {why}"
 
 
-def run(spawn: Spawn, report: int, outer_proc: int) -> NoReturn:
-    """Become the program. Called in the child; never returns, whatever happens."""
+def run(spawn: Spawn, report: int, outer_proc: int, *, joined: bool = False) -> NoReturn:
+    """Become the program. Called in the child; never returns, whatever happens. `joined`: it is in its group already.
+
+    Each page of memory that we touch is copied or mapped first, which is most of what all of this costs.
+    """
     stage = ["setup"]
     try:
         with contextlib.suppress(OSError):
             os.write(report, os.readlink("self", dir_fd=outer_proc).encode() + b"\n")
-        _become(spawn, report, stage)
+        _become(spawn, report, stage, joined=joined)
     except OSError as error:
         text = json.dumps({"stage": stage[0], "errno": error.errno or 0})
         os.write(report, text.encode())
@@ -138,10 +142,11 @@ def join_groups(files: Sequence[str]) -> None:
             os.close(fd)
 
 
-def _become(spawn: Spawn, report: int, stage: list[str]) -> NoReturn:
+def _become(spawn: Spawn, report: int, stage: list[str], *, joined: bool) -> NoReturn:
     os.setsid()
     stage[0] = "cgroup"
-    join_groups(spawn.join)
+    if not joined:
+        join_groups(spawn.join)
     stage[0] = "setup"
     if spawn.die_with_parent:
         sysapi.set_parent_death_signal(signal.SIGKILL)
@@ -178,13 +183,16 @@ def _become(spawn: Spawn, report: int, stage: list[str]) -> NoReturn:
     become_program(spawn.argv, spawn.env, stage)
 
 
+@functools.cache
+def changed_signals() -> tuple[int, ...]:
+    """Those that the shim ignores or handles: always the same once it serves."""
+    defaults = (signal.SIG_DFL, None)  # None: libc keeps it for itself
+    return tuple(number for number in range(1, signal.NSIG) if signal.getsignal(number) not in defaults)
+
+
 def reset_signals() -> None:
-    """What the shim ignores or blocks its children need not."""
-    for number in signal.valid_signals():
-        # SIGKILL, SIGSTOP and what libc keeps for itself cannot be set
-        with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    """What the shim ignores or blocks its children need not. What it handles exec resets, but it may come before."""
+    sysapi.default_signals(changed_signals())
 
 
 def reset_priority(oom_score_adj: int) -> None:

@@ -131,7 +131,7 @@ class Place:
         return Plan(
             program=held.program,
             key=key,
-            config=config,
+            config=json.dumps(config).encode(),
             lower=held.lower,
             writable=held.writable,
             owner=held.owner,

@@ -160,6 +160,9 @@ class Ending:
         if held.exit is None:
             self._judge(held, stuck=left)
             self.finish(held)
+            # While the end is written: should we die on the way, the next shim removes what is left of them.
+            self._remove_group(held, 0)
+            self.clear_container(held)
 
     def _judge(self, held: Held, *, stuck: bool) -> None:
         """Decide what to call the end."""
@@ -175,8 +178,6 @@ class Ending:
             ended_ms=held.ended_ms,
             used=counters,
         )
-        self._remove_group(held, 0)
-        self.clear_container(held)
 
     def _remove_group(self, held: Held, tries: int) -> None:
         if held.group is None or held.group.remove():

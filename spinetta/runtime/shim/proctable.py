@@ -9,6 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+_SHORT_BYTES = 1 << 16
+
 
 @dataclass(frozen=True)
 class Process:
@@ -28,10 +30,19 @@ def parse_stat(content: str) -> Process:
     return Process(int(head.split(" ", 1)[0]), fields[0], int(fields[1]), int(fields[3]), int(fields[19]))
 
 
+def text_of(path: str) -> str:
+    """A file of the kernel's that is not long: one that it gives at a time. OSError: it is gone."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, _SHORT_BYTES).decode("utf-8", "replace")
+    finally:
+        os.close(fd)
+
+
 def read(pid: int | str, proc: str = "/proc") -> Process | None:
     """One process; None when it is gone."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return parse_stat(Path(f"{proc}/{pid}/stat").read_text("utf-8", "replace"))
+        return parse_stat(text_of(f"{proc}/{pid}/stat"))
     return None
 
 
@@ -44,14 +55,14 @@ def read_all() -> list[Process]:
 def name_of(pid: int) -> str:
     """Of the program that it runs, or what it calls itself; empty when it is gone."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
+        return text_of(f"/proc/{pid}/comm").strip()
     return ""
 
 
 def handles(pid: int, number: int) -> bool:
     """Whether it has a handler for a signal: the first of a pid namespace gets no other, unless it waits for it."""
     with contextlib.suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/status").read_text("utf-8", "replace").splitlines():
+        for line in text_of(f"/proc/{pid}/status").splitlines():
             name, _, mask = line.partition(":\t")
             if name == "SigCgt":
                 return bool(int(mask, 16) >> (number - 1) & 1)

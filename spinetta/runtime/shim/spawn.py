@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from . import child, container, forking, secretfiles
 from .attempt import Held
@@ -67,6 +67,7 @@ def spawn(held: Held, around: Surroundings) -> None:
         place=around.place,
         bundle=bundle,
     )
+    child.changed_signals()  # looked for here, once, not in each child
     receive, send = os.pipe2(os.O_CLOEXEC)
     try:
         os.set_blocking(receive, False)
@@ -81,7 +82,7 @@ def spawn(held: Held, around: Surroundings) -> None:
         os.close(send)
         raise
     if pid == 0:
-        child.run(replace(plan, join=()) if inside else plan, send, around.outer_proc)
+        child.run(plan, send, around.outer_proc, joined=inside)
     os.close(send)
     try:
         # The pid is ours until we reap it: no race here.

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from . import child, proctable
 from .attempt import Held, Phase
@@ -144,13 +143,13 @@ class Containers:
         """Of the container that was made, with its pidfd; 0 when it is gone already."""
         try:
             # On a tmpfs, as all of the runtime's state: no disk can make us wait.
-            pid = int(Path(pid_file(self.place.state, held.key)).read_text("ascii"))
+            pid = int(proctable.text_of(pid_file(self.place.state, held.key)))
             pidfd = os.pidfd_open(pid)
         except (OSError, ValueError):
             return 0
         # Should it have died and been reaped, its number may be another's by now.
         with contextlib.suppress(OSError):
-            if f"/{held.key}" in Path(f"/proc/{pid}/cgroup").read_text("utf-8", "replace"):
+            if f"/{held.key}" in proctable.text_of(f"/proc/{pid}/cgroup"):
                 held.pidfd = pidfd
                 return pid
         os.close(pidfd)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 CLONE_NEWNS = 0x0002_0000
@@ -14,10 +15,12 @@ CLOCK_BOOTTIME = 7
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
 _MS_BIND, _MS_REC, _MS_SLAVE = 4096, 16384, 1 << 19
+_SIG_SETMASK, _SIGSET_BYTES = 2, 128
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 4, 15, 36
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _TFD_NONBLOCK, _TFD_CLOEXEC, _TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
 _SYS_WAITID = {"x86_64": 247, "aarch64": 95, "riscv64": 95, "ppc64le": 272, "s390x": 281}
+_WAITID = _SYS_WAITID.get(os.uname().machine)
 _BLOCK_BYTES = 512  # of ru_inblock and ru_oublock, whatever the disk's
 _P_PIDFD, _WEXITED, _WNOHANG, _WNOWAIT = 3, 4, 1, 0x0100_0000
 
@@ -95,6 +98,13 @@ def set_parent_death_signal(number: int) -> None:
     _check(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
 
 
+def default_signals(numbers: Iterable[int]) -> None:
+    """None of them is ignored any more, and none at all blocked. Python does not learn of it: just before an exec."""
+    for number in numbers:
+        _libc.signal(number, None)
+    _libc.sigprocmask(_SIG_SETMASK, bytes(_SIGSET_BYTES), None)
+
+
 def set_name(name: str) -> None:
     """Name shown by ps and top (15 bytes)."""
     _libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)
@@ -141,13 +151,12 @@ class EndedUsage:
 
 def ended_usage(pidfd: int) -> EndedUsage | None:
     """Of an ended child that is not reaped yet. None where this machine's call number is not known."""
-    number = _SYS_WAITID.get(os.uname().machine)
-    if number is None:
+    if _WAITID is None:
         return None
     info = ctypes.create_string_buffer(128)
     usage = ctypes.create_string_buffer(256)
     result = _libc.syscall(
-        ctypes.c_long(number), _P_PIDFD, ctypes.c_long(pidfd), info, _WEXITED | _WNOHANG | _WNOWAIT, usage
+        ctypes.c_long(_WAITID), _P_PIDFD, ctypes.c_long(pidfd), info, _WEXITED | _WNOHANG | _WNOWAIT, usage
     )
     if result < 0:
         return None
