@@ -48,6 +48,7 @@ class Held:
         keep_part: the part of that directory that is kept; empty: all of it.
         spawn_unfit: it was this node's fault that it could not be started.
         container: None for a plain process. Until it is created `pid` is that of the runtime which does it.
+        oom_kills_beside: of processes killed because memory ran out, those that were commands beside it.
         disk_bytes_max: of the scratch directory; 0: no limit.
         disk_used_bytes: what it held when it was found to hold more than that.
         log_bytes_max: of each stream's log, the rest is discarded; 0: no limit.
@@ -85,6 +86,7 @@ class Held:
     spawn_error: str = ""
     spawn_unfit: bool = False
     private: bool = False
+    oom_kills_beside: int = 0
     disk_bytes_max: int = 0
     disk_used_bytes: int = 0
     log_bytes_max: int = 0

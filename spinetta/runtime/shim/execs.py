@@ -46,6 +46,7 @@ class Exec:
         waits: the request's id, until it has been answered.
         report_fd: what goes wrong before the program runs comes from here; its end says that it runs.
         log_fd: what a container's runtime complains of, in memory; -1: there is none.
+        oom_kills: of the attempt, when this was started.
     """
 
     held: Held
@@ -60,6 +61,7 @@ class Exec:
     report: bytes = b""
     hung_up: bool = False
     tries: int = 0
+    oom_kills: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Execs:
             if plan.log_fd >= 0:
                 os.close(plan.log_fd)
             raise Refused("full", f"cannot fork: {error.strerror}") from None
+        one.oom_kills = _oom_kills(held)
         self._all[one.pid] = one
         self._keeper.ending.unreaped.add(one.pid)
         self._loop.watch(one.report_fd, READ, lambda _mask: self._reported(one))
@@ -249,16 +252,17 @@ class Execs:
             return  # told already
         exited = result.si_code == os.CLD_EXITED
         code = result.si_status
+        out_of_memory = code == (_KILLED_INSIDE if exited else signal.SIGKILL) and _was_chosen(one)
         if said and exited and code == RUNTIME_FAILED:
             why = f"the command could not be started: {said}"
             one.connection.send({"event": "exec-ended", "exit_code": CANNOT_START, "signal": 0, "message": why})
         elif one.held.container is not None and code == _KILLED_INSIDE and one.held.phase < Phase.ENDING:
             # When a container's first process ends all others do so before it, so that we hear of them first.
-            self._loop.call_in(INIT_ENDS_S, lambda: self._tell(one, exited=exited, code=code))
+            self._loop.call_in(INIT_ENDS_S, lambda: self._tell(one, out_of_memory, exited=exited, code=code))
         else:
-            self._tell(one, exited=exited, code=code)
+            self._tell(one, out_of_memory, exited=exited, code=code)
 
-    def _tell(self, one: Exec, *, exited: bool, code: int) -> None:
+    def _tell(self, one: Exec, out_of_memory: bool, *, exited: bool, code: int) -> None:
         by_force = not exited or (one.held.container is not None and code == _KILLED_INSIDE)
         with_it = by_force and (one.held.phase >= Phase.ENDING or bool(one.held.stop_why))
         one.connection.send(
@@ -266,7 +270,7 @@ class Execs:
                 "event": "exec-ended",
                 "exit_code": code if exited else None,
                 "signal": 0 if exited else code,
-                "message": "the task has ended" if with_it else "",
+                "message": "the task has ended" if with_it else "memory ran out" if out_of_memory else "",
             }
         )
 
@@ -292,6 +296,23 @@ class Execs:
         with contextlib.suppress(ProcessLookupError):  # before it has a session of its own
             os.kill(one.pid, signal.SIGKILL)
         self._loop.call_in(KILL_AGAIN_S, lambda: self._kill(one))
+
+
+def _oom_kills(held: Held) -> int:
+    """Processes of the attempt that were killed because memory ran out, without commands beside it."""
+    return held.group.counters().oom_kills - held.oom_kills_beside if held.group else 0
+
+
+def _was_chosen(one: Exec) -> bool:
+    """Whether a command that was killed was what the kernel killed because memory ran out: then its task was not.
+
+    One kill at the most is put down to it. Of several, or when a process of its own was killed and it went on, nobody
+    can tell whose they were; then they are the task's, whose output may lack something.
+    """
+    if one.held.phase >= Phase.ENDING or one.hung_up or _oom_kills(one.held) <= one.oom_kills:
+        return False
+    one.held.oom_kills_beside += 1
+    return True
 
 
 def _complaint(one: Exec) -> str:

@@ -27,14 +27,14 @@ def judge(held: Held, counters: Counters, *, succeeded: bool) -> tuple[str, str]
     `succeeded`: its main process ended by itself with exit code 0. What we did comes first, then what the kernel did;
     a process that could not be made explains a failure, of a success it is only worth a remark.
     """
-    refused = counters.pids_refused
+    refused, oom_kills = counters.pids_refused, max(counters.oom_kills - held.oom_kills_beside, 0)
     # A container's own start takes memory and threads, too, and its limits may be too low even for that.
-    short = held.container is not None and (held.container.too_small or counters.oom_kills)
+    short = held.container is not None and (held.container.too_small or oom_kills)
     if held.spawn_error and not short and not (held.container and refused):
         return "node-unfit" if held.spawn_unfit else "spawn-failed", held.spawn_error
     if held.stop_why and held.signalled:
         reason, message = held.stop_why, _why_stopped(held)
-    elif counters.oom_kills or short:
+    elif oom_kills or short:
         reason, message = "out-of-memory", _why_out_of_memory(held.limits.memory_bytes, counters)
     elif refused and not succeeded:
         return "out-of-pids", _why_out_of_pids(held.limits.pids_max, refused)
