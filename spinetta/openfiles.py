@@ -13,7 +13,7 @@ from spinetta.errors import UserError
 
 KIND = "open-files"
 SOFT_USUAL = 1024  # what programs have always been started with: beyond it select(2) writes where it must not
-OPEN_FILES_MIN = 64  # less, and neither what starts a container nor an interpreter with its libraries comes up
+OPEN_FILES_MIN = 64  # less is a slip; what starts a container needs 8 itself, an interpreter with libraries some dozens
 OPEN_FILES_MAX = 1 << 30  # as many as systemd lets the kernel count to: a mistyped number, not a wish
 
 

@@ -283,6 +283,7 @@ ENTRY_KEYS: Mapping[str, str] = {
     "disk": _AMOUNT,
     "gpu": _WHOLE,
     "countables": _TABLE,
+    "open_files": _WHOLE,
     "time": _AMOUNT,
     "tags": _LIST,
     "not_tags": _LIST,
@@ -304,7 +305,6 @@ ENTRY_KEYS: Mapping[str, str] = {
     "mounts": _MOUNTS,
     "tmp": _AMOUNT,
     "keep_scratch": _AMOUNT,
-    "open_files": _WHOLE,
 }
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from spinetta.model import Reason
 from spinetta.node import detect
 from spinetta.runtime.execs import open_command
-from spinetta.runtime.protocol import Launch, Runtime
-from tests.contract.shims import asynchronous, state_dir
+from spinetta.runtime.protocol import Launch, Runtime, ShimRuntime
+from tests.contract.shims import asynchronous, runtime, state_dir
 from tests.contract.test_exec import everything
-from tests.contract.test_runtimes import World, image, ran, start, world
+from tests.contract.test_runtimes import World, image, ran, start
 
 pytestmark = pytest.mark.contract
-_ = (image, state_dir, world)  # fixtures
+_ = (image, state_dir)  # fixtures
 
 SHOWS = "ulimit -Sn; ulimit -Hn"
 LIMIT = 100
@@ -28,6 +31,21 @@ FILLS = (
     "except OSError as error:\n"
     "    print(last + 1, error.strerror)\n"
 )
+
+
+class OneShim(World):
+    """Whose state directory is the node's own."""
+
+    @asynccontextmanager
+    async def shim(self) -> AsyncIterator[ShimRuntime]:
+        async with runtime(self.state_dir) as one:
+            yield one
+
+
+@pytest.fixture(params=["process", "runc"])
+def world(request: pytest.FixtureRequest, state_dir: Path, image: Path) -> World:
+    state_dir.parent.chmod(0o755)
+    return OneShim(request.param, state_dir, image)
 
 
 def said(rt: Runtime, key: str, stream: str = "stdout") -> list[str]:
