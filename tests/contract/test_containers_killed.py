@@ -33,13 +33,18 @@ def starters(folders: list[str], key: str) -> list[int]:
 
 
 async def kill_starter(folders: list[str], key: str, whom: str, delay_s: float, starting: asyncio.Task[Any]) -> None:
-    """So long after the first of them is seen."""
+    """So long after the first of them is seen, or when it is there."""
+
+    def there() -> list[int]:
+        names = {pid: name_of(pid) for pid in starters(folders, key)}
+        return [pid for pid, name in names.items() if name == whom or (whom.endswith("[") and name.startswith(whom))]
+
     await until(lambda: starting.done() or starters(folders, key))
     await asyncio.sleep(delay_s)
-    for pid in starters(folders, key):
-        if name_of(pid) == whom or (whom.endswith("[") and name_of(pid).startswith(whom)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    await until(lambda: starting.done() or there())
+    for pid in there():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @asynchronous
