@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,10 +17,11 @@ from spinetta.config import Settings
 from spinetta.container import ContainerSpec, Mount
 from spinetta.model import Exit, Reason
 from spinetta.node.containers import Containers, open_containers
-from spinetta.runtime.protocol import Exited, Launch, Runtime
+from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimRuntime
 from spinetta.runtime.shim.wire import KEY
 from tests.contract import imagefiles
 from tests.contract.containers import make_rootfs
+from tests.contract.oldshims import copy_of_the_code, home, installed, one_shim, shims
 from tests.contract.shims import (
     KILL_MARGIN_S,
     LIMIT_S,
@@ -28,12 +30,11 @@ from tests.contract.shims import (
     launch,
     living,
     runtime,
-    state_dir,
     until,
 )
 
 pytestmark = pytest.mark.contract
-_ = state_dir  # a fixture
+_ = home  # a fixture
 
 
 @dataclass
@@ -53,16 +54,29 @@ class World:
     async def node(self, *allow: str) -> AsyncIterator[Containers]:
         """All that a daemon has of it."""
         data_dir = self.state_dir.parent
-        runtimes = ("process",) if self.kind == "process" else ("container", "process")
+        runtimes = ("container", "process") if self.kind == "runc" else ("process",)
         allowed = (f"image:{self.image}", *allow)
-        settings = Settings(name="n1", address="127.0.0.1:1", data_dir=str(data_dir), allow=allowed, runtimes=runtimes)
-        async with runtime(self.state_dir) as shim, open_containers(settings, data_dir, shim) as here:
+        settings = Settings(
+            name="n1", address="127.0.0.1:1", data_dir=str(data_dir), allow=allowed, runtimes=runtimes,
+            container_program=os.environ.get("SPINETTA_TEST_CONTAINER_PROGRAM", "auto"),
+        )  # fmt: skip
+        async with self.shim() as shim, open_containers(settings, data_dir, shim) as here:
             assert set(runtimes) <= set(here.allows), here.warnings
             yield here
 
+    @asynccontextmanager
+    async def shim(self) -> AsyncIterator[ShimRuntime]:
+        """One shim; for containers and after an upgrade all of a node's, as its daemon has them."""
+        if self.kind == "process":
+            async with runtime(self.state_dir) as one:
+                yield one
+        else:
+            async with shims(self.state_dir) as found:
+                yield found
+
     def launch(self, key: str, *argv: str, **changes: Any) -> Launch:
         made = launch(key, *argv, **changes)
-        if self.kind == "process" or made.wants is not None:
+        if self.kind != "runc" or made.wants is not None:
             return made
         return replace(made, env={}, wants=ContainerSpec(f"rootfs:{self.image}"))
 
@@ -75,10 +89,18 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_rootfs(tmp_path_factory.mktemp("both") / "image", 0)
 
 
-@pytest.fixture(params=["process", "runc"])
-def world(request: pytest.FixtureRequest, state_dir: Path, image: Path) -> World:
-    state_dir.parent.chmod(0o755)
-    return World(request.param, state_dir, image)
+@pytest.fixture(params=["process", "runc", "upgraded"])
+def world(request: pytest.FixtureRequest, home: Path, image: Path, tmp_path: Path) -> World:
+    """`upgraded`: plain processes again, in a shim beside which one of other code finishes what it holds."""
+    if request.param == "upgraded":
+        asyncio.run(_held_by_other_code(copy_of_the_code(tmp_path / "code" / "shim"), home))
+    return World(request.param, home, image)
+
+
+async def _held_by_other_code(code: Path, home: Path) -> None:
+    with installed(code):
+        async with one_shim(home) as rt:
+            assert await rt.start(launch("earlier.1", "sleep", "1000", grace_s=1000.0)) is None
 
 
 async def start(rt: Runtime, wanted: Launch) -> Exit | None:
@@ -211,9 +233,9 @@ async def test_what_is_forgotten_is_gone_but_for_its_logs(world: World) -> None:
         await ran(rt, world.shell("gone.1", "echo kept; echo x > file"))
         await rt.forget("gone.1")
         await rt.forget("gone.1")
-        assert await rt.held() == []
+        assert [one.key for one in await rt.held() if one.key != "earlier.1"] == []
         assert rt.log_path("gone.1", "stdout").read_text() == "kept\n"
-        await until(lambda: not (world.state_dir / "scratch" / "gone.1").exists())
+        await until(lambda: not list(world.state_dir.rglob("scratch/gone.1")))
 
 
 @asynchronous
@@ -237,9 +259,8 @@ async def test_what_runs_is_named(world: World) -> None:
 
 
 @pytest.fixture
-def cells(state_dir: Path, image: Path) -> World:
-    state_dir.parent.chmod(0o755)
-    return World("runc", state_dir, image)
+def cells(home: Path, image: Path) -> World:
+    return World("runc", home, image)
 
 
 @pytest.mark.parametrize(
