@@ -120,13 +120,13 @@ def attached(result: Mapping[str, Any]) -> Attached:
     return Attached(address, gateway, name)
 
 
-def common_version(output: bytes) -> str:
+def common_version(output: bytes, code: int = 0) -> str:
     """The version to talk in, by what a plugin answers to VERSION.
 
     Raises:
         PluginError: there is none.
     """
-    told = answered(output, 0)
+    told = answered(output, code)
     known = told.get("supportedVersions")
     for version in VERSIONS:
         if isinstance(known, list) and version in known:

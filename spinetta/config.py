@@ -90,6 +90,9 @@ class Settings:
     runtimes: tuple[str, ...] = ("process", "container")
     allow: tuple[str, ...] = ()
     devices: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    network_subnet: str = ""
+    network_nameservers: tuple[str, ...] = ()
+    network_refuse: tuple[str, ...] = ()
     container_program: str = "auto"
     container_ids: int = 0
     tmp_bytes: int = 1 << 30  # what sorting and unpacking in it take; it is memory, so no more unless one asks

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spinetta import container, devices, names, openfiles, units
+from spinetta import container, devices, names, network, openfiles, units
 from spinetta.errors import UserError
 
 PEERS_MAX = 64  # one that answers is enough; more than this is a mistake
@@ -288,6 +288,17 @@ def _whole_seconds(low_s: int, high_s: int) -> Parse:
     return parse
 
 
+def _subnet(value: Any, where: str) -> str:
+    return network.parse_subnet(_text(value, where), where)
+
+
+def _each(read: Callable[[str, str], str], limit: int) -> Parse:
+    def parse(value: Any, where: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(read(item, where) for item in _items(value, where, limit)))
+
+    return parse
+
+
 def _flag(value: Any, where: str) -> bool:
     if isinstance(value, bool):
         return value
@@ -354,6 +365,21 @@ NODE_OPTIONS: tuple[Option, ...] = (
     Option("runtimes", "runtimes", _runtimes, "How tasks may be run here: process, container.", "NAME,…"),
     Option("allow", "allow", _allow, "What containers may have here, e.g. network:host, mount:/data.", "WORD,…"),
     Option("devices", "devices", parse_devices, "What a countable is, e.g. gpu=0:/dev/nvidia0.", "NAME=PATH,…"),
+    Option("network_subnet", "network_subnet", _subnet, "Addresses for containers on a bridge.", "SUBNET|auto"),
+    Option(
+        "network_nameservers",
+        "network_nameservers",
+        _each(network.parse_nameserver, network.NAMESERVERS_MAX),
+        "Whom they ask for names (none: as the machine).",
+        "ADDRESS,…",
+    ),
+    Option(
+        "network_refuse",
+        "network_refuse",
+        _each(network.parse_refused, network.REFUSE_MAX),
+        "Where they may not connect to.",
+        "SUBNET,…",
+    ),
     Option("container_program", "container_program", _container_program, "What runs them.", "auto|runc|crun|PATH"),
     Option("container_ids", "container_ids", _container_ids, "First of their 65536 user ids (0: automatic).", "ID"),
     Option(

@@ -16,6 +16,7 @@ from spinetta import ociconfig, ocirequest
 from spinetta.config import Settings
 from spinetta.container import CONTAINER, PROCESS
 from spinetta.errors import RuntimeUnavailable, UserError
+from spinetta.node.networks import BRIDGE, open_network
 from spinetta.ociprograms import ID_COUNT
 from spinetta.runtime.detect import ContainerSupport, container_support
 from spinetta.runtime.images.store import ImageStore, StoreSettings
@@ -25,11 +26,7 @@ from spinetta.runtime.shim.container import CAPABILITY
 
 log = logging.getLogger("spinetta.node")
 
-BRIDGE, ROOT = "network:bridge", "user:root"
-WHY_WITHHELD = {
-    BRIDGE: "no node sets up such a network yet",
-    ROOT: "not with this version of runc, see spinetta doctor",
-}
+ROOT = "user:root"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +93,20 @@ async def open_containers(settings: Settings, data_dir: Path, shim: ShimRuntime)
             images.keep_only(held.key for held in await shim.held())
         hosts_path = await asyncio.to_thread(_write_hosts, data_dir, settings.name)
         rules = ocirequest.hardening(lacks_fixes=support.lacks_fixes, rootless=support.rootless)
-        withheld = tuple(word for word in (BRIDGE, *(() if rules.root_inside else (ROOT,))) if word in settings.allow)
+        network, no_network = await stack.enter_async_context(open_network(settings, data_dir, shim))
+        refused = {BRIDGE: no_network, ROOT: "" if rules.root_inside else "not with this version of runc"}
+        withheld = {word: why for word, why in refused.items() if why and word in settings.allow}
         allowed = tuple(word for word in settings.allow if word not in withheld)
         site = site_of(support, settings, rules, hosts_path, frozenset((*processes, CONTAINER, *allowed)))
         yield Containers(
-            RuncRuntime(shim, images, site),
+            RuncRuntime(shim, images, site, network),
             images,
             (*processes, CONTAINER, *allowed),
-            (*support.warnings, *(f"{word} is in `allow`, but {WHY_WITHHELD[word]}" for word in withheld)),
+            (
+                *support.warnings,
+                *(network.warnings if network is not None else ()),
+                *(f"{word} is in `allow`, but: {why}; see spinetta doctor" for word, why in withheld.items()),
+            ),
         )
 
 

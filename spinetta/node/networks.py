@@ -45,7 +45,7 @@ async def network_place(settings: Settings, data_dir: Path) -> AsyncIterator[Non
 
 def _leave(place: netplace.Place, shims: Path) -> None:
     """A shim that lives on will not see another folder; without one, and without networks, it is of no use."""
-    if place.folder.is_dir() and not place.keys() and not place.subnet.exists() and not netplace.living_shims(shims):
+    if place.folder.is_dir() and not place.names() and not place.subnet.exists() and not netplace.living_shims(shims):
         with contextlib.suppress(OSError):  # it ends with the machine anyway
             netplace.remove(place)
 

@@ -18,6 +18,7 @@ from spinetta.node.containers import open_containers
 from spinetta.node.daemon import BEGIN_ANEW, EXIT_OK, Daemon
 from spinetta.node.entry import Entrance, enter, etcd_tls, remembered
 from spinetta.node.lock import DirectoryLock
+from spinetta.node.networks import network_place
 from spinetta.node.signals import StopSignals, Wish
 from spinetta.node.threads import standing_threads
 from spinetta.runtime.shim import sysapi
@@ -128,6 +129,7 @@ async def _live_once(settings: Settings, data_dir: Path, stop: StopSignals) -> i
     credentials = await admit(settings, data_dir, known)
     dialer = Dialer.open() if credentials is None else Dialer.secured(credentials.pems)
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(network_place(settings, data_dir))
         runtime = await stack.enter_async_context(
             Shims.connect(data_dir / "shim", node=settings.name, kill_margin_s=settings.kill_margin_s)
         )

@@ -94,7 +94,7 @@ class Place:
         """Its view of /sys."""
         return self.folder / "sys" / key
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """All attempts of which there is anything."""
         found: set[str] = set()
         for folder in (self.attempts, self.folder / "netns", self.folder / "sys"):

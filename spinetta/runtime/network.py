@@ -242,7 +242,7 @@ class Network:
 
     async def _undo(self, key: str) -> None:
         """Remove what there is of an attempt's network. May be repeated, whatever of it has been made."""
-        if key not in await asyncio.to_thread(self._place.keys):
+        if key not in await asyncio.to_thread(self._place.names):
             return
         netns = self._place.netns(key)
         config, result = await asyncio.to_thread(_recorded, self._place.of(key))
@@ -269,7 +269,7 @@ class Network:
     async def _begin(self, keep: Collection[str] | None) -> None:
         place = self._place
         await self._commands.settled()
-        for key in await asyncio.to_thread(place.keys):
+        for key in await asyncio.to_thread(place.names):
             self._attempts[key] = _Attempt(has_place=True)
         if keep is not None:
             self.keep_only(keep)
@@ -293,7 +293,7 @@ class Network:
             data=json.dumps({"cniVersion": cni.VERSION}).encode(),
             env={"CNI_COMMAND": "VERSION"},
         )
-        self._version = cni.common_version(done.out)
+        self._version = cni.common_version(done.out, done.code)
 
     async def _try(self) -> None:
         """Make a network and take it down: what this kernel lacks is known before a task needs it."""

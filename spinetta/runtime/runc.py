@@ -21,6 +21,7 @@ from spinetta.model import Exit, Reason, Usage
 from spinetta.runtime.images.errands import TRANSIENT
 from spinetta.runtime.images.store import ImageStore, PreparedImage
 from spinetta.runtime.lookup import NotInImage, kind_of, program_missing
+from spinetta.runtime.network import Joined, Network, NoNetwork
 from spinetta.runtime.protocol import AttemptKey, ContainerLaunch, Exited, Held, Launch, ShimLost, ShimRuntime
 from spinetta.trust.backoff import Backoff
 
@@ -84,10 +85,11 @@ class RuncRuntime:
     All that runs is held by the shim; this prepares. An image is in use from `prepare` to `forget`.
     """
 
-    def __init__(self, shim: ShimRuntime, images: ImageStore, site: Site) -> None:
+    def __init__(self, shim: ShimRuntime, images: ImageStore, site: Site, network: Network | None = None) -> None:
         self._shim = shim
         self._images = images
         self._site = site
+        self._network = network
 
     def capabilities(self) -> tuple[str, ...]:
         """Names of what is enforced here."""
@@ -101,6 +103,8 @@ class RuncRuntime:
             return await self._contain(launch, launch.wants)
         except Unfit as e:
             return _never(e.reason, str(e))
+        except NoNetwork as e:
+            return _never(Reason.NODE_UNFIT, str(e))
         except UserError as e:
             return _never(Reason.SPAWN_FAILED, str(e))
         except OSError as e:
@@ -119,9 +123,11 @@ class RuncRuntime:
         await self._shim.renew(renewed_at_s)
 
     async def forget(self, key: AttemptKey) -> None:
-        """Remove all but the logs of an ended attempt; its image may go."""
+        """Remove all but the logs of an ended attempt; its image may go, and its network does."""
         await self._shim.forget(key)
         self._images.release(key)
+        if self._network is not None:
+            self._network.release(key)
 
     async def held(self) -> Sequence[Held]:
         """All attempts that run or have ended and are not forgotten, by key."""
@@ -144,9 +150,16 @@ class RuncRuntime:
     async def _contain(self, launch: Launch, asked: ContainerSpec) -> Launch:
         if refused := refusals(needs(asked), self._site.allows):
             raise Unfit(Reason.NODE_UNFIT, f"this node does not allow {', '.join(refused)}")
-        mounts = await asyncio.to_thread(resolve_mounts, asked.mounts, self._site.allows)
+        mounts: tuple[Mount, ...] = ()
+        if asked.mounts:  # a thread's turn costs half a millisecond
+            mounts = await asyncio.to_thread(resolve_mounts, asked.mounts, self._site.allows)
         image = await self._image(imageref.parse(asked.image), launch.key)
-        return await asyncio.to_thread(self._configure, launch, asked, mounts, image)
+        if asked.network != "bridge":
+            return await asyncio.to_thread(self._configure, launch, asked, mounts, image)
+        if self._network is None:
+            raise NoNetwork("this node has no network for containers")
+        async with self._network.joining(launch.key) as joined:  # until `forget`
+            return await asyncio.to_thread(self._configure, launch, asked, mounts, image, joined)
 
     async def _image(self, ref: imageref.ImageRef, key: AttemptKey) -> PreparedImage:
         again = Backoff(IMAGE_AGAIN_FIRST_S, IMAGE_AGAIN_MOST_S)
@@ -164,7 +177,12 @@ class RuncRuntime:
             await again.pause()
 
     def _configure(
-        self, launch: Launch, asked: ContainerSpec, mounts: tuple[Mount, ...], image: PreparedImage
+        self,
+        launch: Launch,
+        asked: ContainerSpec,
+        mounts: tuple[Mount, ...],
+        image: PreparedImage,
+        joined: Joined | None = None,
     ) -> Launch:
         site, state = self._site, self._shim.state_dir
         root_inside = site.may_be_root
@@ -184,7 +202,11 @@ class RuncRuntime:
             raise Unfit(
                 Reason.NODE_UNFIT, "this node cannot lay file systems over each other, which this container needs"
             )
-        host_network = asked.network == "host"
+        hosts_path, resolv_path = site.hosts_path, ""
+        if asked.network == "host":
+            hosts_path, resolv_path = _if_there(HOST_HOSTS), _if_there(HOST_RESOLV)
+        elif joined is not None:
+            hosts_path, resolv_path = joined.hosts_path, joined.resolv_path
         request = ocirequest.Request(
             command=tuple(launch.argv),
             env=env,
@@ -199,8 +221,10 @@ class RuncRuntime:
             secrets_path=str(state / "bundle" / "secrets") if launch.secrets else "",
             hostname=site.hostname,
             network=asked.network,
-            hosts_path=_if_there(HOST_HOSTS) if host_network else site.hosts_path,
-            resolv_path=_if_there(HOST_RESOLV) if host_network else "",
+            netns_path=joined.netns_path if joined else "",
+            sys_path=joined.sys_path if joined else "",
+            hosts_path=hosts_path,
+            resolv_path=resolv_path,
             writable=asked.writable,
             capabilities=asked.capabilities,
             mounts=mounts,
@@ -274,7 +298,7 @@ def resolve_mounts(mounts: Sequence[Mount], allows: Collection[str]) -> tuple[Mo
 def devices_of(
     countables: Sequence[tuple[str, int]], devices: Mapping[str, tuple[str, ...]], units: device_units.Labels = ()
 ) -> tuple[ocirequest.Device, ...]:
-    """The device files that go with what was granted.
+    """The device files that go with what was granted: of these units alone, where there are units.
 
     Raises:
         Unfit: one is not there.

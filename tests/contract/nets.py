@@ -132,7 +132,20 @@ def world(*, forwards: bool = False) -> Iterator[World]:
         for space in (made.machine, made.outside):
             ip("netns", "add", space)
             ip("-n", space, "link", "set", "lo", "up")
-        ip("link", "add", "uplink0", "netns", made.machine, "type", "veth", "peer", "name", "lan0", "netns", made.outside)
+        ip(
+            "link",
+            "add",
+            "uplink0",
+            "netns",
+            made.machine,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "lan0",
+            "netns",
+            made.outside,
+        )
         for space, name, address in ((made.machine, "uplink0", MACHINE), (made.outside, "lan0", OUTSIDE)):
             ip("-n", space, "addr", "add", f"{address}/24", "dev", name)
             ip("-n", space, "link", "set", name, "up")
@@ -154,7 +167,7 @@ def place(folder: Path) -> Iterator[Place]:
     try:
         yield made
     finally:
-        for key in made.keys():
+        for key in made.names():
             netplace.drop(made, key)
         netplace.remove(made)
 
@@ -164,7 +177,7 @@ def left(made: World, where: Place) -> list[str]:
     links = ip("-n", made.machine, "-o", "link", "show").splitlines()
     found = [line for line in links if "uplink0" not in line and ": lo:" not in line]
     found += [t for t in made.on_machine("nft", "list", "tables").splitlines() if "spinetta" in t]
-    found += where.keys()
+    found += where.names()
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     found += [line for line in mounts if f"{where.folder}/" in line]
     found += [str(path) for path in where.leases.glob("*/*.*.*.*")]
