@@ -40,7 +40,7 @@ def find(rootfs: Path, path: str) -> tuple[PurePosixPath, os.stat_result]:
             links += 1
             if links > LINKS_MAX:
                 raise NotInImage(path)
-            target = PurePosixPath(_outside(rootfs, here / part).readlink())
+            target = PurePosixPath(os.readlink(_outside(rootfs, here / part)))  # noqa: PTH115 - as text
             if target.is_absolute():
                 here = PurePosixPath("/")
             found = _look(rootfs, here)
@@ -87,13 +87,14 @@ def program_missing(rootfs: Path, program: str, search: str, mounted: Collection
     return refused or f"program not found: {program}"
 
 
-def _outside(rootfs: Path, path: PurePosixPath) -> Path:
-    return rootfs / str(path).lstrip("/")
+def _outside(rootfs: Path, path: PurePosixPath) -> str:
+    """As text: every start looks at a dozen of them."""
+    return f"{rootfs}/{str(path).lstrip('/')}"
 
 
 def _look(rootfs: Path, path: PurePosixPath) -> os.stat_result:
     try:
-        return _outside(rootfs, path).lstat()
+        return os.lstat(_outside(rootfs, path))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise NotInImage(str(path)) from None
