@@ -305,6 +305,7 @@ async def _trial(data_dir: Path, seen: Seen, programs: Sequence[Program]) -> dic
                 "programs": [p.path for p in programs],
                 "inits": seen.inits,
                 "group_path": groups.trial_path,
+                "controllers": groups.controllers,
                 "name": groups.trial_name,
                 "uids": seen.uids.first if seen.uids else 0,
                 "gids": seen.gids.first if seen.gids else 0,

@@ -51,7 +51,7 @@ class Seen:
 def findings_of(seen: Seen, facts: Facts, best: Facts, ran: Facts, chosen: Program | None) -> tuple[Finding, ...]:
     """All of it. `best`: of the namespaces that came furthest; `ran`: of the program that ran a container; or empty."""
     return (
-        *_runtime(seen, facts, ran, chosen),
+        *_runtime(seen, facts, best, ran, chosen),
         _init(seen, ran),
         *_namespaces(seen, facts, best),
         *_ids(seen, facts, best, ran),
@@ -60,7 +60,7 @@ def findings_of(seen: Seen, facts: Facts, best: Facts, ran: Facts, chosen: Progr
     )
 
 
-def _runtime(seen: Seen, facts: Facts, ran: Facts, chosen: Program | None) -> list[Finding]:
+def _runtime(seen: Seen, facts: Facts, best: Facts, ran: Facts, chosen: Program | None) -> list[Finding]:
     if chosen is not None:
         how = "without root, " if seen.rootless else ""
         text = f"{chosen.name} ({chosen.path}) ran a container {how}in {ran['seconds'] * 1000:.0f} ms"
@@ -72,7 +72,8 @@ def _runtime(seen: Seen, facts: Facts, ran: Facts, chosen: Program | None) -> li
             )
             for why in ociprograms.program_warnings(chosen)
         ]  # fmt: skip
-        found += [Finding("runtime", Level.NOTE, why) for why in seen.unusable]
+        notes = [*seen.unusable, *problems_of({"tried": [best]})]
+        found += [Finding("runtime", Level.NOTE, why) for why in notes]
         return [*found, *_node_without_root(seen)]
     if not seen.found:
         why = "; ".join(seen.unusable) or "there is neither runc nor crun"

@@ -50,7 +50,11 @@ class Groups:
 
 
 def look_at_groups(proc: Path = Path("/proc/self")) -> Groups:
-    """Find out. Makes and removes a group in each hierarchy; takes a millisecond."""
+    """Find out. Makes and removes a group in each hierarchy; takes a millisecond.
+
+    In a group of version 2 that was handed to us we move into a leaf of it, with all that is in there, as a node does:
+    groups with limits can be made beside it only.
+    """
     name = f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
     try:
         mountinfo, cgroup = (proc / "mountinfo").read_text(), (proc / "cgroup").read_text()
@@ -87,7 +91,7 @@ def _unified(mode: str, name: str, trees: Sequence[Hierarchy], problems: list[st
 
 
 def _passing(tree: Hierarchy, own: Path) -> tuple[Path, frozenset[str], list[str]]:
-    """The group from ours upwards that could pass its controllers on to ours, without changing anything yet."""
+    """The group from ours upwards that can pass its controllers on to ours. Only what was handed to us is changed."""
     offered = frozenset(WANTED) & _words(tree.mount / "cgroup.controllers")
     why_not = []
     group = own
@@ -100,8 +104,8 @@ def _passing(tree: Hierarchy, own: Path) -> tuple[Path, frozenset[str], list[str
                 why = "it belongs to another user"
             elif passed == offered or not _words(group / "cgroup.procs") or not (group / "cgroup.type").exists():
                 return group, offered, []  # the one without a type is the root of all, which may do both
-            elif group == own and hierarchy.delegated(group):
-                return group, offered, []
+            elif group == own and hierarchy.delegated(group, tree.mount):
+                return hierarchy.base_v2(tree)
             else:
                 why = "it holds processes and is not delegated"
             why_not.append(f"{group} cannot pass on its controllers: {why}")

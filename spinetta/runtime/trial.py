@@ -31,6 +31,7 @@ ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 INIT = "/.spinetta/init"
 WORD = "version"  # what an init says with --version has it
 SAID_BYTES_MAX = 300
+ELSEWHERE = "it puts containers into groups other than those it is told, where limits do not hold:"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count(1)
@@ -267,7 +268,7 @@ def _try_program(want: Facts, mode: str, program: str) -> Facts:
         begun_s = time.monotonic()
         problem = _try_container(want, mode, program, init, want["group_path"])
         found["seconds"] = round(time.monotonic() - begun_s, 4)
-        if problem and want["group_path"]:
+        if problem and want["group_path"] and not problem.startswith(ELSEWHERE):
             found["groups"] = problem
             problem = _try_container(want, mode, program, init, "")
         if not problem:
@@ -311,8 +312,10 @@ def _try_container(want: Facts, mode: str, program: str, init: str, group_path: 
     if problem:
         run([*ours, "delete", "--force", key])
         return f"create: {problem}"
-    problem = run([*ours, "start", key])
-    problem = f"start: {problem}" if problem else _ended_well(pid_file, said)
+    problem = _elsewhere(pid_file, Path(group_path).name, want["controllers"]) if group_path else ""
+    if not problem:
+        refused = run([*ours, "start", key])
+        problem = f"start: {refused}" if refused else _ended_well(pid_file, said)
     removed = run([*ours, "delete", *(["--force"] if problem else []), key])
     return problem or (f"delete: {removed}" if removed else "")
 
@@ -333,6 +336,26 @@ def _create(argv: list[str], out: int, bundle: Path) -> str:
         return ""
     lines = errors.read_text(errors="replace").strip().splitlines()
     return lines[-1][-SAID_BYTES_MAX:] if lines else f"ended with {code}"
+
+
+def _elsewhere(pid_file: Path, name: str, controllers: list[str]) -> str:
+    """Whether the container is in other groups than in ours of `name`; empty when it is not.
+
+    crun takes a relative path for one from the top of each hierarchy of version 1, where no limit of ours holds.
+    """
+    try:
+        texts = [Path(f"/proc/{who}/cgroup").read_text() for who in ("self", pid_file.read_text().strip())]
+    except OSError as error:
+        return f"its init is not there: {error.strerror}"
+    ours, its = ({line.split(":", 2)[1]: line.split(":", 2)[2] for line in text.splitlines()} for text in texts)
+    for names, path in its.items():
+        if not names:  # version 2, where the path was absolute
+            wrong = bool(controllers) and set(its) == {""} and not path.endswith(f"/{name}")
+        else:
+            wrong = not {*controllers}.isdisjoint(names.split(",")) and path != f"{ours[names].rstrip('/')}/{name}"
+        if wrong:
+            return f"{ELSEWHERE} {path} of {names or 'version 2'}"
+    return ""
 
 
 def _ended_well(pid_file: Path, said: Path) -> str:

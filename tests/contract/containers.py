@@ -19,6 +19,7 @@ from spinetta.runtime.shim import remains
 from tests.contract.shims import groups_of, launch
 
 RUNC, CRUN = "/usr/sbin/runc", "/usr/bin/crun"
+PROGRAM = os.environ.get("SPINETTA_TEST_CONTAINER_PROGRAM", RUNC)  # tests/machines runs the same over others
 INIT = "/usr/bin/tini-static"
 OUTSIDE = 1_000_000  # the host's id of a container's root
 INSIDE = 1000  # who runs in it
@@ -101,7 +102,7 @@ def contained(
     env: Mapping[str, str] = ENV,
     init: bool = True,
     writable: bool = False,
-    program: str = RUNC,
+    program: str = PROGRAM,
     lower: tuple[Path, ...] = (),
     **changes: Any,
 ) -> Launch:
@@ -128,7 +129,7 @@ def traces(state_dir: Path, key: str = "") -> list[str]:
     return left
 
 
-def standing_in(folder: Path, prelude: str, program: str = RUNC) -> str:
+def standing_in(folder: Path, prelude: str, program: str = PROGRAM) -> str:
     """A program in the runtime's place, which does something before it: `command` is what it is asked, `root` where."""
     path = folder / f"standing-in-{len(list(folder.iterdir()))}"
     path.write_text(

@@ -60,6 +60,9 @@ def test_crun_where_it_works() -> None:
     if found["cgroup_mode"] == "hybrid":
         assert not found["works"]
         assert any("cgroups in hybrid mode not supported" in w for w in found["warnings"]), found["warnings"]
+    elif found["cgroup_mode"] == "v1":
+        # Below a group of one's own, as in a session, it does not stay; at the top it may.
+        assert found["works"] or any("groups other than those it is told" in w for w in found["warnings"]), found
     else:
         assert found["works"]
 

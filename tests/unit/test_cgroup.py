@@ -278,12 +278,35 @@ def test_version_2_a_delegated_group_is_emptied_into_a_leaf(machine: Machine, mo
     (own / hierarchy.LEAF).mkdir()
     (own / hierarchy.LEAF / "cgroup.procs").write_text("")
     monkeypatch.setattr(hierarchy, "write_text", busy(own))
-    monkeypatch.setattr(hierarchy, "delegated", lambda group: group == own)
+    monkeypatch.setattr(hierarchy, "delegated", lambda group, _top: group == own)
     assert machine.cgroups().folders == [own / "spinetta-n1-0000"]
     assert (own / hierarchy.LEAF / "cgroup.procs").read_text() == "1234"
     # The next daemon of the service may find itself in the leaf.
     tree = Hierarchy(2, frozenset(), machine.root / "unified", own / hierarchy.LEAF)
     assert hierarchy.base_v2(tree) == (own, frozenset({"cpu", "memory", "pids"}), [])
+
+
+def test_who_was_handed_a_group(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.v2("cpu memory pids", own="user.slice/node.service")
+    top = machine.root / "unified"
+    own = top / "user.slice/node.service"
+    (own / "cgroup.procs").write_text("")
+    owners = {own.parent: 0, own / "cgroup.procs": 0}
+    stat = Path.stat
+
+    def owned(path: Path, **how: bool) -> os.stat_result:
+        found = list(stat(path, **how))
+        found[4] = owners.get(path, found[4])
+        return os.stat_result(found)
+
+    monkeypatch.setattr(Path, "stat", owned)
+    for us, of_own, of_above, ours in ((0, 0, 0, False), (7, 7, 0, True), (7, 7, 7, False), (7, 0, 0, False)):
+        monkeypatch.setattr(os, "geteuid", lambda us=us: us)
+        owners.update({own.parent: of_above, own / "cgroup.procs": of_own})
+        assert hierarchy.delegated(own, top) is ours
+    assert not hierarchy.delegated(top, top)  # the kernel's own has no type
+    (top / "cgroup.type").write_text("domain\n")
+    assert hierarchy.delegated(top, top)
 
 
 def test_version_2_that_gives_nothing_says_why(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

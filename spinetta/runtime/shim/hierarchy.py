@@ -125,13 +125,23 @@ def _words(path: Path) -> set[str]:
     return set()
 
 
-def delegated(group: Path) -> bool:
-    """Whether the service manager handed us this group (systemd marks it so): we may empty it into a leaf."""
+def delegated(group: Path, mount: Path) -> bool:
+    """Whether we were handed this group of version 2, so that we may empty it into a leaf. One of three ways:
+
+    The service manager says so (systemd marks it). It is ours, and the one above it is not: nobody else manages it. It
+    is the top of all that is mounted, and not the kernel's own: that of a cgroup namespace, as in a container.
+    """
     for name in ("user.delegate", "trusted.delegate"):
         with contextlib.suppress(OSError):
             if os.getxattr(group, name) == b"1":
                 return True
-    return False
+    if group == mount:
+        return (group / "cgroup.type").exists()
+    try:
+        owner, above = (path.stat().st_uid for path in (group / "cgroup.procs", group.parent))
+    except OSError:
+        return False
+    return owner == os.geteuid() != above
 
 
 def _enable(group: Path, wanted: Sequence[str]) -> None:
@@ -179,7 +189,7 @@ def base_v2(tree: Hierarchy) -> tuple[Path, frozenset[str], list[str]]:
                 try:
                     return group, _pass_on(group, offered), []
                 except OSError as error:
-                    if error.errno != errno.EBUSY or group != own or not delegated(group):
+                    if error.errno != errno.EBUSY or group != own or not delegated(group, tree.mount):
                         raise
                     _move_into_leaf(group)
                 return group, _pass_on(group, offered), []
