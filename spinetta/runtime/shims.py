@@ -163,10 +163,8 @@ class Shims:
         self, name: str, argv: Sequence[str], env: Mapping[str, str], cwd: str, log_path: Path
     ) -> Service:
         """Start a program of the node itself in the newest shim; one of that name that runs in any is left alone."""
-        for member in self._retiring:
-            found = await member.runtime.service(name)
-            if found is not None and found.exit is None:
-                return found
+        if (member := await self._runs(name)) is not None:
+            return await member.runtime.start_service(name, argv, env, cwd, log_path)
         return await self._newest.runtime.start_service(name, argv, env, cwd, log_path)
 
     async def stop_service(
@@ -188,8 +186,13 @@ class Shims:
         return any(not member.held and name in member.services for member in self._retiring)
 
     async def _runs(self, name: str) -> Member | None:
-        for member in self._members:  # the newest first; one that does not say could have it
-            found = await member.runtime.service(name)
+        for member in self._members:  # the newest first
+            try:
+                found = await member.runtime.service(name)
+            except RuntimeUnavailable:
+                if self._has_left(member):
+                    continue
+                raise  # it could have it
             if found is not None and found.exit is None:
                 return member
         return None
@@ -242,13 +245,19 @@ class Shims:
 
     async def _each(self, ask: Callable[[ProcessRuntime], Awaitable[T]]) -> list[T]:
         """Ask all at once, to the end; then raise what one of them has raised."""
-        answers = await asyncio.gather(*(ask(member.runtime) for member in self._members), return_exceptions=True)
+        members = self._members
+        answers = await asyncio.gather(*(ask(member.runtime) for member in members), return_exceptions=True)
         found: list[T] = []
-        for answer in answers:
-            if isinstance(answer, BaseException):
+        for member, answer in zip(members, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                found.append(answer)
+            elif not isinstance(answer, RuntimeUnavailable) or not self._has_left(member):
                 raise answer
-            found.append(answer)
         return found
+
+    def _has_left(self, member: Member) -> bool:
+        """It had nothing left and is ending, or has ended, since we have asked it."""
+        return member not in self._members
 
     async def _tend(self) -> None:
         """Let those that retire end when they are empty."""
@@ -260,7 +269,7 @@ class Shims:
                     if member.is_empty:
                         await self._end(member)
                 except RuntimeUnavailable as e:
-                    log.warning("a shim of an earlier version cannot be looked after now: %s", e)
+                    log.warning("an earlier shim cannot be looked after now: %s", e)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._look.wait()
@@ -268,7 +277,11 @@ class Shims:
     async def _end(self, member: Member) -> None:
         self._retiring.remove(member)  # first: nobody is to wait for one that is ending
         self._gone |= member.past
-        await end(member, self._home)
+        try:
+            await end(member, self._home)
+        except asyncio.CancelledError:
+            self._retiring.append(member)  # all are to be shut down, perhaps
+            raise
 
     async def _stop_tending(self) -> None:
         self._tending.cancel()

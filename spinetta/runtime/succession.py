@@ -58,9 +58,8 @@ class Member:
         if self.services and not count:
             left = ", ".join(self.services)
         release = self.runtime.hello.release
-        return (
-            f"a shim of other code{f' (version {release})' if release else ''} goes on with {left}, and ends after that"
-        )
+        of = f" (version {release})" if release else ""
+        return f"an earlier shim{of} goes on with {left}, and ends after that"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +146,10 @@ async def end(member: Member, home: Path) -> bool:
     try:
         await member.runtime.shutdown_shim()
     except RuntimeUnavailable as e:
-        log.warning("a shim of other code, which has nothing left, does not end: %s", e)
+        log.warning("an earlier shim, which has nothing left, does not end: %s", e)
     await member.opened.aclose()
     if not await asyncio.to_thread(generations.clean, member.folder, home):
         log.warning("%s cannot be cleared up now; the next start of the daemon tries again", member.folder)
         return False
-    log.info("a shim of other code had nothing left and has ended")
+    log.info("an earlier shim had nothing left and has ended")
     return True

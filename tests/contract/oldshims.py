@@ -25,7 +25,7 @@ UNSAID = (
 
 
 def copy_of_the_code(folder: Path, *, says_its_code: bool = True, remark: str = "an earlier version") -> Path:
-    """Of the shim; another than the installed one, by a comment at least."""
+    """Of the shim; another than the installed one, by a comment at least. Put into a new folder."""
     copy = Path(shutil.copytree(launch.SHIM_DIR, folder, ignore=shutil.ignore_patterns("__pycache__")))
     with (copy / "__init__.py").open("a") as file:
         file.write(f"# {remark}\n")
@@ -35,7 +35,7 @@ def copy_of_the_code(folder: Path, *, says_its_code: bool = True, remark: str = 
         for line in UNSAID:
             assert text.count(line) == 1, line
             text = text.replace(line, "")
-        server.write_text(text.replace("PROTOCOL_VERSION,\n    BadMessage", "PROTOCOL_VERSION,\n    BadMessage"))
+        server.write_text(text)
     return copy
 
 
@@ -73,9 +73,9 @@ def other(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def one_shim(home: Path) -> AsyncIterator[ProcessRuntime]:
+async def one_shim(home: Path, *, isolate: bool = True) -> AsyncIterator[ProcessRuntime]:
     """As a daemon of before upgrades connects: it knows one shim."""
-    async with ProcessRuntime.connect(home, node="n1", kill_margin_s=KILL_MARGIN_S) as rt:
+    async with ProcessRuntime.connect(home, node="n1", kill_margin_s=KILL_MARGIN_S, isolate=isolate) as rt:
         await rt.renew(boottime_s())
         yield rt
 

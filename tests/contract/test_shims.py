@@ -17,11 +17,12 @@ from spinetta.runtime.execs import open_command
 from spinetta.runtime.protocol import Exited
 from spinetta.runtime.shims import Shims
 from tests.contract.oldshims import copy_of_the_code, home, installed, old, one_shim, other, shims
-from tests.contract.shims import KILL_MARGIN_S, asynchronous, boottime_s, identity, kill_shim, shell, until
+from tests.contract.shims import KILL_MARGIN_S, asynchronous, boottime_s, identity, isolate, kill_shim, shell, until
 
 pytestmark = pytest.mark.contract
-_ = (home, old, other)  # fixtures
+_ = (home, isolate, old, other)  # fixtures
 LIMIT_S = 30.0
+LIMITS_SAID = ('["process", *LIMITS, OPEN_FILES_LIMIT, ', '["process", ')
 WAITS = "echo begun; while [ ! -e go ]; do sleep 0.05; done; echo done"
 
 
@@ -56,10 +57,10 @@ async def one_is_left(rt: Shims) -> None:
     await until(lambda: len(rt.described()) == 1)
 
 
-async def begin(code: Path, home: Path, *keys: str, **changes: object) -> int:
+async def begin(code: Path, home: Path, *keys: str, isolate: bool = True, **changes: object) -> int:
     """A shim of this code with attempts that wait for a file ``go`` in their scratch directories; its pid."""
     with installed(code):
-        async with one_shim(home) as rt:
+        async with one_shim(home, isolate=isolate) as rt:
             for key in keys:
                 assert await rt.start(shell(key, WAITS, **changes)) is None
             return rt.shim_pid()
@@ -70,9 +71,9 @@ def go(folder: Path, key: str) -> None:
 
 
 @asynchronous
-async def test_the_old_one_finishes_and_a_new_one_takes_what_is_new(old: Path, home: Path) -> None:
-    earlier = await begin(old, home, "old.1", keep_scratch_s=60)
-    async with shims(home) as rt:
+async def test_the_old_one_finishes_and_a_new_one_takes_what_is_new(old: Path, home: Path, isolate: bool) -> None:
+    earlier = await begin(old, home, "old.1", isolate=isolate, keep_scratch_s=60)
+    async with shims(home, isolate=isolate) as rt:
         assert [shim.retiring for shim in rt.described()] == [False, True]
         assert rt.described()[1].attempts == 1
         assert "goes on with 1 attempt" in " ".join(rt.warnings())
@@ -103,7 +104,7 @@ async def test_the_old_one_finishes_and_a_new_one_takes_what_is_new(old: Path, h
         await until(lambda: len(list((home / "kept").iterdir())) == 2)
         assert await rt.start(shell("old.1", "echo twice")) is not None, "a late start of what the old one had held"
         assert rt.warnings() == rt._newest.runtime.warnings()
-    async with shims(home) as rt:
+    async with shims(home, isolate=isolate) as rt:
         assert [shim.retiring for shim in rt.described()] == [False]
         assert (await rt.held(), rt.state_dir) == ([], second(home))
 
@@ -219,9 +220,13 @@ async def test_a_service_moves_when_nothing_else_is_left(other: Path, home: Path
         await set_.forget("old.1")
         await until(lambda: set_.strands("etcd"))
         assert "goes on with etcd" in " ".join(set_.warnings())
+        # A daemon that dies between stop and start: the next one finds that none runs, and starts it.
         ended = await set_.stop_service("etcd")
         assert ended is not None
         assert ended.exit is not None
+    async with shims(home) as set_:
+        found = await set_.service("etcd")
+        assert found is None or found.exit is not None
         again = await started(set_)
         assert again != first
         assert await set_.service("etcd") == again
@@ -284,6 +289,29 @@ async def test_one_that_does_not_say_what_it_holds_is_not_taken_for_one_with_not
         finally:
             os.kill(earlier, signal.SIGCONT)
         assert [one.key for one in await rt.held()] == ["old.1"]
+
+
+@asynchronous
+async def test_limits_that_a_shim_does_not_know_are_told(home: Path, tmp_path: Path) -> None:
+    """Of one from before there were any: what asks for none is no trouble."""
+    code = copy_of_the_code(tmp_path / "code" / "shim", says_its_code=False)
+    for name, change in (("wire.py", ("PROTOCOL_VERSION = 2", "PROTOCOL_VERSION = 1")), ("main.py", LIMITS_SAID)):
+        text = (code / name).read_text()
+        assert text.count(change[0]) == 1, change
+        (code / name).write_text(text.replace(*change))
+    await begin(code, home, "old.1")
+    async with one_shim(home) as rt:
+        plain = rt.warnings()
+        assert await rt.start(shell("new.1", "true")) is None
+        assert rt.warnings() == plain
+        assert await rt.start(shell("new.2", "true", log_bytes_max=1, disk_bytes_max=1, open_files=(9, 9))) is None
+        told = " ".join(rt.warnings()[len(plain) :])
+        for limit in ("log-limit", "disk-limit", "open-files-limit"):
+            assert f"{limit} is missing: this node's shim is of an older version" in told
+    await begin(copy_of_the_code(tmp_path / "two" / "shim", says_its_code=False), home)
+    async with shims(home) as upgraded:
+        assert await upgraded.start(shell("new.3", "true", log_bytes_max=1, disk_bytes_max=1)) is None
+        assert "log-limit" not in " ".join(upgraded.warnings())
 
 
 DAEMON = """
