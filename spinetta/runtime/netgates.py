@@ -119,7 +119,7 @@ class Gates:
                 f"containers on the network bridge keep the subnet {self.subnet}: some of before still run; the next "
                 f"start without them takes {self._settings.subnet}"
             )
-        chains = _entries(await self._commands.json((self._nft, "-j", "list", "chains")))
+        chains = entries(await self._commands.json((self._nft, "-j", "list", "chains")))
         if (chain := network.forward_drops(chains)) and self.subnet is not None:
             found.append(
                 f"a firewall of this machine (chain {chain}) drops what is forwarded unless it knows it: containers on "
@@ -147,8 +147,8 @@ class Gates:
 
     async def _tables(self) -> dict[str, bool]:
         """Tables of nodes of this machine, and of each whether it says that nothing was forwarded before."""
-        chains = _entries(await self._commands.json((self._nft, "-j", "list", "chains")))
-        tables = _entries(await self._commands.json((self._nft, "-j", "list", "tables")))
+        chains = entries(await self._commands.json((self._nft, "-j", "list", "chains")))
+        tables = entries(await self._commands.json((self._nft, "-j", "list", "tables")))
         marked = {c["chain"].get("table") for c in chains if (c.get("chain") or {}).get("name") == network.MARK}
         names = [str(t["table"].get("name")) for t in tables if "table" in t]
         return {name: name in marked for name in names if network.subnet_of(name) is not None}
@@ -208,6 +208,7 @@ def _read_resolvs() -> list[str]:
     return texts
 
 
-def _entries(told: Any) -> list[dict[str, Any]]:
+def entries(told: Any) -> list[dict[str, Any]]:
+    """What nft lists in JSON."""
     listed = told.get("nftables") if isinstance(told, dict) else None
     return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []

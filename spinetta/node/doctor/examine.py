@@ -11,7 +11,7 @@ from pathlib import Path
 from spinetta.checkup import Finding, Level
 from spinetta.config import Settings
 from spinetta.container import CONTAINER, PROCESS
-from spinetta.node.doctor import disk, host, ports, programs, standing
+from spinetta.node.doctor import disk, host, network, ports, programs, standing
 from spinetta.runtime.detect import ContainerSupport, container_support
 
 CHECK_S = 90.0  # longer than any of them waits by itself
@@ -94,6 +94,7 @@ CHECKS: Mapping[str, tuple[str, Check]] = {
     "ids": ("users and groups for containers", _about_containers("ids")),
     "overlay": ("overlays, by mounting some", _about_containers("overlay")),
     "cgroups": ("limits for tasks, by making groups", _about_containers("cgroups")),
+    "network": ("the network bridge of containers, by making one", lambda p: network.network(p.settings)),
     "images": ("skopeo and umoci, which bring images in", lambda p: programs.images(p.settings)),
     "data-dir": ("rights on the data directory, by writing there", lambda p: disk.data_dir(p.data_dir)),
     "disk": ("room on its disk", lambda p: disk.space(p.data_dir)),
