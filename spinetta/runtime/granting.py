@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from spinetta.runtime.unitbook import UnitBook
 
 log = logging.getLogger("spinetta.node")
 
+WAIT_S = 20.0  # for units: an end is recorded, and counts as room, a moment before the shim has forgotten the attempt
 LISTINGS = 2  # without it in a row, before an attempt of this daemon's that is not there is taken for gone
 
 
@@ -25,9 +27,15 @@ class GrantingRuntime:
     and what became of it nobody has said, the second listing decides: a start may be under way while the first is made.
     """
 
-    def __init__(self, inner: Runtime, directory: Path, of: Mapping[str, devices.Devices]) -> None:
-        """`directory`: see `UnitBook`. UserError: it cannot be read."""
+    def __init__(
+        self, inner: Runtime, directory: Path, of: Mapping[str, devices.Devices], *, wait_s: float = WAIT_S
+    ) -> None:
+        """`directory`: see `UnitBook`; `wait_s`: for units that others are just giving back. UserError: it cannot be
+        read.
+        """
         self._inner = inner
+        self._wait_s = wait_s
+        self._freed = asyncio.Event()
         self._of = dict(of)
         self._book = UnitBook(directory, of)
         self._book.open()
@@ -49,7 +57,7 @@ class GrantingRuntime:
         self._starting.add(key)
         self._left_over.discard(key)
         try:
-            ready = self._given(launch)
+            ready = await self._given(launch)
             if isinstance(ready, Launch):
                 ready = await self._inner.prepare(ready)
         except BaseException:
@@ -77,7 +85,7 @@ class GrantingRuntime:
     async def forget(self, key: AttemptKey) -> None:
         """Remove all but the logs of an ended attempt; others may have its units."""
         await self._inner.forget(key)
-        self._book.release(key)
+        self._release(key)
         self._missed.pop(key, None)
         self._starting.discard(key)
 
@@ -99,9 +107,9 @@ class GrantingRuntime:
         """Where ``stdout`` or ``stderr`` of an attempt is, or would be."""
         return self._inner.log_path(key, stream)
 
-    def _given(self, launch: Launch) -> Launch | Exit:
+    async def _given(self, launch: Launch) -> Launch | Exit:
         try:
-            found = self._book.acquire(launch.key, launch.countables)
+            found = await self._acquired(launch)
         except OSError as e:
             return _unfit(f"which devices it has cannot be written down: {e.strerror}")
         if isinstance(found, devices.Short):
@@ -112,6 +120,21 @@ class GrantingRuntime:
         told = devices.environment(found, self._of, contained=launch.wants is not None)
         return replace(launch, env={**launch.env, **told}, units=found) if told or found else launch
 
+    async def _acquired(self, launch: Launch) -> devices.Labels | devices.Short:
+        found: devices.Labels | devices.Short = ()
+        try:
+            async with asyncio.timeout(self._wait_s):
+                while isinstance(found := self._book.acquire(launch.key, launch.countables), devices.Short):
+                    self._freed.clear()
+                    await self._freed.wait()
+        except TimeoutError:
+            pass
+        return found
+
+    def _release(self, key: AttemptKey) -> None:
+        self._book.release(key)
+        self._freed.set()
+
     def _keep_only(self, there: set[AttemptKey]) -> None:
         for key in self._book.keys:
             if key in there or key in self._starting:
@@ -120,7 +143,7 @@ class GrantingRuntime:
             self._missed[key] = self._missed.get(key, 0) + 1
             if key in self._left_over or self._missed[key] >= LISTINGS:
                 log.info("%s is gone; its units are free again", key)
-                self._book.release(key)
+                self._release(key)
                 del self._missed[key]
         self._left_over.clear()
 

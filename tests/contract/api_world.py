@@ -197,7 +197,7 @@ class HandNode:
         return self.directory / f"{task_id}.{attempt}.{stream}"
 
     async def running_sample(self, task_id: TaskId) -> RunningSample | None:  # noqa: ARG002
-        return RunningSample(1, self.usage, 5 << 20, 3) if self.usage is not None else None
+        return RunningSample(1, self.usage, 5 << 20, 3, (("gpu", ("0", "2")),)) if self.usage is not None else None
 
     async def membership(self) -> Membership:
         if self.failure is not None:

@@ -280,6 +280,7 @@ def test_any_node_tells_what_a_task_uses_now(etcd: Etcd, tmp_path: Path) -> None
             assert [v.task.attempts[0].usage.cpu_user_s for v in got.tasks] == [1.0, 2.0, 0.0]
             assert [v.HasField("now") for v in got.tasks] == [True, True, False]
             assert (got.tasks[1].now.memory_bytes, got.tasks[1].now.pids) == (5 << 20, 3)
+            assert dict(got.tasks[1].now.units) == {"gpu": "0,2"}
             assert got.tasks[1].task.attempts[0].usage.pids_peak == 7
             running = api.ListRequest(filter=api.Filter(states=[pb.RUNNING]), with_usage=True)
             listed = await a.api.List(running)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import signal
@@ -24,7 +25,7 @@ from spinetta.node.containers import open_containers
 from spinetta.options import parse_devices
 from spinetta.runtime.granting import GrantingRuntime, missing_files
 from spinetta.runtime.protocol import Launch
-from tests.contract.shims import asynchronous, groups_of, launch, runtime, state_dir, until
+from tests.contract.shims import LIMIT_S, asynchronous, groups_of, launch, runtime, state_dir, until
 from tests.contract.test_runtimes import end_of, image, start
 
 pytestmark = pytest.mark.contract
@@ -63,7 +64,7 @@ class Node:
     image: Path
 
     @asynccontextmanager
-    async def daemon(self) -> AsyncIterator[GrantingRuntime]:
+    async def daemon(self, wait_s: float = 0.1) -> AsyncIterator[GrantingRuntime]:
         data_dir = self.state_dir.parent
         settings = Settings(
             name="n1",
@@ -74,7 +75,7 @@ class Node:
         )
         async with runtime(self.state_dir) as shim, open_containers(settings, data_dir, shim) as here:
             assert "container" in here.allows, here.warnings
-            yield GrantingRuntime(here.runtime, data_dir / "units", read(settings.devices))
+            yield GrantingRuntime(here.runtime, data_dir / "units", read(settings.devices), wait_s=wait_s)
 
     def launch(self, key: str, *, contained: bool = True, gpus: int = 1, **changes: Any) -> Launch:
         made = launch(
@@ -169,6 +170,24 @@ async def test_two_at_once_have_one_each(node: Node) -> None:
         for key in ("t.2", "t.4", "none.1"):
             await finish(rt, key)
         assert node.book == set()
+
+
+@asynchronous
+async def test_what_is_just_being_given_back_is_waited_for(node: Node) -> None:
+    async with node.daemon(wait_s=LIMIT_S) as rt, asyncio.TaskGroup() as group:
+        for key in ("t.1", "t.2"):
+            assert await start(rt, node.launch(key, contained=False)) is None
+        waits = [group.create_task(start(rt, node.launch(f"w.{n}", contained=False))) for n in range(2)]
+        await finish(rt, "t.2")
+        done, others = await asyncio.wait(waits, timeout=LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result() for task in done] == [None]
+        assert len(others) == 1
+        assert len(node.book) == 2
+        await finish(rt, "t.1")
+        assert await others.pop() is None
+        assert [rt.labels(f"w.{n}") for n in range(2)] == [(("gpu", ("1",)),), (("gpu", ("0",)),)]
+        for n in range(2):
+            await finish(rt, f"w.{n}")
 
 
 @asynchronous

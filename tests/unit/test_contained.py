@@ -306,7 +306,10 @@ def test_what_a_running_task_has_now() -> None:
     assert usage_cells(replace(running, now=None)) == ("1m02s", "9MiB", "8")
     assert usage_cells(info(queued(1))) == ("", "", "")
     assert dict(show.task_lines(running))["Now"] == "5MiB memory, 3 processes"
-    assert show.task_document(running)["now"] == {"memory_bytes": 5 << 20, "pids": 3}
+    assert show.task_document(running)["now"] == {"memory_bytes": 5 << 20, "pids": 3, "units": {}}
+    given = replace(running, now=UsageNow(5 << 20, 3, (("fpga", ("a",)), ("gpu", ("0", "2")))))
+    assert dict(show.task_lines(given))["Given"] == "fpga a; gpu 0, 2"
+    assert show.task_document(given)["now"]["units"] == {"fpga": ["a"], "gpu": ["0", "2"]}
     assert show.task_document(info(queued(1)))["now"] is None
     assert now_words(replace(running, now=UsageNow(0, 1))) == "0B memory, 1 process"
 
