@@ -37,7 +37,13 @@ class Stored:
 
 
 def choose(
-    images: Iterable[Stored], *, now_s: float, keep_bytes: int, keep_s: float, since_s: float = -math.inf
+    images: Iterable[Stored],
+    *,
+    now_s: float,
+    keep_bytes: int,
+    keep_s: float,
+    since_s: float = -math.inf,
+    known_s: float = math.inf,
 ) -> list[tuple[str, Why]]:
     """Digests of those to remove, each with the reason, the longest unused first.
 
@@ -47,6 +53,8 @@ def choose(
         keep_bytes: for all together; those that may not go count, so that less of the others stays. 0: any amount.
         keep_s: how long one may be unused; 0: for ever.
         since_s: no age counts from before, as the clock was set then.
+        known_s: since when nobody has set the clock. What was used after now was used when the clock was ahead, which
+            was before: it counts from then, or it would stay until the time comes.
     """
     known = list(images)
     total_bytes = sum(i.size_bytes for i in known)
@@ -59,7 +67,7 @@ def choose(
             why = Why.MARKED
         elif image.is_pinned:
             continue
-        elif keep_s and now_s - max(image.used_s, since_s) > keep_s:
+        elif keep_s and now_s - max(image.used_s if image.used_s <= now_s else min(known_s, now_s), since_s) > keep_s:
             why = Why.AGE
         elif keep_bytes and total_bytes > keep_bytes:
             why = Why.SIZE

@@ -5,44 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+from spinetta.runtime.clocks import SteppedClock as SteppedClock
 
 log = logging.getLogger("spinetta.node")
 
 REMOVED = "etcd.removed"
 REMOVED_KEEP_S = 30 * 86400.0  # for a person to look at; it may have gigabytes
-STEP_S = 60.0  # more than a clock drifts between two sweeps, or is slewed by NTP
-
-
-class SteppedClock:
-    """The wall clock, and when it was last seen to be set: `set_at_s`, of the wall clock, minus infinity at first.
-
-    Ages of files are worth nothing across such a step: a machine that starts with a wrong clock would have all its
-    logs look years old once the clock is right.
-    """
-
-    def __init__(
-        self,
-        wall: Callable[[], float] = time.time,
-        steady: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
-    ) -> None:
-        self._wall = wall
-        self._steady = steady
-        self._ahead_s = wall() - steady()
-        self.set_at_s = -math.inf
-
-    def now_s(self) -> float:
-        """The wall clock's time; looks whether it was set."""
-        now_s = self._wall()
-        ahead_s = now_s - self._steady()
-        if abs(ahead_s - self._ahead_s) > STEP_S:
-            log.warning("the clock was set %+.0f s; ages of logs count from now", ahead_s - self._ahead_s)
-            self.set_at_s = now_s
-        self._ahead_s = ahead_s
-        return now_s
 
 
 @dataclass(frozen=True, slots=True)

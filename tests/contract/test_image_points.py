@@ -9,8 +9,9 @@ import pytest
 
 from spinetta.container import ContainerSpec
 from tests.contract.containers import RUNC, make_rootfs
+from tests.contract.oldshims import home
 from tests.contract.shims import asynchronous
-from tests.contract.test_runtimes import World, home, ran
+from tests.contract.test_runtimes import World, ran
 
 pytestmark = [pytest.mark.contract, pytest.mark.skipif(not Path(RUNC).exists(), reason="runc is not installed")]
 _ = home  # a fixture

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinetta.eviction import Stored, Why, choose
+from spinetta.runtime.clocks import SteppedClock
 
 A = Stored("a", 10, used_s=100.0)
 B = Stored("b", 20, used_s=200.0)
@@ -39,6 +40,56 @@ def test_a_marked_one_goes_as_soon_as_nothing_uses_it_pinned_or_not() -> None:
 
 def test_ages_count_from_when_the_clock_was_set() -> None:
     assert choose([A], now_s=1e9, keep_bytes=0, keep_s=150, since_s=1e9 - 100) == []
+
+
+def test_a_clock_that_was_set_forward_makes_nothing_old() -> None:
+    wall, steady = [300.0], [0.0]
+    clock = SteppedClock(lambda: wall[0], lambda: steady[0])
+
+    def gone(keep_s: float = 150, keep_bytes: int = 0) -> list[str]:
+        now_s = clock.now_s()
+        chosen = choose(
+            [A, B, C],
+            now_s=now_s,
+            keep_bytes=keep_bytes,
+            keep_s=keep_s,
+            since_s=clock.set_at_s,
+            known_s=clock.known_s,
+        )
+        return [digest for digest, _ in chosen]
+
+    assert gone() == ["a"]
+    year_s = 365 * 86400.0
+    steady[0], wall[0] = 60.0, 360.0 + year_s
+    assert gone() == []
+    assert gone(keep_bytes=50) == ["a"], "the longest unused, whatever the clock says"
+    steady[0], wall[0] = 220.0, 520.0 + year_s
+    assert gone() == ["a", "b", "c"], "from then on time is time again"
+
+
+def test_what_was_used_when_the_clock_was_ahead_is_not_kept_for_ever() -> None:
+    wall, steady = [200.0], [0.0]
+    ahead = Stored("d", 40, used_s=1e9)
+
+    def gone(clock: SteppedClock) -> list[str]:
+        now_s = clock.now_s()
+        return [
+            d
+            for d, _ in choose(
+                [ahead], now_s=now_s, keep_bytes=0, keep_s=150, since_s=clock.set_at_s, known_s=clock.known_s
+            )
+        ]
+
+    clock = SteppedClock(lambda: wall[0], lambda: steady[0])  # it was set back before we were started
+    assert gone(clock) == []
+    steady[0], wall[0] = 160.0, 360.0
+    assert gone(clock) == ["d"]
+    wall[0] = 1e9
+    clock = SteppedClock(lambda: wall[0], lambda: steady[0])
+    wall[0] = 400.0  # set back while we look on
+    assert gone(clock) == []
+    steady[0], wall[0] = 320.0, 560.0
+    assert gone(clock) == ["d"]
 
 
 @given(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from spinetta import eviction, imageref
 from spinetta.errors import NotFound, RuntimeUnavailable, UserError
+from spinetta.runtime.clocks import SteppedClock
 from spinetta.runtime.images.records import ImageRecord
 from spinetta.runtime.images.shelf import Shelf
 
@@ -54,6 +55,7 @@ class Catalogue:
     def __init__(self, shelf: Shelf, wall_s: Callable[[], float]) -> None:
         self._shelf = shelf
         self._wall_s = wall_s
+        self._clock = SteppedClock(wall_s, of="images")
         self._images: dict[str, Held] = {}
         self._names: dict[str, str] = {}
         self._uses: dict[str, str] = {}
@@ -255,8 +257,11 @@ class Catalogue:
     def evict(self, keep_bytes: int, keep_s: float) -> list[str]:
         """Let go of what is too old or too much; see `eviction.choose`. Digests."""
         busy, steady_s = set(self._uses.values()), time.monotonic()
-        chosen = eviction.choose(map(_stored(busy, steady_s), self._images.values()), now_s=self._wall_s(),
-                                 keep_bytes=keep_bytes, keep_s=keep_s)  # fmt: skip
+        clock, now_s = self._clock, self._clock.now_s()
+        chosen = eviction.choose(
+            map(_stored(busy, steady_s), self._images.values()), now_s=now_s, keep_bytes=keep_bytes, keep_s=keep_s,
+            since_s=clock.set_at_s, known_s=clock.known_s,
+        )  # fmt: skip
         for digest, why in chosen:
             names = ", ".join(sorted(self._images[digest].record.names)[:3])
             log.info("image %s (%s) goes: %s", digest, names or "without a name", why.value)

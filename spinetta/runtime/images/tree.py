@@ -32,8 +32,8 @@ DIRECTORIES = (
 )
 """Where every container has something mounted. They must be real directories: a mount would follow a link."""
 OURS = ("tmp", "run", "run/secrets", "run/secrets/spinetta", ".spinetta")
-"""Of these the permissions are ours, whatever the image says: runc gives the file system on /tmp those of what it covers,
-and through the others a user without rights gets to what is mounted within."""
+"""Of these the permissions are ours, whatever the image says: runc gives what it mounts on /tmp those of what it
+covers, and through the others a user without rights gets to what is mounted within."""
 INIT = ".spinetta/init"
 NETWORK_FILES = {"etc/hosts": b"127.0.0.1 localhost\n::1 localhost\n", "etc/resolv.conf": b""}
 """What containers with the host's network have mounted; what the others see. The runtime would make a file that is
