@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import spinetta.runtime.shim as package
 from spinetta.runtime.shim import child, proctable, wire
 from spinetta.runtime.shim.loop import Loop, now_s
-from spinetta.runtime.shim.records import Records, put_file, read_records, seal, unseal
+from spinetta.runtime.shim.records import Records, put_beside, put_file, read_records, seal, unseal
 
 SOURCES = sorted(Path(package.__file__).parent.glob("*.py"))
 
@@ -113,6 +113,18 @@ def test_records(tmp_path: Path) -> None:
     broken = ["b.1", "c.1", "d.1", "e.1"]
     assert read_records(tmp_path) == Records({"a.1": {"v": 2, "x": 0.1}, "old.1": {"v": 1, "state": "started"}}, broken)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.1", *broken, "old.1"]
+
+
+def test_what_was_written_beside_a_record_replaces_it_if_it_is_whole(tmp_path: Path) -> None:
+    old, new = {"v": 2, "state": "started"}, {"v": 2, "state": "ended"}
+    for name in ("a.1", "torn.1", "a.new"):
+        put_file(tmp_path / name, json.dumps(seal(old)).encode())
+    for name in ("a.1", "alone.1", "no key"):
+        put_beside(tmp_path / name, json.dumps(seal(new)).encode())
+    (tmp_path / ".torn.1.new").write_bytes(json.dumps(seal(new)).encode()[:-1])
+    for _ in range(2):  # and stays what it is
+        assert read_records(tmp_path) == Records({"a.1": new, "alone.1": new, "torn.1": old, "a.new": old})
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.1", "a.new", "alone.1", "torn.1"]
 
 
 def test_a_record_that_is_damaged_anywhere_is_never_taken_for_another() -> None:

@@ -117,7 +117,8 @@ class Writing:
 
     def _flush(self) -> None:
         if self._out:
-            self._sock.sendall(self._out)
+            with contextlib.suppress(OSError):  # nobody listens any more, which reading tells
+                self._sock.sendall(self._out)
             self._out.clear()
 
     def _supersede(self, path: Path) -> None:
