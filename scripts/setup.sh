@@ -89,11 +89,14 @@ missing_packages() {
         { has ip && has ss; } || echo iproute2
         has iptables-restore || echo iptables
         has nsenter || echo util-linux
+        has nft || echo nftables # containers on the network bridge
+        [ -x /usr/lib/cni/ptp ] || [ -x /opt/cni/bin/ptp ] || echo containernetworking-plugins
         compgen -G "/usr/lib/*/faketime/libfaketimeMT.so.1" >/dev/null || echo libfaketime
         { has dockerd && has docker; } || echo docker.io # a client alone starts nothing
         has docker-compose || echo docker-compose
         has docker-registry || echo docker-registry
         has crun || echo crun
+        [ "$(uname -m)" != x86_64 ] || has linux.uml || echo user-mode-linux # machines of another kind, see tests/machines
         has newuidmap || echo uidmap
         has xz || echo xz-utils # root file systems of the tests
         [ -e /usr/share/gocode/src/github.com/opencontainers/runtime-spec/schema ] || echo golang-github-opencontainers-specs-dev
@@ -112,6 +115,7 @@ services_of() {
         case $package in
             etcd-server) echo etcd.service ;;
             docker-registry) echo docker-registry.service ;;
+            containernetworking-plugins) printf '%s\n' cni-dhcp.service cni-dhcp.socket ;;
             docker.io)
                 printf '%s\n' docker.service docker.socket
                 # It brings containerd with it, but where that is there already, somebody may be using it.

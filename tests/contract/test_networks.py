@@ -105,16 +105,18 @@ async def joined_for_good(network: Network, key: str) -> Joined:
 
 
 @asynccontextmanager
-async def node(folder: Path, image: Path, here: World, **changes: Any) -> AsyncIterator[tuple[RuncRuntime, Network]]:
+async def node(
+    folder: Path, image: Path, here: World, allow: tuple[str, ...] = ()
+) -> AsyncIterator[tuple[RuncRuntime, Network]]:
     """All that a daemon has of it, on the machine of `here`."""
     where = netplace.place_of(folder, folder / "run")
     netplace.make(where)
-    settings = Settings(name="n1", address="127.0.0.1:1", data_dir=str(folder), allow=(f"image:{image}",))
+    settings = Settings(name="n1", address="127.0.0.1:1", data_dir=str(folder), allow=(f"image:{image}", *allow))
     async with runtime(folder / "shim") as shim, open_containers(settings, folder, shim) as containers:
         pid = netplace.shim_pid(shim.state_dir)
         assert netplace.passes_on_to(where, pid)
         held = tuple(h.key for h in await shim.held())
-        async with opened(where, here, held, **changes) as network:
+        async with opened(where, here, held) as network:
             bare = containers.runtime
             assert isinstance(bare, RuncRuntime), containers.warnings
             site = replace(bare._site, allows=bare._site.allows | {"network:bridge"})
@@ -230,6 +232,36 @@ async def test_what_is_not_started_has_no_network(folder: Path, image: Path, her
         await asyncio.wait([preparing])
         await until(lambda: only_rules(here, where))
     assert left(here, where) == []
+
+
+@asynchronous
+async def test_who_sends_in_anothers_name_is_not_heard(folder: Path, image: Path, here: World) -> None:
+    outside = here.serve(here.outside, OUTSIDE)
+    async with node(folder, image, here, ("capability:NET_ADMIN", "capability:NET_RAW")) as (rt, network):
+        tries = (
+            "busybox arping -c 1 -I eth0 10.231.0.1 && echo RAW",
+            "busybox ip addr add 10.99.0.1/32 dev eth0 && echo ADDED",
+            "busybox ip route add 10.99.0.0/16 dev lo && echo ROUTED",
+            "busybox ip link set lo down && echo DOWN",
+            "echo 0 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6 && echo IPV6",
+            f"busybox nc -w 2 {OUTSIDE} {outside.port}",
+        )
+        asked = bridged(image, "a.1", "\n".join(tries))
+        capable = replace(asked.wants, capabilities=("NET_ADMIN", "NET_RAW"))
+        assert (await ran(rt, replace(asked, wants=capable))).exit_code == 0
+        assert rt.log_path("a.1", "stdout").read_text() == f"you are {MACHINE}\n"
+        await rt.forget("a.1")
+        # Not even with what only the machine's root can do in it.
+        joined = await joined_for_good(network, "b.1")
+        inside = ("nsenter", f"--net={joined.netns_path}")
+        for address in ("10.231.0.77", "198.51.100.77", "10.99.0.1"):
+            adding = (*inside, "ip", "addr", "add", f"{address}/32", "dev", "eth0")
+            await asyncio.to_thread(subprocess.run, adding, check=True, timeout=20)
+            calling = (*inside, "busybox", "nc", "-w", "1", "-s", address, OUTSIDE, str(outside.port))
+            done = await asyncio.to_thread(subprocess.run, calling, capture_output=True, check=False, timeout=20)
+            assert done.returncode != 0
+        assert len(outside.heard) == 1
+        network.release("b.1")
 
 
 # --- without containers ----------------------------------------------------------------------------------------------
