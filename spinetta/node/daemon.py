@@ -340,6 +340,7 @@ class Daemon:
                 await self._look_for_voters()
             except TROUBLE as e:  # e.g. the disk is full
                 teller.tell(f"the voters cannot be looked up now: {e}")
+            self._entrance.memory.note_shims(later=self._runtime.are_scattered())
             await self._seat_changed()
             await asyncio.sleep(ENDPOINTS_EVERY_S)
 

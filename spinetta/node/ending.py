@@ -83,6 +83,7 @@ class Ending:
     async def _end_shim(self) -> None:
         await self._seat.stop()
         await self._runtime.shutdown_shim()
+        self._memory.note_shims(later=self._runtime.are_scattered())
 
     async def _drain(self) -> Wish:
         """Wait for the tasks, then give back what may be started again; what is to be done with the rest.

@@ -61,6 +61,13 @@ class Memory:
                 identities.save(self._path, changed)
                 self.identity = changed
 
+    def note_shims(self, *, later: bool) -> None:
+        """Whether something is held outside the first shim's directory; see `Identity.shims`."""
+        try:
+            self.update(shims="later" if later else "")
+        except UserError as e:  # a full disk: results may wait for this daemon, which must go on
+            log.warning("an earlier version of Spinetta must not be started on this data directory now: %s", e)
+
     def plan(self, **changes: Any) -> None:
         """Change some fields in memory; they are written with the next change, once the node has found its cluster."""
         with self._changing:

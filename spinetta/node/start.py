@@ -136,6 +136,7 @@ async def _live_once(settings: Settings, data_dir: Path, stop: StopSignals) -> i
         try:
             containers = await stack.enter_async_context(open_containers(settings, data_dir, runtime))
             entrance = await enter(settings, data_dir, runtime, known, credentials, dialer)
+            entrance.memory.note_shims(later=runtime.are_scattered())  # before anything is started there
             store = _store(entrance, credentials, dialer)
             stack.push_async_callback(store.close)
             if isinstance(store, EtcdStore):

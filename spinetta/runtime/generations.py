@@ -112,6 +112,8 @@ def remove(folder: Path) -> bool:
         except OSError:
             return False
     shutil.rmtree(gone, ignore_errors=True)  # what resists goes at the next start
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()  # if it was the last
     return True
 
 

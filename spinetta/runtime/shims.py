@@ -199,6 +199,10 @@ class Shims:
 
     # The shims ---------------------------------------------------------------------------------------------------
 
+    def are_scattered(self) -> bool:
+        """Whether anything is outside the first shim's directory, where a daemon of before upgrades would not look."""
+        return any(generations.is_occupied(each) for each in generations.folders(self._home) if each != self._home)
+
     def described(self) -> tuple[ShimInfo, ...]:
         """All of them, the one that takes what is new first."""
         return tuple(

@@ -42,6 +42,8 @@ class Identity:
         incarnation_id: of its latest life, which the next daemon goes on with.
         drain: an administrator has drained it, and it stays so until that is taken back: "drain", "release" (what may
             be started again is given back) or "force" (all is); empty: it takes tasks.
+        shims: "later": what it holds is not in its first shim's directory alone. Else empty and not written, so that a
+            version of before there were others, which would take their tasks for lost, refuses this file meanwhile.
     """
 
     node: str
@@ -56,6 +58,7 @@ class Identity:
     gateways: tuple[str, ...] = ()
     incarnation_id: str = ""
     drain: str = ""
+    shims: str = ""
 
 
 def load(path: Path) -> Identity | None:
@@ -120,7 +123,8 @@ def save(path: Path, identity: Identity) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    document: dict[str, Any] = {"format": FORMAT, "sum": _checksum(asdict(identity)), **asdict(identity)}
+    written = {name: value for name, value in asdict(identity).items() if name != "shims" or value}
+    document: dict[str, Any] = {"format": FORMAT, "sum": _checksum(written), **written}
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -125,6 +126,7 @@ def test_tasks_go_on_over_an_upgrade(tmp_path: Path, earlier: Path) -> None:
         newest, old = eventually(lambda: shims_of(client, node.name), within_s=READY_S, what="the node answers")
         assert (newest.retiring, newest.code != "") == (False, True)
         assert (old.retiring, old.attempts, old.services, old.code) == (True, 2, ("etcd",), "")
+        assert json.loads((node.data_dir / "identity.json").read_text())["shims"] == "later"
         shown = cluster.cli("node", "show").stdout
         assert "retiring with 2 attempts and etcd" in shown
         assert "goes on with 2 attempts" in shown
@@ -148,6 +150,7 @@ def test_tasks_go_on_over_an_upgrade(tmp_path: Path, earlier: Path) -> None:
         # All that is stopped is, and the next start finds one directory.
         assert "stopped" in cluster.cli("node", "stop", "--data-dir", str(node.data_dir), node=None).stdout
         assert not etcd_of(node)
+        assert "shims" not in json.loads((node.data_dir / "identity.json").read_text()), "the earlier one may come back"
         assert node.process is not None
         node.process.wait(10)
         node.start()
