@@ -17,35 +17,49 @@ OPEN_MAX = 1024  # files of each: less than a second
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def removed_bytes(pids: Iterable[int], device: int) -> int:
+def removed_bytes(pids: Iterable[int], device: int, upper: str = "") -> int:
     """What files of a device take that are removed, but still open in one of these processes.
 
     No file is touched before it is known to be there: others may be on file systems that never answer.
+
+    Args:
+        pids: the processes.
+        device: where the files are.
+        upper: how the path ends of the folder to which a container's root writes, on that device. Of files of that root
+            those count that are open for writing: they are in it, while others may be the image's.
     """
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     used = 0
     for pid in itertools.islice(pids, PROCESSES_MAX):
-        folder, mounts = f"/proc/{pid}", set[str]()
+        folder, mounts = f"/proc/{pid}", dict[str, bool]()
         with contextlib.suppress(OSError, IndexError):  # gone
             for fd in os.listdir(f"{folder}/fd")[:OPEN_MAX]:  # noqa: PTH208 - only names
                 if not os.readlink(f"{folder}/fd/{fd}").endswith(" (deleted)"):  # noqa: PTH115 - often
                     continue
-                mounts = mounts or _mounts_of(folder, device)
+                mounts = mounts or _mounts_of(folder, device, upper)
                 info = dict(line.split(":", 1) for line in _text(f"{folder}/fdinfo/{fd}").splitlines() if ":" in line)
-                if info.get("mnt_id", "").strip() not in mounts:
+                is_root = mounts.get(info.get("mnt_id", "").strip())
+                if is_root is None or (is_root and int(info["flags"], 8) & os.O_ACCMODE == os.O_RDONLY):
                     continue
                 found = os.stat(f"{folder}/fd/{fd}")  # noqa: PTH116 - often
-                if found.st_nlink == 0 and found.st_dev == device and found.st_ino not in seen:
-                    seen.add(found.st_ino)
+                name = found.st_dev, found.st_ino
+                if found.st_nlink == 0 and (is_root or found.st_dev == device) and name not in seen:
+                    seen.add(name)
                     used += found.st_blocks * BLOCK_BYTES
     return used
 
 
-def _mounts_of(folder: str, device: int) -> set[str]:
-    """Numbers of the mounts of a device that a process sees."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    lines = (line.split(" ", 3) for line in _text(f"{folder}/mountinfo").splitlines())
-    return {fields[0] for fields in lines if fields[2] == wanted}
+def _mounts_of(folder: str, device: int, upper: str) -> dict[str, bool]:
+    """Numbers of the mounts of a device that a process sees; True: it is an overlay that writes to `upper` there."""
+    wanted, found = f"{os.major(device)}:{os.minor(device)}", {}
+    for line in _text(f"{folder}/mountinfo").splitlines():
+        number, _parent, where, rest = line.split(" ", 3)
+        kind, _source, options = rest.partition(" - ")[2].split(" ", 2)
+        if where == wanted:
+            found[number] = False
+        elif upper and kind == "overlay":
+            found |= {number: True for o in options.split(",") if o.startswith("upperdir=") and o.endswith(upper)}
+    return found
 
 
 def _text(path: str) -> str:

@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from . import sysapi
 from .attempt import Held
+from .bundle import UPPER
 from .cgroup import members
 from .logcap import cut
 from .loop import READ, WRITE, Loop, now_s
@@ -162,7 +163,8 @@ class _Watch:
         if not more:
             used_bytes = self._scan.used_bytes
             if target.group and self._scan.device:
-                used_bytes += removed_bytes(members(Path(target.group)), self._scan.device)
+                upper = f"/{self._scanned}/{UPPER}"
+                used_bytes += removed_bytes(members(Path(target.group)), self._scan.device, upper)
         self._cost_s += time.thread_time() - began_s
         if not more:
             self._scanned_all(target, used_bytes)
