@@ -58,7 +58,8 @@ def _mounts_of(folder: str, device: int, upper: str) -> dict[str, bool]:
         if where == wanted:
             found[number] = False
         elif upper and kind == "overlay":
-            found |= {number: True for o in options.split(",") if o.startswith("upperdir=") and o.endswith(upper)}
+            if any(o.startswith("upperdir=") and o.endswith(upper) for o in options.split(",")):
+                found[number] = True
     return found
 
 
