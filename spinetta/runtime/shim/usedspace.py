@@ -57,10 +57,13 @@ def _mounts_of(folder: str, device: int, upper: str) -> dict[str, bool]:
         kind, _source, options = rest.partition(" - ")[2].split(" ", 2)
         if where == wanted:
             found[number] = False
-        elif upper and kind == "overlay":
-            if any(o.startswith("upperdir=") and o.endswith(upper) for o in options.split(",")):
-                found[number] = True
+        elif upper and kind == "overlay" and any(_is_upper(option, upper) for option in options.split(",")):
+            found[number] = True
     return found
+
+
+def _is_upper(option: str, ends: str) -> bool:
+    return option.startswith("upperdir=") and option.endswith(ends)
 
 
 def _text(path: str) -> str:
