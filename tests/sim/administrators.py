@@ -154,7 +154,7 @@ class Administrators:
             and set(spec.tags_required) <= set(record.tags)
             and not set(spec.tags_forbidden) & set(record.tags)
             and set(spec.clearance) <= set(acl.effective if acl is not None else ())
-            and allowed(spec.container, record.allows)
+            and allowed(spec, record.allows)
             and self._is_looked_at(spec, record)
         )
 

@@ -1,6 +1,6 @@
-"""Containers in a simulated world: what tasks ask for, what nodes allow, and hints that lie about it.
+"""Containers in a simulated world: what tasks ask for, what nodes allow, and hints that lie about it; and open files.
 
-In some seeds only (`has_containers`), and drawn apart, so that all others tell what they told before.
+In some seeds only (`has_containers`, `has_files`), and drawn apart, so that all others tell what they told before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tests.sim.faults import Plan
 
 ALLOWED = ("network:host", "user:root", "mount:/data", "mount-rw:/data/out")
 SOURCES = ("/data", "/data/out/x", "/database")  # the last begins like the first, and nobody allows it
+FILES = (4096, 65536, 1 << 20)  # open files that tasks ask for, and that nodes give at most
 RUNTIMES = ((), ("process",), ("process", "container"), ("process", "container"), ("container",))
 
 
@@ -23,11 +24,19 @@ def has_containers(seed: int) -> bool:
     return seed % 11 == 7
 
 
+def has_files(seed: int) -> bool:
+    """Whether a seed draws limits of open files: half of those with containers."""
+    return has_containers(seed) and random.Random(f"files {seed}").random() < 0.5
+
+
 def with_containers(plan: Plan) -> Plan:
     """The plan with containers, if its seed is one of those."""
     if not has_containers(plan.seed):
         return plan
-    submits = tuple((at_s, replace(spec, container=_asked(plan.seed, spec))) for at_s, spec in plan.submits)
+    submits = tuple(
+        (at_s, replace(spec, container=_asked(plan.seed, spec), open_files_max=_files(plan.seed, spec)))
+        for at_s, spec in plan.submits
+    )
     lying, bombing = random.Random(f"lies {plan.seed}"), random.Random(f"bombs {plan.seed}")
     contained = [spec.id for _, spec in submits if spec.container is not None]
     return replace(
@@ -43,7 +52,14 @@ def _allows(seed: int, name: str) -> tuple[str, ...]:
     chance = random.Random(f"allows {seed} {name}")
     runtimes = chance.choice(RUNTIMES)
     more = [word for word in ALLOWED if chance.random() < 0.6]
-    return (*runtimes, *more) if "container" in runtimes else runtimes
+    allows = (*runtimes, *more) if "container" in runtimes else runtimes
+    if not allows or not has_files(seed):
+        return allows  # of a version before there were any
+    return (*allows, f"open-files:{random.Random(f'gives {seed} {name}').choice(FILES)}")
+
+
+def _files(seed: int, spec: TaskSpec) -> int:
+    return random.Random(f"opens {seed} {spec.id}").choice((0, *FILES)) if has_files(seed) else 0
 
 
 def _asked(seed: int, spec: TaskSpec) -> ContainerSpec | None:
@@ -59,8 +75,14 @@ def _asked(seed: int, spec: TaskSpec) -> ContainerSpec | None:
     )
 
 
-def allowed(asked: ContainerSpec | None, allows: Collection[str]) -> bool:
-    """Whether a node that allows this may run a task with this container: said anew here, to judge what is claimed."""
+def allowed(spec: TaskSpec, allows: Collection[str]) -> bool:
+    """Whether a node that allows this may run a task, by its container and open files: said anew here, to judge what is
+    claimed.
+    """
+    asked = spec.container
+    most = [int(word.removeprefix("open-files:")) for word in allows if word.startswith("open-files:")]
+    if spec.open_files_max and (not most or most[0] < spec.open_files_max):
+        return False
     if asked is None:
         return not allows or "process" in allows
     mounts = all(_mountable(m, allows) for m in asked.mounts)

@@ -233,7 +233,7 @@ class Checker:
         able = self.abilities[node]
         if not set(spec.tags_required) <= able.tags or set(spec.tags_forbidden) & able.tags:
             raise Violated(6, f"{node} with {set(able.tags)} claimed {spec}")
-        if not allowed(spec.container, able.allows):
+        if not allowed(spec, able.allows):
             raise Violated(6, f"{node}, which allows {able.allows}, claimed {spec}")
         acl = self.rights.get(node)
         if not set(spec.clearance) <= set(acl.effective if acl is not None else ()):
