@@ -311,7 +311,7 @@ def _refusal(code: str, text: str) -> Exception:
                 "the shim of this node is of an older version, which runs no commands beside tasks",
                 field="id",
                 reason="shim-version",
-                hint="it is replaced when the node is stopped and started again with nothing running",
+                hint="it finishes what it holds; tasks that begin from now on have a shim in which this works",
             )
         case "closing":
             return RuntimeUnavailable(text)

@@ -130,6 +130,10 @@ def test_tasks_go_on_over_an_upgrade(tmp_path: Path, earlier: Path) -> None:
         shown = cluster.cli("node", "show").stdout
         assert "retiring with 2 attempts and etcd" in shown
         assert "goes on with 2 attempts" in shown
+        assert (
+            "2 shims run"
+            in cluster.cli("doctor", "--only", "node", "--data-dir", str(node.data_dir), check=False, node=None).stdout
+        )
         new = client.submit(["sh", "-c", "echo new in $PWD"])
         assert client.wait([new.id], timeout_s=30).tasks[0].task.outcome is Outcome.SUCCEEDED
         assert "generations/2/scratch" in read(client, new.id)

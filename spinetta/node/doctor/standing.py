@@ -15,6 +15,7 @@ from spinetta.config import Settings
 from spinetta.errors import SpinettaError, StoreUnavailable, UserError
 from spinetta.node.entry import etcd_tls, remembered_any
 from spinetta.node.lock import holder
+from spinetta.runtime.generations import living
 from spinetta.store.identity import Identity
 from spinetta.store.maintenance import look
 from spinetta.trust.credentials import NodeCredentials
@@ -49,8 +50,18 @@ async def node(settings: Settings) -> list[Finding]:
         )  # fmt: skip
     else:
         found.append(await _daemon(known, pid, credentials))
+    found += await _shims(data_dir)
     found += await _etcd(settings, known, credentials, runs=pid is not None)
     return found
+
+
+async def _shims(data_dir: Path) -> list[Finding]:
+    """After an upgrade there may be more than one for a while."""
+    count = len(await living(data_dir / "shim"))
+    if count <= 1:
+        return []
+    seen = f"{count} shims run: {count - 1} of them of before an upgrade, until what they hold has ended"
+    return [Finding("node", Level.NOTE, seen, "", "spinetta node show; docs/operating.md#upgrading")]
 
 
 def _certificates(credentials: NodeCredentials) -> Finding:
