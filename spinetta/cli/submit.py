@@ -58,7 +58,11 @@ def container_options(command: F) -> F:
         ),
         click.option("--user", metavar="UID[:GID]|root", help="Who it is in the container."),
         click.option("--writable", is_flag=True, help="It may write to its root file system, too."),
-        click.option("--network", type=click.Choice(NETWORKS), help="Else none: its own loopback only."),
+        click.option(
+            "--network",
+            type=click.Choice(NETWORKS),
+            help="bridge: to the outside, behind the node's address; host: the node's own. Else none: loopback only.",
+        ),
         click.option(
             "--image",
             metavar="REF",

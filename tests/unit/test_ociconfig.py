@@ -48,6 +48,8 @@ def test_all_name_spaces_are_its_own() -> None:
     assert set(namespaces(made(network="host"))) == {"user", "pid", "mount", "ipc", "uts", "cgroup"}
     bridged = made(network="bridge", netns_path="/run/netns/x")
     assert namespaces(bridged)["network"] == "/run/netns/x"
+    seen = mounts(made(network="bridge", netns_path="/run/netns/x", sys_path="/run/sys/x"))["/sys"]
+    assert (seen["source"], "ro" in seen["options"]) == ("/run/sys/x", True)
 
 
 def test_nothing_is_had_that_was_not_asked_for() -> None:
@@ -86,7 +88,7 @@ def test_what_was_asked_for_is_had() -> None:
     config = made(
         capabilities=("SYS_PTRACE", "NET_RAW"),
         writable=True,
-        open_files=4096,
+        open_files=(1024, 4096),
         rlimits={"RLIMIT_MEMLOCK": (1, 2)},
         tmp_bytes=1 << 20,
         oom_score_adj=500,
@@ -99,7 +101,7 @@ def test_what_was_asked_for_is_had() -> None:
     process = config["process"]
     assert process["capabilities"]["ambient"] == ["CAP_NET_RAW", "CAP_SYS_PTRACE"]
     assert config["root"]["readonly"] is False
-    assert {"type": "RLIMIT_NOFILE", "soft": 4096, "hard": 4096} in process["rlimits"]
+    assert {"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 4096} in process["rlimits"]
     assert {"type": "RLIMIT_MEMLOCK", "soft": 1, "hard": 2} in process["rlimits"]
     assert "size=1048576" in mounts(config)["/tmp"]["options"]
     assert process["oomScoreAdj"] == 500
@@ -221,6 +223,8 @@ def test_working_directories_that_do_not(cwd: str) -> None:
         {"capabilities": ("CAP_SYS_ADMIN",)},
         {"network": "bridge"},
         {"network": "host", "netns_path": "/run/netns/x"},
+        {"network": "host", "sys_path": "/run/sys/x"},
+        {"network": "bridge", "netns_path": "/run/netns/x", "sys_path": "run/sys/x"},
         {"network": "other"},
         {"scratch_path": ""},
         {"scratch_path": "relative"},
@@ -315,7 +319,7 @@ requests = st.builds(
         st.builds(Device, paths, st.sampled_from("cb"), st.integers(0, 511), st.integers(0, 255)), max_size=3
     ).map(tuple),
     tmp_bytes=st.integers(0, 1 << 50),
-    open_files=st.integers(0, 1 << 20),
+    open_files=st.integers(0, 1 << 20).map(lambda n: (n, n)),
     rlimits=st.dictionaries(
         st.sampled_from(["RLIMIT_MEMLOCK", "RLIMIT_STACK"]), st.tuples(st.integers(0, 9), st.integers(9, 1 << 60))
     ),
