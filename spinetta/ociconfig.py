@@ -141,8 +141,8 @@ def _mapping(ids: IdRange) -> dict[str, int]:
 def _process(request: Request) -> dict[str, object]:
     capabilities = [f"CAP_{name}" for name in sorted(set(request.capabilities))]
     rlimits = {"RLIMIT_CORE": (0, 0), **request.rlimits}  # a core file is the task's memory on the node's disk
-    if request.open_files:
-        rlimits["RLIMIT_NOFILE"] = (request.open_files, request.open_files)
+    if request.open_files[1]:
+        rlimits["RLIMIT_NOFILE"] = request.open_files
     user: dict[str, object] = {"uid": request.uid, "gid": request.gid, "umask": UMASK}
     if request.groups:
         user["additionalGids"] = sorted(set(request.groups))

@@ -148,7 +148,7 @@ class Request:
         hosts_path, resolv_path: files on the host that are seen in /etc; empty: the image's.
         capabilities: names without ``CAP_``.
         tmp_bytes: size of /tmp; 0: the default.
-        open_files: limit of file descriptors; 0: the runtime's.
+        open_files: soft and hard limit of file descriptors; 0: the runtime's.
         rlimits: others, by name as in getrlimit(2), soft and hard.
         oom_score_adj: None: as that of the shim.
         programs_32: the image is for a 32-bit machine, whose programs this one runs.
@@ -177,7 +177,7 @@ class Request:
     mounts: tuple[container.Mount, ...] = ()
     devices: tuple[Device, ...] = ()
     tmp_bytes: int = 0
-    open_files: int = 0
+    open_files: tuple[int, int] = (0, 0)
     rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     oom_score_adj: int | None = None
     programs_32: bool = False

@@ -230,7 +230,7 @@ class RuncRuntime:
             mounts=mounts,
             devices=devices_of(launch.countables, site.devices, launch.units),
             tmp_bytes=asked.tmp_bytes or site.tmp_bytes,
-            rlimits={"RLIMIT_NOFILE": launch.open_files} if launch.open_files[1] else {},
+            open_files=launch.open_files,
             programs_32=image.architecture in ocirequest.MACHINES_32,
             host=site.host,
             rules=replace(site.rules, root_inside=root_inside),

@@ -101,7 +101,7 @@ class Yard:
             "gids": ids,
             "init_path": TINI,
             "mounts": tuple(mounts),
-            "open_files": OPEN_FILES,
+            "open_files": (OPEN_FILES, OPEN_FILES),
             "hosts_path": str(self.hosts),
             "host": Host(arch=os.uname().machine),
             **changes,
