@@ -85,6 +85,7 @@ class Plan:
     `secured`: nodes have records of their rights, and may do nothing without.
     `wild`: clocks and shims are beyond what is assumed of them, so that what rests on time may be broken.
     `lying`: tasks whose queue key says that they need nothing, while their record asks for a container.
+    `unsynced`: a machine that loses its power loses what its shim had not synced.
     `bombs`: tasks whose image takes a machine down as it is unpacked there.
     """
 
@@ -107,6 +108,7 @@ class Plan:
     reconcile_s: float = 6.0
     secured: bool = True
     wild: bool = False
+    unsynced: bool = False
     lying: frozenset[TaskId] = frozenset()
     bombs: frozenset[TaskId] = frozenset()
 

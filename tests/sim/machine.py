@@ -49,6 +49,7 @@ class Machine(StoreLink, ShimLink, PreparingLink):
         self.settings = settings
         self.rng = random.Random(f"{world.plan.seed} {plan.name}")
         self.chance = random.Random(f"chance {world.plan.seed} {plan.name}")  # for what came later than the first seeds
+        self.cuts = random.Random(f"cuts {world.plan.seed} {plan.name}")
         self.rate = plan.clock_rate
         self._clock_zero_s = plan.clock_s
         self.disk: IncarnationId | None = None
@@ -132,6 +133,8 @@ class Machine(StoreLink, ShimLink, PreparingLink):
         self.world.log(self.name, "machine crashes")
         self.crash_daemon()
         self._shim_dies()
+        if self.world.plan.unsynced:
+            self.world.tally["records unsynced"] += self.shim.lose_power(self.clock(), self.cuts)
         self.up = False
 
     def wipe(self) -> None:

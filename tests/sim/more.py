@@ -28,6 +28,7 @@ MORE_KINDS = (
 )
 NAMED_KINDS = (  # met only where they are asked for by name
     "stop",  # a daemon ends in order, and the next one may take longer than a lease
+    "unsynced",  # machines lose their power, and with it the ends of the last moment; what was forgotten is there again
 )
 WILD = "wild"  # clock rates and shims far beyond what is assumed: only what does not rest on time must hold
 STRIKES = ("daemon", "shim", "machine", "freeze", "long-freeze", "cut", "mute", "lose", "late")
@@ -127,6 +128,7 @@ def _one_of(*modes: str) -> Callable[[random.Random], str]:
 
 
 _Adder = Callable[[Plan, random.Random], Plan]
+_power_cuts = _spread("machine", 6, 3.0, _one_of("", "claim", "finish", "finish"))
 _ADD: dict[str, _Adder] = {
     "point": _spread("point", 5, 6.0, lambda c: f"{c.choice(STRIKES)}:{c.randint(0, 40)}"),
     "drift": _drift,
@@ -137,6 +139,9 @@ _ADD: dict[str, _Adder] = {
     "replay": lambda p, c: replace(p, rates=replace(p.rates, replay=c.uniform(0.05, 0.4))),
     "slowdisk": lambda p, c: replace(p, rates=replace(p.rates, slow_disk=c.uniform(0.1, 0.5))),
 }
-_NAMED: dict[str, _Adder] = {"stop": _spread("stop", 4, 9.0, _one_of("", "0.1", "0.6"))}
+_NAMED: dict[str, _Adder] = {
+    "stop": _spread("stop", 4, 9.0, _one_of("", "0.1", "0.6")),
+    "unsynced": lambda p, c: replace(_power_cuts(p, c), unsynced=True),
+}
 assert tuple(_ADD) == MORE_KINDS
 assert tuple(_NAMED) == NAMED_KINDS

@@ -6,6 +6,7 @@ the machine to get round to it, and none is started at or after that.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from spinetta.events import HeldAttempt, Start, attempt_key
 from spinetta.model import Exit, Reason, Revision, TaskId
 
 NEVER_S = float("inf")
+END_UNSYNCED_S = 0.1  # for so long an end that was told may be lost with the machine's power
+REMOVAL_UNSYNCED_S = 5.0  # and what was forgotten may be there again
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Process:
     ends_s: float = NEVER_S
     why: Reason | None = None
     exit: Exit | None = None
+    ended_s: float = -NEVER_S  # when it was told
 
 
 class ShimModel:
@@ -62,6 +66,7 @@ class ShimModel:
         self._lag_s = lag_s
         self._stop_wait_s = stop_wait_s
         self._forgotten: dict[tuple[str, str, int], Exit] = {}
+        self._removed: list[tuple[float, Process]] = []  # not durably
 
     # --- asked for by the daemon ---
 
@@ -111,12 +116,13 @@ class ShimModel:
         if self.renewed_at_s is None or renewed_at_s > self.renewed_at_s:
             self.renewed_at_s = renewed_at_s
 
-    def forget(self, key: str) -> None:
+    def forget(self, key: str, now: float = -NEVER_S) -> None:
         """Only what has ended; may be repeated."""
         process = self.held.get(key)
         if process is not None and process.exit is not None:
             self._forgotten[key, process.incarnation, process.token] = process.exit
             del self.held[key]
+            self._removed = [r for r in self._removed if now - r[0] < REMOVAL_UNSYNCED_S] + [(now, process)]
 
     def listing(self) -> tuple[HeldAttempt, ...]:
         """All that is not forgotten."""
@@ -154,6 +160,7 @@ class ShimModel:
 
     def _end(self, process: Process, at_s: float) -> Process:
         killed = at_s < process.ends_s  # by the switch
+        process.ended_s = at_s
         ms = int(at_s * 1000)
         if killed:
             process.exit = Exit(Reason.FENCED, signal=9, message="no renewal in time", ended_ms=ms)
@@ -167,7 +174,30 @@ class ShimModel:
         """The shim is gone, and with it all that it held; a next one finds the records on disk. What was killed."""
         killed = self.alive()
         for process in killed:
-            process.exit = Exit(Reason.SHIM_LOST, message="ended with the shim that held it")
+            process.exit = _lost()
         self.renewed_at_s = None
         self._forgotten.clear()
         return killed
+
+    def lose_power(self, now: float, chance: random.Random) -> int:
+        """After `die`: what was not synced may be lost. How many records are not what they were.
+
+        What was forgotten is there again with its end, or as a start whose end nobody has seen.
+        """
+        changed = 0
+        for process in self.held.values():
+            if now - process.ended_s < END_UNSYNCED_S and chance.random() < 0.7:
+                process.exit = _lost()
+                changed += 1
+        for at_s, process in self._removed:
+            if now - at_s < REMOVAL_UNSYNCED_S and process.key not in self.held and chance.random() < 0.7:
+                if at_s - process.ended_s < END_UNSYNCED_S:
+                    process.exit = _lost()
+                self.held[process.key] = process
+                changed += 1
+        self._removed.clear()
+        return changed
+
+
+def _lost() -> Exit:
+    return Exit(Reason.SHIM_LOST, message="ended with the shim that held it")

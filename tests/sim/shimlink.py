@@ -116,7 +116,7 @@ class ShimLink:
                     self.world.checker.stopped(self.name, held, why)
                 self.shim.stop(key, why, now)
             case Forget(key):
-                self.shim.forget(key)
+                self.shim.forget(key, self.clock())
             case RenewRuntime(at_s):
                 self.shim.renew(at_s)
         self.shim_moves()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from unittest import mock
+
 import pytest
 
 from tests.sim.faults import KINDS
 from tests.sim.more import MORE_FROM, MORE_KINDS, NAMED_KINDS, WILD, small
 from tests.sim.runs import attempt, chunk, points, strikes, struck, swept, tally
+from tests.sim.shim_model import ShimModel
 from tests.sim.tally import percentile
 
 CHUNK = 50
@@ -86,3 +90,17 @@ STORIES = {
 def test_seeds_that_found_something(seed: int) -> None:
     _, wrong = attempt(seed)
     assert not wrong, f"python -m tests.sim --seed {seed} -v (it once showed: {STORIES[seed]}): {wrong}"
+
+
+def test_what_power_cuts_may_take_are_ends_and_removals_but_no_start() -> None:
+    """See ADR 0040: without the record of a start, one that ran would be started again."""
+    found = tally(0, 20, ("unsynced",))
+    assert not found.failures
+    assert found.faults["records unsynced"] > 10
+
+    def loses_starts(shim: ShimModel, now: float, _chance: random.Random) -> int:
+        late = [key for key, process in shim.held.items() if now - process.started_s < 1.0]
+        return len([shim.held.pop(key) for key in late])
+
+    with mock.patch.object(ShimModel, "lose_power", loses_starts):
+        assert any("was started twice" in why for _, why in tally(0, 20, ("unsynced",)).failures)
