@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spinetta.runtime import generations
+from tests.contract.shims import clean_up
+
 READY_S = 45.0  # for a node to answer: etcd, registration, on a busy machine
 API_PORT, CLIENT_PORT, PEER_PORT = 7220, 7221, 7222
 
@@ -130,9 +133,12 @@ class Node:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)
-        shim = self.shim_pid()
-        if shim is not None:
-            os.kill(shim, signal.SIGKILL)
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """End its shims and all that they hold, and remove their control groups: a shim that is killed leaves them."""
+        for folder in generations.folders(self.data_dir / "shim"):
+            clean_up(folder)
 
     def tail(self, lines: int = 40) -> str:
         """The end of its log."""

@@ -50,10 +50,7 @@ class World(NetCluster):
             if node.process is not None and node.process.poll() is None:
                 node.process.kill()
                 node.process.wait(10)
-            shim = node.shim_pid()
-            if shim is not None:
-                os.kill(shim, signal.SIGKILL)
-                wait_dead(shim)
+            node.clean_up()
 
     def found(self, size: int) -> None:
         """Start the nodes, and wait until they are ready; from four on the last one is a worker."""
