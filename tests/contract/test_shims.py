@@ -173,6 +173,41 @@ async def test_a_machine_that_went_down_in_between_comes_back_with_one(other: Pa
 
 
 @asynchronous
+async def test_what_was_not_told_when_all_was_stopped_is_told_afterwards(other: Path, home: Path) -> None:
+    await begin(other, home, "old.1")
+    async with shims(home) as rt:
+        assert await rt.start(shell("new.1", WAITS)) is None
+        assert rt.are_scattered()
+        await rt.shutdown_shim()
+        assert not any([await generations.listens(each) for each in (home, second(home))])
+        assert rt.are_scattered(), "the end of what ran there is on disk there, and nowhere else"
+    async with shims(home) as rt:
+        told = await ends(rt, "old.1", "new.1")
+        assert {one[0].exit.reason for one in told.values()} == {Reason.RELEASED}
+        for key in told:
+            await rt.forget(key)
+        await one_is_left(rt)
+        await until(lambda: not second(home).exists())
+        assert (rt.state_dir, rt.are_scattered()) == (home, False)
+
+
+@asynchronous
+async def test_a_dead_one_is_cleared_up_beside_one_that_lives(other: Path, home: Path) -> None:
+    """What holds etcd, perhaps, goes on with it; the one that was started to clear up ends."""
+    await begin(other, home, "old.1")
+    async with shims(home) as rt:
+        assert await rt.start(shell("new.1", WAITS)) is None
+        newest = rt.shim_pid()
+    kill_shim(home)
+    async with shims(home) as rt:
+        assert rt.shim_pid() == newest
+        assert (await ends(rt, "old.1"))["old.1"][0].exit.reason is Reason.SHIM_LOST
+        await rt.forget("old.1")
+        await one_is_left(rt)
+        assert rt.shim_pid() == newest
+
+
+@asynchronous
 async def test_each_has_its_deadline_and_each_is_renewed(other: Path, home: Path) -> None:
     grace_s = KILL_MARGIN_S + 1.0
     earlier = await begin(other, home, "old.1", "old.2", grace_s=grace_s)
