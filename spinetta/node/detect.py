@@ -79,7 +79,9 @@ def open_files_most() -> int:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = _read(Path("/proc/sys/fs/nr_open"))
-    kernel = int(text) if text.isdigit() else hard
+    kernel = int(text) if text.isdigit() else 1 << 20  # as it always was before it could be set
+    if hard == resource.RLIM_INFINITY:
+        return kernel
     if kernel <= hard:
         return hard
     try:

@@ -17,6 +17,7 @@ from spinetta.config import Settings
 from spinetta.container import ContainerSpec, Mount
 from spinetta.model import Exit, Reason
 from spinetta.node.containers import Containers, open_containers
+from spinetta.runtime.granting import GrantingRuntime
 from spinetta.runtime.protocol import Exited, Launch, Runtime, ShimRuntime
 from spinetta.runtime.shim.wire import KEY
 from tests.contract import imagefiles
@@ -48,7 +49,7 @@ class World:
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Runtime]:
         async with self.node("mount:/usr") as here:
-            yield here.runtime
+            yield GrantingRuntime(here.runtime, self.state_dir.parent / "units", {})  # as the daemon has it
 
     @asynccontextmanager
     async def node(self, *allow: str) -> AsyncIterator[Containers]:
