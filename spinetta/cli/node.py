@@ -378,6 +378,7 @@ def _end_shim(directory: Path) -> bool:
     """End the shims that no daemon looks after, with all that they hold; False when there is none."""
     import asyncio
 
+    from spinetta.node.networks import clear
     from spinetta.runtime.generations import living
     from spinetta.runtime.process import ProcessRuntime
 
@@ -386,6 +387,7 @@ def _end_shim(directory: Path) -> bool:
         for folder in folders:
             async with ProcessRuntime.connect(folder, node="", kill_margin_s=0) as runtime:
                 await runtime.shutdown_shim()
+        await clear(directory)
         return bool(folders)
 
     return asyncio.run(end())

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from spinetta.config import Settings
 from spinetta.container import CONTAINER
-from spinetta.errors import RuntimeUnavailable
+from spinetta.errors import RuntimeUnavailable, UserError
+from spinetta.node.lock import DirectoryLock
 from spinetta.runtime import netplace
 from spinetta.runtime.network import Network, NetworkSettings
 from spinetta.runtime.protocol import ShimRuntime
@@ -62,13 +63,14 @@ async def open_network(
     if not await asyncio.to_thread(place.folder.is_dir):
         yield None, f"{place.folder} cannot be made" if wanted else ""
         return
-    if not await asyncio.to_thread(_is_seen, place, shim.state_dir):
+    why = ""
+    if not await asyncio.to_thread(netplace.is_shared, place):
+        why = f"{place.folder} cannot be mounted"
+    elif not await asyncio.to_thread(_is_seen, place, shim.state_dir):
         why = (
             f"the node's shim does not see {place.folder}: it was started before that was there; it ends with its "
             "tasks, or stop the node and start it again (spinetta node stop)"
         )
-    else:
-        why = ""
     given = NetworkSettings(
         settings.name, settings.network_subnet, settings.network_nameservers, settings.network_refuse
     )
@@ -80,6 +82,20 @@ async def open_network(
             still = await _held(shim, data_dir / "shim")
             if still is not None:
                 network.keep_only(still)
+
+
+async def clear(data_dir: Path) -> None:
+    """A node was stopped whose daemon had died before: remove what containers' networks are left, if no shim lives."""
+    place = netplace.place_of(data_dir)
+    if os.geteuid() != 0 or not place.folder.is_dir() or netplace.living_shims(data_dir / "shim"):
+        return
+    try:
+        with DirectoryLock(data_dir):
+            async with Network.open(place, NetworkSettings(""), keep=(), wanted=False):
+                pass
+            await asyncio.to_thread(_leave, place, data_dir / "shim")
+    except UserError:  # another daemon has come, and sees to it
+        return
 
 
 def _is_seen(place: netplace.Place, state_dir: Path) -> bool:

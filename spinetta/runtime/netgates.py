@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from spinetta.network import Subnet
 from spinetta.runtime import netcommands
 from spinetta.runtime.netcommands import Commands
 from spinetta.runtime.netplace import Place
+
+log = logging.getLogger("spinetta.runtime")
 
 _FORWARD = "/proc/sys/net/ipv4/ip_forward"
 RESOLV_FILES = ("/etc/resolv.conf", network.SYSTEMD_RESOLV)
@@ -73,7 +76,11 @@ class Gates:
             routes = await self._commands.json((self._ip, "-j", "-4", "route", "show", "table", "all"))
             self._own = network.own_addresses(routes)
             self.mtu = await self._mtu(network.default_interface(routes))
+            space = await self._space()
             mine = read_subnet(self._place)
+            if mine is not None and space != _read_space(self._place):
+                self._forget()
+                mine = None
             if mine is not None:
                 await self._cut_all_but(mine, cables)
             others = {name: marked for name, marked in tables.items() if name != _name(mine)}
@@ -83,7 +90,7 @@ class Gates:
                 if mine is not None:
                     await self._remove_table(mine)
                 self.subnet = network.choose(self._settings.subnet, others, routes)
-            await asyncio.to_thread(self._place.subnet.write_text, str(self.subnet))
+            await asyncio.to_thread(self._place.subnet.write_text, f"{self.subnet} {space}")
             await self._put_rules(self.subnet, others)
             return self.subnet
 
@@ -93,13 +100,20 @@ class Gates:
         if subnet is None:
             return
         async with netcommands.locked(self._place.lock, "another node on this machine is not done with its networks"):
+            if await self._space() != _read_space(self._place):
+                self._forget()  # that machine, or what played it, is not to be reached from here
+                return
             others = [name for name in await self._tables() if name != _name(subnet)]
-            if _read_between(self._place.forwarding) is not None and not others:
-                await self._commands.well(("/bin/sh", "-c", f"echo 0 > {_FORWARD}"))
             await self._cut_all_but(subnet, ())
+            between = _read_between(self._place.forwarding)
+            if between is not None and not others:
+                links = await self._commands.json((self._ip, "-j", "link", "show"))
+                if set(network.uplinks(str(link.get("ifname")) for link in links)) <= set(between):
+                    await self._commands.well(("/bin/sh", "-c", f"echo 0 > {_FORWARD}"))
+                else:  # a Docker, perhaps, that found it on and would have turned it on itself
+                    log.warning("net.ipv4.ip_forward stays on: this machine has got interfaces that may rely on it")
             await self._remove_table(subnet)
-            for path in (self._place.forwarding, self._place.subnet):
-                path.unlink(missing_ok=True)
+            self._forget()
 
     async def resolv(self) -> str:
         """A resolv.conf for containers, as the machine's is now."""
@@ -129,6 +143,14 @@ class Gates:
         return tuple(found)
 
     # --- parts ---
+
+    async def _space(self) -> str:
+        """The network namespace that the machine's network is in."""
+        return (await self._commands.well(("readlink", "/proc/self/ns/net"))).decode(errors="replace").strip()
+
+    def _forget(self) -> None:
+        for path in (self._place.forwarding, self._place.subnet):
+            path.unlink(missing_ok=True)
 
     async def _put_rules(self, subnet: Subnet, others: dict[str, bool]) -> None:
         forwards = (await self._commands.well(("cat", _FORWARD))).strip() == b"1"
@@ -179,9 +201,17 @@ class Gates:
 def read_subnet(place: Place) -> Subnet | None:
     """The subnet that a node has taken."""
     try:
-        return ipaddress.IPv4Network(place.subnet.read_text().strip())
-    except (OSError, ValueError):
+        return ipaddress.IPv4Network(place.subnet.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
         return None
+
+
+def _read_space(place: Place) -> str:
+    """The network namespace in which it has."""
+    try:
+        return place.subnet.read_text().split()[1]
+    except (OSError, ValueError, IndexError):
+        return ""
 
 
 def _name(subnet: Subnet | None) -> str:

@@ -5,7 +5,7 @@
     /run/spinetta/
       lock                one node at a time chooses its subnet, or turns forwarding on or off
       XXXXXXXXXXXX/       of one node, by its data directory: a mount of itself that passes on what is mounted below
-        subnet            of this node, as long as it has containers or a daemon
+        subnet            of this node, as long as it has containers or a daemon, and the network namespace it is in
         forwarding.json   what the machine forwarded before
         commands.lock     held by each program that changes a network, for as long as it runs
         attempts/KEY/     what was made or is being made for an attempt: network.json, result.json, hosts, resolv.conf
@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from spinetta.runtime import generations
 from spinetta.runtime.shim import proctable, remains
 
 RUN = Path("/run/spinetta")
@@ -134,6 +135,12 @@ def passes_on_to(place: Place, pid: int) -> bool:
     return here is not None and there is not None and here.peers != "" and here.peers in (there.peers, there.follows)
 
 
+def is_shared(place: Place) -> bool:
+    """Whether anybody can see what is mounted below the folder: this may be where nothing can be mounted."""
+    here = _at(place.folder)
+    return here is not None and here.peers != ""
+
+
 def is_namespace(path: Path) -> bool:
     """Whether a network namespace is mounted on a file."""
     here = _at(path)
@@ -173,9 +180,8 @@ def remove(place: Place) -> None:
 
 
 def living_shims(state_dir: Path) -> list[int]:
-    """Pids of shims that live with this state directory, or with one within it."""
-    folders = [state_dir, *(path for path in state_dir.iterdir() if path.is_dir())] if state_dir.is_dir() else []
-    return [pid for folder in folders if (pid := shim_pid(folder))]
+    """Pids of shims that live with this state directory, or with one of a later generation."""
+    return [pid for folder in generations.folders(state_dir) if (pid := shim_pid(folder))]
 
 
 def shim_pid(state_dir: Path) -> int:

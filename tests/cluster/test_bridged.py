@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,10 @@ def test_a_task_with_a_network_from_its_submit_to_the_end_of_its_node(
     assert place.names() == []
 
     assert "spinetta" in tables(first)
-    cluster.stop()
+    cluster.cli(*bridged, "--", "sleep", "1000")
+    eventually(lambda: cables(first), within_s=30, what="another runs")
+    first.kill_daemon()
+    stop = (sys.executable, "-m", "spinetta.cli", "node", "stop", "--data-dir", str(first.data_dir))
+    subprocess.run([*first.prefix, *stop], timeout=60, check=True, capture_output=True)
     assert (tables(first), cables(first)) == ("", [])
     assert not place.folder.exists()

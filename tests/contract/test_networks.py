@@ -316,6 +316,8 @@ async def test_two_nodes_of_one_machine_keep_out_of_each_others_way(here: World,
                     with within(other, "busybox", "nc", "-l", "-p", "80", "-e", "echo", "heard"):
                         assert caught(joined, OUTSIDE, outside.port) == f"you are {MACHINE}"
                         assert caught(joined, other.address, 80) == ""
+                        call = ("busybox", "nc", "-w", "1", other.address, "80")
+                        assert here.on_machine(*call, check=False) == "", "nor does the machine begin with one"
                 two.release("b.1")
             assert here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1"
             assert caught(a, OUTSIDE, outside.port) == f"you are {MACHINE}"
@@ -350,6 +352,26 @@ async def test_the_machine_does_not_become_a_router(here: World, where: Place) -
             network.release("a.1")
     finally:
         ip("netns", "del", third, check=False)
+
+
+@asynchronous
+async def test_forwarding_stays_on_for_who_came_meanwhile(here: World, where: Place) -> None:
+    async with opened(where, here):
+        ip("-n", here.machine, "link", "add", "docker0", "type", "bridge")
+    assert here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1"
+    assert "spinetta" not in here.on_machine("nft", "list", "tables")
+
+
+@asynchronous
+async def test_from_another_network_namespace_nothing_is_changed_there(here: World, where: Place) -> None:
+    async with opened(where, here) as network:
+        await joined_for_good(network, "a.1")
+    with world(forwards=True) as other:
+        async with Network.open(where, NetworkSettings("n1"), keep=(), wanted=False, prefix=other.prefix):
+            pass
+        assert other.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1"
+    assert [line.split()[0] for line in left(here, where)] == ["table"], "no more than can be reached"
+    assert not where.subnet.exists()
 
 
 @asynchronous
