@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from spinetta.errors import RuntimeUnavailable
 from spinetta.model import Reason
 from spinetta.runtime import generations
 from spinetta.runtime.execs import open_command
@@ -312,18 +314,28 @@ async def test_going_back_to_the_code_before(other: Path, home: Path) -> None:
             await until(lambda: not second(home).exists())
 
 
+async def unanswered(name: str) -> None:
+    raise RuntimeUnavailable(f"nobody says whether {name} runs")
+
+
 @asynchronous
 async def test_one_that_does_not_say_what_it_holds_is_not_taken_for_one_with_nothing(other: Path, home: Path) -> None:
     earlier = await begin(other, home, "old.1")
     async with shims(home) as rt:
         os.kill(earlier, signal.SIGSTOP)
         try:
-            for asked in (rt.held(), rt.start_service("etcd", ["/bin/true"], {}, "/", home / "log")):
-                with pytest.raises(TimeoutError):  # before its own limit, after which it is RuntimeUnavailable
-                    await asyncio.wait_for(asked, 1.0)
+            with pytest.raises(TimeoutError):  # before its own limit, after which it is RuntimeUnavailable
+                await asyncio.wait_for(rt.held(), 1.0)
         finally:
             os.kill(earlier, signal.SIGCONT)
         assert [one.key for one in await rt.held()] == ["old.1"]
+        (retiring,) = rt._retiring
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(retiring.runtime, "service", unanswered)
+            with pytest.raises(RuntimeUnavailable):  # etcd may run there
+                await rt.start_service("etcd", ["/bin/true"], {}, "/", home / "log")
+            with pytest.raises(RuntimeUnavailable):
+                await rt.service("etcd")
 
 
 @asynchronous
@@ -347,6 +359,33 @@ async def test_limits_that_a_shim_does_not_know_are_told(home: Path, tmp_path: P
     async with shims(home) as upgraded:
         assert await upgraded.start(shell("new.3", "true", log_bytes_max=1, disk_bytes_max=1)) is None
         assert "log-limit" not in " ".join(upgraded.warnings())
+
+
+@asynchronous
+async def test_a_service_alone_is_not_ended_for_an_upgrade(other: Path, home: Path, tmp_path: Path) -> None:
+    """A voter's restart is for the cluster to allow."""
+    with installed(other):
+        async with one_shim(home) as rt:
+            first = await rt.start_service("etcd", ["/bin/sleep", "1000"], {}, str(tmp_path), tmp_path / "log")
+    async with shims(home) as found:
+        assert len(found.described()) == 2
+        assert found.strands("etcd")
+        assert await found.service("etcd") == first
+
+
+@pytest.mark.parametrize("left", ["shim.sock", "attempts/t.1", "lock", ""])
+def test_what_shows_that_a_directory_is_not_free(home: Path, left: str) -> None:
+    """Each alone; one with nothing is removed."""
+    folder = second(home)
+    (folder / "attempts").mkdir(parents=True)
+    (folder / "shim.lock").touch()
+    with (folder / "shim.lock").open() as lock:
+        if left == "lock":  # of a shim that is just starting, or of the process that writes for one that died
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        elif left:
+            (folder / left).touch()
+        assert generations.occupied(home) == ([folder] if left else [])
+        assert folder.exists() == bool(left)
 
 
 DAEMON = """
