@@ -66,6 +66,7 @@ class Connection:
         self._sock = sock
         self._lines = Lines()
         self._out = bytearray()
+        self._watched = READ  # the owner begins with that
         self._descriptors: list[int] = []
         self.on_close: Callable[[], None] = lambda: None
         self.greeted = False
@@ -103,7 +104,10 @@ class Connection:
         if self.closing and not self._out:
             self._server.cut(self, "")
         else:
-            self._server.watch(self, READ | WRITE if self._out else READ)
+            mask = READ | WRITE if self._out else READ
+            if mask != self._watched:
+                self._watched = mask
+                self._server.watch(self, mask)
 
     def fileno(self) -> int:
         """The socket's descriptor."""

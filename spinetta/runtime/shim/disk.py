@@ -137,12 +137,12 @@ class Writer:
         self._ask({"op": "remove", "path": str(path)}, ack)
 
     def discard(self, path: Path, ack: Ack) -> None:
-        """Remove a folder, at once if it is empty, else by moving it to the trash."""
-        self._ask({"op": "discard", "path": str(path), "trash": str(self._layout.trash)}, ack)
+        """Remove a folder, at once if it is empty, else by moving it to the trash. Sent with what is asked next."""
+        self._ask({"op": "discard", "path": str(path), "trash": str(self._layout.trash)}, ack, send=False)
 
     def keep(self, path: Path, to: Path, ack: Ack) -> None:
-        """Move a folder to where it is kept."""
-        self._ask({"op": "keep", "path": str(path), "to": str(to)}, ack)
+        """Move a folder to where it is kept. Sent with what is asked next."""
+        self._ask({"op": "keep", "path": str(path), "to": str(to)}, ack, send=False)
 
     def mark(self, path: Path, ack: Ack) -> None:
         """Append to an existing log that some of it may be missing."""
@@ -196,14 +196,21 @@ class Writer:
                 pass
 
     def _ask(
-        self, message: Message, ack: Ack, written: Callable[[], None] | None = None, noted: Ack | None = None
+        self,
+        message: Message,
+        ack: Ack,
+        written: Callable[[], None] | None = None,
+        noted: Ack | None = None,
+        *,
+        send: bool = True,
     ) -> None:
         number = self._next
         self._next += 1
         message["n"] = number
         self._waiting[number] = _Asked(message, ack, written, noted)
         self._out += encode(message)
-        self.flush()
+        if send:  # else, if nothing more is asked, after this turn of the loop
+            self.flush()
 
 
 def _told(written: Callable[[], None]) -> Ack:
