@@ -43,7 +43,7 @@ from spinetta.node.services.server import ApiServer, serve
 from spinetta.node.signals import StopSignals
 from spinetta.node.trouble import TROUBLE, Teller
 from spinetta.node.vault import Vault
-from spinetta.runtime.granting import GrantingRuntime, missing_files
+from spinetta.runtime.granting import GrantingRuntime, device_troubles
 from spinetta.runtime.images.store import ImageStore
 from spinetta.runtime.shims import Shims
 from spinetta.settings import AgentSettings
@@ -506,7 +506,7 @@ class Daemon:
 
     def _warnings(self) -> tuple[str, ...]:
         trouble = tuple(t for t in (self._audit.trouble, self.archive.trouble) if t)
-        trouble = (*missing_files(self._devices), *trouble)
+        trouble = (*device_troubles(self._devices, contained=self.containers.images is not None), *trouble)
         return (*self._runtime.warnings(), *self.containers.warnings, *self._entrance.warnings, *trouble)
 
 

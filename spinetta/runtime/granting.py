@@ -148,16 +148,25 @@ class GrantingRuntime:
         self._left_over.clear()
 
 
-def missing_files(of: Mapping[str, devices.Devices]) -> tuple[str, ...]:
-    """Words on device files that are named and are not there."""
+def device_troubles(of: Mapping[str, devices.Devices], *, contained: bool) -> tuple[str, ...]:
+    """Words on device files that are named and cannot be used.
+
+    `contained`: by containers, whose users are nobody here.
+    """
     said = []
     for name, found in sorted(of.items()):
-        said += [
-            f"{path}, a device of {name} {label}, is not there: a container that is given it cannot start"
-            for label, paths in found.units
-            for path in paths
-            if not Path(path).exists()
-        ]
+        owned = [(path, f"{name} {label}") for label, paths in found.units for path in paths]
+        for path, whose in (*owned, *((path, name) for path in found.common)):
+            try:
+                mode = Path(path).stat().st_mode
+            except OSError as e:
+                said.append(f"the device {path} of {whose}: {e.strerror}: what is given it cannot start in a container")
+                continue
+            if contained and mode & 0o006 != 0o006:
+                said.append(
+                    f"the device {path} of {whose} is not open to everybody (chmod 666, or a rule for udev): "
+                    "containers that are given it cannot open it"
+                )
     return tuple(said)
 
 

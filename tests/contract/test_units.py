@@ -23,7 +23,7 @@ from spinetta.errors import RuntimeUnavailable
 from spinetta.model import Exit, Reason
 from spinetta.node.containers import open_containers
 from spinetta.options import parse_devices
-from spinetta.runtime.granting import GrantingRuntime, missing_files
+from spinetta.runtime.granting import GrantingRuntime, device_troubles
 from spinetta.runtime.protocol import Launch
 from tests.contract.shims import LIMIT_S, asynchronous, groups_of, launch, runtime, state_dir, until
 from tests.contract.test_runtimes import end_of, image, start
@@ -272,8 +272,16 @@ async def test_what_became_of_a_start_nobody_knows(node: Node, monkeypatch: pyte
         assert node.book == set()
 
 
-def test_a_card_that_is_not_there_is_told_of(cards: Path) -> None:
-    of = read(parse_devices({"gpu": [f"{label}:{cards}/card{label}" for label in ("0", "1", "2")]}))
-    assert missing_files(of) == (
-        f"{cards}/card2, a device of gpu 2, is not there: a container that is given it cannot start",
-    )
+def test_a_card_that_cannot_be_used_is_told_of(cards: Path) -> None:
+    of = read(parse_devices({"gpu": [*(f"{label}:{cards}/card{label}" for label in ("0", "1", "2")), f"{cards}/all"]}))
+    (cards / "card1").chmod(0o660)
+    missing = [
+        f"the device {cards}/card2 of gpu 2: No such file or directory: what is given it cannot start in a container",
+        f"the device {cards}/all of gpu: No such file or directory: what is given it cannot start in a container",
+    ]
+    assert list(device_troubles(of, contained=False)) == missing
+    assert list(device_troubles(of, contained=True)) == [
+        f"the device {cards}/card1 of gpu 1 is not open to everybody (chmod 666, or a rule for udev): containers that "
+        "are given it cannot open it",
+        *missing,
+    ]
