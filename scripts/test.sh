@@ -8,17 +8,18 @@
 #   scripts/test.sh contract [ARGS…]   the same tests against models and the real thing
 #   scripts/test.sh attacks [ARGS…]    what must not work, tried against a secured cluster
 #   scripts/test.sh cluster [ARGS…]    real nodes on this machine
+#   scripts/test.sh machines [ARGS…]   the same tests in machines with other control groups (SPINETTA_MACHINES=all: many more)
 #   scripts/test.sh demo               the demonstration on a cluster of its own, as processes and in containers
 #
 # ARGS go to pytest. Several names may follow each other. Root (or a machine that lets you use cgroups and PID
-# namespaces) is needed for all of contract, attacks and cluster; without, the tests that need it are skipped and say so.
+# namespaces) is needed for all of contract, attacks, cluster and machines; without, the tests that need it are skipped and say so.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 export SPINETTA_VENV=${SPINETTA_VENV:-$root/.venv}
 bin=$SPINETTA_VENV/bin
-names="lint unit sim contract attacks cluster demo"
+names="lint unit sim contract attacks cluster machines demo"
 section_limit_s=3600 # none takes half of it; past it something hangs
 
 reports=$(mktemp -d "${TMPDIR:-/tmp}/spinetta-test.XXXXXX")
@@ -87,7 +88,7 @@ PYTHON
 }
 
 case ${1:-} in -h | --help)
-    sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
     ;;
 esac
@@ -99,7 +100,7 @@ while [ $# -gt 0 ] && [[ " $names all " == *" $1 "* ]]; do
 done
 if [ ${#wanted[@]} -eq 0 ]; then
     [ $# -eq 0 ] || { echo "test.sh: no part $1; there are: $names" >&2 && exit 2; }
-    read -ra wanted <<<"lint demo unit sim contract attacks cluster"
+    read -ra wanted <<<"lint demo unit sim contract attacks machines cluster"
 fi
 
 scripts/setup.sh --dev || exit 1
@@ -109,7 +110,7 @@ for part in "${wanted[@]}"; do
         lint) lint ;;
         demo) demo ;;
         # Spread over the cores where nothing is timed; real nodes get the machine to themselves.
-        unit | sim | contract | attacks) layer "$part" --numprocesses "$cores" "$@" ;;
+        unit | sim | contract | attacks | machines) layer "$part" --numprocesses "$cores" "$@" ;;
         cluster) layer cluster "$@" ;;
         *) echo "test.sh: $part is listed and does nothing" >&2 && exit 2 ;;
     esac

@@ -101,6 +101,10 @@ async def container_support(data_dir: Path, *, program: str = "auto", first_id: 
     groups = look_at_groups()
     found, unusable = await _programs(program)
     tried_programs, refusals = ociprograms.candidates(program, found, groups.mode)
+    if groups.crowded:
+        spoiling = [p for p in tried_programs if p.kind == CRUN]
+        refusals += [f"{p.name} would spoil our control group, which can pass nothing on" for p in spoiling]
+        tried_programs = [p for p in tried_programs if p not in spoiling]
     inits = [path for name in INITS if (path := find_program(name))]
     uids, gids = _ids(first_id, root=root)
     if root and not (uids and gids):
@@ -222,7 +226,9 @@ async def program_output(argv: Sequence[str], *, timeout_s: float = VERSION_S) -
     assert process.stdout is not None  # noqa: S101 - asked for above
     try:
         async with asyncio.timeout(timeout_s):
-            data = await process.stdout.read(VERSION_BYTES_MAX)
+            data = b""
+            while chunk := await process.stdout.read(VERSION_BYTES_MAX - len(data)):  # it may come in pieces
+                data += chunk
             await process.wait()
     except TimeoutError:
         return TimeoutError(0, f"did not end within {timeout_s:g} s")

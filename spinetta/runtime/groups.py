@@ -27,6 +27,8 @@ class Groups:
         trial_path: what to tell a container runtime of them: relative with version 1, since each hierarchy may have us
             in another group, else absolute; empty when we can make none.
         folders: where it makes them.
+        crowded: of version 2, made in a group that holds processes and can pass nothing on. crun then makes that group
+            a threaded one, which lasts, and in which there are no others.
     """
 
     mode: str
@@ -35,6 +37,7 @@ class Groups:
     trial_name: str
     trial_path: str
     folders: tuple[Path, ...] = ()
+    crowded: bool = False
 
     def remove_trials(self) -> bool:
         """Remove what a trial has left; True while something is there that cannot go yet. May be called again."""
@@ -87,32 +90,37 @@ def _unified(mode: str, name: str, trees: Sequence[Hierarchy], problems: list[st
         problems = [*problems, *why_not, f"no groups can be made in {base}: {refused}"]
         return Groups(mode, (), tuple(problems), name, "")
     path = "/" + str((base / name).relative_to(tree.mount))
-    return Groups(mode, tuple(sorted(controllers)), (*problems, *why_not), name, path, (base / name,))
+    crowded = not controllers and not _topmost(base) and bool(_words(base / "cgroup.procs"))
+    return Groups(mode, tuple(sorted(controllers)), (*problems, *why_not), name, path, (base / name,), crowded)
 
 
 def _passing(tree: Hierarchy, own: Path) -> tuple[Path, frozenset[str], list[str]]:
-    """The group from ours upwards that can pass its controllers on to ours. Only what was handed to us is changed."""
+    """The group from ours upwards that can pass on controllers, as for `base_v2`; only one handed to us is changed."""
     offered = frozenset(WANTED) & _words(tree.mount / "cgroup.controllers")
-    why_not = []
-    group = own
-    while offered:
-        here = offered & _words(group / "cgroup.controllers")
-        control = group / "cgroup.subtree_control"
-        passed = offered & _words(control)
-        if here == offered:
-            if not os.access(control, os.W_OK):
-                why = "it belongs to another user"
-            elif passed == offered or not _words(group / "cgroup.procs") or not (group / "cgroup.type").exists():
-                return group, offered, []  # the one without a type is the root of all, which may do both
-            elif group == own and hierarchy.delegated(group, tree.mount):
-                return hierarchy.base_v2(tree)
-            else:
-                why = "it holds processes and is not delegated"
-            why_not.append(f"{group} cannot pass on its controllers: {why}")
-        if group in (tree.mount, group.parent):
-            break
-        group = group.parent
-    return own, offered & _words(own / "cgroup.subtree_control"), why_not
+    why_not: dict[str, None] = {}
+    for all_of_them in (True, False):
+        for group in (own, *own.parents):
+            here = offered & _words(group / "cgroup.controllers")
+            control = group / "cgroup.subtree_control"
+            if here == offered or (here and not all_of_them):
+                lacking = [f"{group} has no {', '.join(sorted(offered - here))}"] if here != offered else []
+                if not os.access(control, os.W_OK):
+                    why = "it belongs to another user"
+                elif here <= _words(control) or not _words(group / "cgroup.procs") or _topmost(group):
+                    return group, here, [*why_not, *lacking] if lacking else []
+                elif group == own and hierarchy.delegated(group, tree.mount):
+                    return hierarchy.base_v2(tree)
+                else:
+                    why = "it holds processes and is not delegated"
+                why_not[f"{group} cannot pass on its controllers: {why}"] = None
+            if group == tree.mount:
+                break
+    return own, offered & _words(own / "cgroup.subtree_control"), list(why_not)
+
+
+def _topmost(group: Path) -> bool:
+    """Whether it is the kernel's own: the one without a type, which may hold processes and pass on controllers, too."""
+    return not (group / "cgroup.type").exists()
 
 
 def _refused(group: Path, name: str) -> str:

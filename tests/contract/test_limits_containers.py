@@ -97,9 +97,9 @@ async def test_a_cpu_quota_and_what_is_used_now(state_dir: Path, rootfs: Path) -
         shares = [path / name for path in groups_of("spin.1") for name in ("cpu.shares", "cpu.weight")]
         assert [path.read_text().strip() for path in shares if path.exists()] in (["102"], ["10"])
         async with asyncio.timeout(LIMIT_S):
-            while (sample := await rt.sample("spin.1")) is None or sample.pids != 2:  # the init, and the shell
-                await asyncio.sleep(0.05)  # what becomes the init has threads, and a tenth of a core
-        assert sample.memory_bytes > 0
+            while (sample := await rt.sample("spin.1")) is None or sample.pids != 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)  # until what becomes the init has no threads, by a tenth of a core
+        assert sample.memory_bytes > 0  # of the init, and the shell
         assert sample.usage.cpu_user_s + sample.usage.cpu_system_s > 0
         await rt.stop("spin.1", Reason.CANCELLED)
         assert (await end_of(rt, "spin.1")).reason is Reason.CANCELLED

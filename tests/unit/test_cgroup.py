@@ -309,6 +309,23 @@ def test_who_was_handed_a_group(machine: Machine, monkeypatch: pytest.MonkeyPatc
     assert hierarchy.delegated(top, top)
 
 
+def test_version_2_that_gives_some_is_better_than_none(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.v2("cpu memory pids", own="user@7.service")
+    own, really = machine.root / "unified/user@7.service", hierarchy.write_text
+    (own / "cgroup.controllers").write_text("memory pids\n")
+
+    def refuse(path: Path, content: str) -> None:
+        if path.parent == own.parent:
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        really(path, content)
+
+    monkeypatch.setattr(hierarchy, "write_text", refuse)
+    cgroups = machine.cgroups()
+    assert cgroups.folders == [own / "spinetta-n1-0000"]
+    assert {"memory-limit", "pids-limit"} <= set(cgroups.capabilities)
+    assert "user@7.service has no cpu" in cgroups.missing["cpu-limit"]
+
+
 def test_version_2_that_gives_nothing_says_why(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.v2("cpu memory pids", own="a")
 

@@ -175,29 +175,42 @@ def _move_into_leaf(group: Path) -> None:
 def base_v2(tree: Hierarchy) -> tuple[Path, frozenset[str], list[str]]:
     """The group under which ours can be made with limits, the controllers it gives, and what is wrong.
 
-    Our own group if it may pass its controllers on; else, being allowed, the nearest group above that may.
+    Our own group if it may pass on all controllers that there are; else, being allowed, the nearest above that may.
+    When none may, the nearest that may pass on some: users are often given those of memory and processes only.
     """
     own = tree.own.parent if tree.own.name == LEAF else tree.own
     offered = [name for name in WANTED if name in _words(tree.mount / "cgroup.controllers")]
     if not offered:
         return own, frozenset(), []  # hybrid: version 1 has the controllers
-    problems = []
-    group = own
-    while True:
-        try:
-            if set(offered) <= _words(group / "cgroup.controllers"):
+    problems: dict[str, None] = {}
+    for all_of_them in (True, False):
+        for group in (own, *own.parents):
+            here = [name for name in offered if name in _words(group / "cgroup.controllers")]
+            if here == offered or (here and not all_of_them):
+                lacking = (
+                    [f"{group} has no {', '.join(n for n in offered if n not in here)}"] if here != offered else []
+                )
                 try:
-                    return group, _pass_on(group, offered), []
+                    return (
+                        group,
+                        _handed_on(tree, group, here, may_empty=group == own),
+                        [*problems, *lacking] if lacking else [],
+                    )
                 except OSError as error:
-                    if error.errno != errno.EBUSY or group != own or not delegated(group, tree.mount):
-                        raise
-                    _move_into_leaf(group)
-                return group, _pass_on(group, offered), []
-        except OSError as error:
-            why = "it holds processes and is not delegated" if error.errno == errno.EBUSY else error.strerror
-            problems.append(f"{group} cannot pass on its controllers: {why}")
-        if group == tree.mount or group.parent == group:
-            break
-        group = group.parent
+                    busy = error.errno == errno.EBUSY
+                    why = "it holds processes and is not delegated" if busy else error.strerror
+                    problems[f"{group} cannot pass on its controllers: {why}"] = None
+            if group == tree.mount:
+                break
     passed = _words(own / "cgroup.subtree_control") & {*offered, *OPTIONAL_V2}
-    return own, frozenset(passed), problems or [f"{own} lacks controllers"]
+    return own, frozenset(passed), list(problems) or [f"{own} lacks controllers"]
+
+
+def _handed_on(tree: Hierarchy, group: Path, names: Sequence[str], *, may_empty: bool) -> frozenset[str]:
+    try:
+        return _pass_on(group, names)
+    except OSError as error:
+        if error.errno != errno.EBUSY or not may_empty or not delegated(group, tree.mount):
+            raise
+    _move_into_leaf(group)
+    return _pass_on(group, names)
