@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,27 @@ import pytest
 from spinetta.client import Client
 from spinetta.errors import UserError
 from spinetta.model import Outcome, State
-from tests.cluster.harness import Cluster, eventually, free_base
+from tests.cluster.harness import Cluster, eventually, running_cluster
 from tests.contract.containers import make_rootfs
-from tests.contract.test_units import cards
+from tests.contract.test_units import two_cards
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
-_ = cards  # a fixture
 CALM = ("--lease-ttl", "30s", "--grace", "60s", "--kill-margin", "2s", "--cpus", "4", "--memory", "2GiB")
 SHOWS = "echo $SPINETTA_DEVICES_GPU of $CUDA_VISIBLE_DEVICES; while [ ! -e gate ]; do sleep 0.1; done"
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    return make_rootfs(tmp_path / "image", 0)
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_rootfs(tmp_path_factory.mktemp("units") / "image", 0)
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, image: Path, cards: Path) -> Iterator[Cluster]:
-    devices = f"gpu=0:{cards}/card0,1:{cards}/card1"
-    options = (*CALM, "--devices", devices, "--allow", f"image:{image}", "--open-files-max", "5000")
-    made = Cluster(tmp_path, free_base(1), (*options, "--open-files", "3000"))
-    try:
-        made.add()
-        made.wait_ready()
-        yield made
-    finally:
-        made.stop()
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, image: Path) -> Iterator[Cluster]:
+    with two_cards() as cards:
+        devices = f"gpu=0:{cards}/card0,1:{cards}/card1"
+        options = (*CALM, "--devices", devices, "--allow", f"image:{image}", "--open-files-max", "5000")
+        with running_cluster(tmp_path_factory.mktemp("cards"), 1, *options, "--open-files", "3000") as made:
+            yield made
 
 
 def said(client: Client, task: str) -> str:
@@ -86,6 +82,25 @@ def test_one_card_of_two_each(cluster: Cluster, image: Path) -> None:
         assert [(i.task.outcome, i.task.attempts_started) for i in done] == [(Outcome.SUCCEEDED, 1)] * 3
         units = node.data_dir / "units"
         eventually(lambda: not list(units.iterdir()), within_s=20, what="both are free again")
+
+
+def test_no_card_is_with_two_at_once_while_daemons_die(cluster: Cluster, tmp_path: Path) -> None:
+    locks, node = tmp_path / "locks", cluster.nodes[0]
+    locks.mkdir()
+    alone = 'cd "$0"; mkdir $SPINETTA_DEVICES_GPU || exit 9; sleep 0.3; rmdir $SPINETTA_DEVICES_GPU'
+    with Client(node.address) as client:
+        ids = [client.submit(["sh", "-c", alone, str(locks)], gpu=1, cpus=0.5).id for _ in range(24)]
+
+        def ended(enough: int) -> bool:
+            return sum(info.done for info in client.get_many(ids)) >= enough
+
+        for so_many in (4, 12):
+            eventually(partial(ended, so_many), within_s=60, what=f"they run\n{cluster.tails()}")
+            node.kill_daemon()
+            node.start()
+            cluster.wait_ready()
+        found = [info.task for info in client.wait(ids, timeout_s=60).tasks]
+        assert [(t.outcome, t.attempts_started, t.message) for t in found] == [(Outcome.SUCCEEDED, 1, "")] * 24
 
 
 def test_open_files_of_tasks(cluster: Cluster, image: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,20 @@ def make_device(path: Path, number: tuple[int, int]) -> None:
     path.chmod(0o666)
 
 
-@pytest.fixture
-def cards() -> Iterator[Path]:
+@contextmanager
+def two_cards() -> Iterator[Path]:
     """A folder below /dev with two cards."""
     with tempfile.TemporaryDirectory(prefix="spinetta-cards-", dir="/dev/shm") as name:
         folder = Path(name)
         folder.chmod(0o755)
         for label, number in NUMBERS.items():
             make_device(folder / f"card{label}", number)
+        yield folder
+
+
+@pytest.fixture
+def cards() -> Iterator[Path]:
+    with two_cards() as folder:
         yield folder
 
 
