@@ -334,7 +334,8 @@ def _check_range(value: int, low: int, high: int, field: str, what: str) -> None
 
 def _check_seconds(value: float, low: float, high: float, field: str, what: str) -> None:
     if not math.isfinite(value) or not low <= value <= high:
-        raise UserError(f"{value:g} s is out of range for {what}", field=field, hint=f"{low:g} to {high:g} seconds")
+        hint = f"{low:.10g} to {high:.10g} seconds"
+        raise UserError(f"{value:.10g} s is out of range for {what}", field=field, hint=hint)
 
 
 # --- other requests ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from spinetta.runtime.detect import find_program
+from spinetta.runtime.detect import VERSION_BYTES_MAX, find_program, program_output
 from spinetta.runtime.trial import container_config
 from tests.cluster.harness import eventually
 from tests.contract.machines import FIRST_ID, LIMIT_S, SUPPORT, UID, UNIFIED, USER, Machine, machine
@@ -209,3 +210,12 @@ def commands_with(*marks: str) -> list[str]:
         if any(mark in line for mark in marks) and folder.name != str(os.getpid()):
             found.append(line)
     return found
+
+
+def test_what_a_program_prints_in_pieces_is_read_whole(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nprintf skopeo; sleep 0.1; echo ' version 1.9.3'\n")
+    program.chmod(0o755)
+    assert asyncio.run(program_output([str(program)])) == "skopeo version 1.9.3\n"
+    program.write_text("#!/bin/sh\nexec head -c 100000 /dev/zero\n")
+    assert len(str(asyncio.run(program_output([str(program)], timeout_s=5)))) <= VERSION_BYTES_MAX
