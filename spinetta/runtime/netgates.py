@@ -61,6 +61,7 @@ class Gates:
         tools = netcommands.tools()
         self._ip, self._nft = tools["ip"], tools["nft"]
         self._own: frozenset[str] = frozenset()
+        self._rules = b""
         self.mtu = 0
         self.subnet: Subnet | None = None
 
@@ -115,6 +116,18 @@ class Gates:
             await self._remove_table(subnet)
             self._forget()
 
+    async def mend(self) -> None:
+        """Put the rules back if somebody has removed them, as `flush ruleset` does, with which nftables.conf begins."""
+        if self.subnet is None or not self._rules:
+            return
+        seen = await self._commands.run((self._nft, "list", "chain", "inet", _name(self.subnet), "input"))
+        if seen.code == 0 and b"iifgroup" in seen.out:
+            return
+        await self._commands.well((self._nft, "-f", "-"), data=self._rules)
+        log.warning(
+            "somebody had removed the rules of containers' networks (inet %s); they are back", _name(self.subnet)
+        )
+
     async def resolv(self) -> str:
         """A resolv.conf for containers, as the machine's is now."""
         texts = await asyncio.to_thread(_read_resolvs)
@@ -163,7 +176,8 @@ class Gates:
             between = network.uplinks(n for link in links if (n := str(link.get("ifname"))) not in ours)
             await asyncio.to_thread(self._place.forwarding.write_text, json.dumps(between))
         text = network.rules(subnet, refused=self._settings.refused, was_off=between is not None, between=between or ())
-        await self._commands.well((self._nft, "-f", "-"), data=text.encode())
+        self._rules = text.encode()
+        await self._commands.well((self._nft, "-f", "-"), data=self._rules)
         if not forwards:
             await self._commands.well(("/bin/sh", "-c", f"echo 1 > {_FORWARD}"))
 

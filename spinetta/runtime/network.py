@@ -33,6 +33,9 @@ TRIAL = "trial"  # no attempt has this key
 ADDRESS_WAIT_S = 30.0  # for others to end; then another node may have room
 CLOSE_S = 30.0  # for what is being taken down; what is not is left to the next start
 AGAIN_S, AGAIN_TIMES = 2.0, 3
+GUARD_EVERY_S = (
+    5.0  # while there are containers: for so long at most they are without the rules if somebody flushes all
+)
 
 # In the new namespace. No IPv6 but on loopback, since no rule is made for it; the rest is what a container may do
 # anywhere else: ports below 1024, and ping, without a capability.
@@ -95,6 +98,7 @@ class Network:
         self._attempts: dict[str, _Attempt] = {}
         self._working: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Condition()
+        self._guard: asyncio.Task[None] | None = None
         self.trouble = "" if wanted else "this node does not allow it"
         self.warnings: tuple[str, ...] = ()
 
@@ -181,6 +185,7 @@ class Network:
         async with attempt.lock:
             if attempt.unwanted:
                 raise NoNetwork("it is wanted no more")
+            await gates.mend()
             await self._undo(key)  # of an earlier try
             place = self._place
             folder, netns, sysfs = place.of(key), place.netns(key), place.sys(key)
@@ -283,9 +288,19 @@ class Network:
         await self._talk()
         cables = [await asyncio.to_thread(_cable, place.of(key)) for key in self._attempts]
         await self._gates.open(keep=bool(self._attempts), cables=cables)
+        self._guard = asyncio.create_task(self._watch_over(self._gates), name="rules of networks")
         if self._wanted:
             await self._try()
             self.warnings = await self._gates.warnings()
+
+    async def _watch_over(self, gates: Gates) -> None:
+        while True:
+            await asyncio.sleep(GUARD_EVERY_S)
+            try:
+                if self._attempts:
+                    await gates.mend()
+            except CommandFailed as e:
+                log.error("the rules of containers' networks cannot be looked after: %s", e)
 
     async def _talk(self) -> None:
         done = await self._commands.run(
@@ -306,6 +321,9 @@ class Network:
 
     async def _close(self) -> None:
         """Wait for what is being taken down; with the last container the rules go. May be repeated."""
+        if self._guard is not None:
+            self._guard.cancel()
+            await asyncio.wait([self._guard])
         try:
             async with asyncio.timeout(CLOSE_S):
                 await self._all_done()

@@ -8,12 +8,17 @@ import random
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from spinetta.runtime import netplace
 from spinetta.runtime.netplace import Place
+from spinetta.runtime.network import Joined, Network, NetworkSettings
 
 OUTSIDE, MACHINE = "198.51.100.1", "198.51.100.2"  # reserved for documents: nothing real is meant
 
@@ -187,3 +192,34 @@ def left(made: World, where: Place) -> list[str]:
 def may_make_worlds() -> bool:
     """Whether this process may."""
     return os.geteuid() == 0
+
+
+@pytest.fixture
+def here() -> Iterator[World]:
+    with world() as made:
+        yield made
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Iterator[Place]:
+    with place(tmp_path) as made:
+        yield made
+
+
+@asynccontextmanager
+async def opened(
+    where: Place, here: World, keep: tuple[str, ...] | None = (), **changes: Any
+) -> AsyncIterator[Network]:
+    settings = replace(NetworkSettings("n1", nameservers=(OUTSIDE,)), **changes)
+    async with Network.open(where, settings, keep=keep, prefix=here.prefix) as network:
+        assert network.trouble == ""
+        yield network
+
+
+def only_rules(here: World, where: Place) -> bool:
+    return [line.split()[0] for line in left(here, where)] == ["table"]
+
+
+async def joined_for_good(network: Network, key: str) -> Joined:
+    async with network.joining(key) as joined:
+        return joined
