@@ -58,3 +58,11 @@ def test_a_user_with_a_delegated_group(tmp_path: Path) -> None:
         assert node.level is Level.WARNING
         assert "unshare --user --mount --map-root-user --map-users=" in node.mend
     assert own_groups().endswith(f"/node.service/{LEAF}\n")
+
+
+def test_a_user_with_nothing_delegated(tmp_path: Path) -> None:
+    """A container runs, and a node says why it runs none: it could not find what is in it."""
+    here = found(tmp_path)
+    assert (here.works, here.rootless, here.joins_groups) == (True, True, False), here
+    assert not LIMITS & set(here.limits)
+    assert [w for w in here.warnings if "a node can make no control groups here" in w], here.warnings

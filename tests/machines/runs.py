@@ -37,7 +37,7 @@ class Chosen:
     machine: Machine
     tests: tuple[str, ...]
     passing: int
-    limit_s: float = 240.0
+    limit_s: float = 420.0
     program: str = ""
     skipped: tuple[str, ...] = ()
     usual: bool = True
@@ -112,6 +112,8 @@ RUNS = (
     Chosen("version 2, runc", V2, CONTAINERS[:1], passing=1, program=RUNC),
     Chosen("version 2, delegated to a user", USER, (f"{INNER}a_user_with_a_delegated_group", *LIMITS[1:]), passing=3),
     Chosen("version 2, a node without root", V2, ("tests/cluster/test_rootless.py",), passing=1),
+    Chosen("version 1, a user", Machine("v1", user=True), (f"{INNER}a_user_with_nothing_delegated",), 1, usual=False),
+    Chosen("version 2, a user", Machine("v2", user=True), (f"{INNER}a_user_with_nothing_delegated",), 1, usual=False),
     Chosen("both versions", HYBRID, (f"{INNER}both_versions", CONTAINERS[0]), passing=2, usual=False),
     Chosen("version 2, delegated to root", DELEGATED, CONTAINERS, passing=3, program=CRUN, usual=False),
     Chosen("the runtimes on version 1", V1, (f"{_CONTRACT}runtimes.py",), passing=40, limit_s=1200, usual=False),
