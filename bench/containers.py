@@ -364,8 +364,11 @@ async def ways(folder: Path, wanted: Sequence[str], most: int) -> AsyncIterator[
         shim = runtime.shim_pid()
 
         def cpu_s() -> float:  # to the nanosecond; `psutil` counts by hundredths of a second
-            said = (Path(f"/proc/{process.pid}/schedstat").read_text() for process in shim_and_helpers(shim))
-            return sum(int(text.split()[0]) for text in said) / 1e9
+            total_ns = 0
+            for process in shim_and_helpers(shim):
+                with contextlib.suppress(OSError):  # one that empties the trash, and is gone
+                    total_ns += int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0])
+            return total_ns / 1e9
 
         yield found, cpu_s
 
