@@ -116,7 +116,9 @@ class Shims:
 
     async def held(self) -> Sequence[Held]:
         """All attempts that run or have ended and are not forgotten, by key. RuntimeUnavailable: one does not say."""
-        return sorted((one for held in await self._each(ProcessRuntime.held) for one in held), key=lambda one: one.key)
+        return sorted(
+            (one for held in await self._each(lambda runtime: runtime.held()) for one in held), key=lambda one: one.key
+        )
 
     async def usage(self, key: AttemptKey) -> Usage | None:
         """Use so far of a running attempt; None when it is over or nothing here counts it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import tempfile
@@ -13,8 +14,9 @@ import pytest
 
 from spinetta.runtime import generations, launch
 from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.protocol import Exited
 from spinetta.runtime.shims import Shims
-from tests.contract.shims import KILL_MARGIN_S, boottime_s, clean_up
+from tests.contract.shims import KILL_MARGIN_S, LIMIT_S, boottime_s, clean_up, shell, until
 
 # What `hello` of a shim from before upgrades did not say, so that a copy without these lines speaks as that one did.
 UNSAID = (
@@ -87,3 +89,48 @@ async def shims(home: Path, *, renewed: bool = True, isolate: bool = True) -> As
         if renewed:
             await rt.renew(boottime_s())
         yield rt
+
+
+# --- what tests do with them ---
+
+WAITS = "echo begun; while [ ! -e go ]; do sleep 0.05; done; echo done"
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def second(home: Path) -> Path:
+    return home / "generations" / "2"
+
+
+async def ends(rt: Shims, *keys: str) -> dict[str, list[Exited]]:
+    """What is told of these, until there is an end of each."""
+    told: dict[str, list[Exited]] = {}
+    async with asyncio.timeout(LIMIT_S):
+        async for event in rt.events():
+            if isinstance(event, Exited):
+                told.setdefault(event.key, []).append(event)
+            if set(keys) <= set(told):
+                return told
+    raise AssertionError("the events ended")
+
+
+async def one_is_left(rt: Shims) -> None:
+    await until(lambda: len(rt.described()) == 1)
+
+
+async def begin(code: Path, home: Path, *keys: str, isolate: bool = True, **changes: object) -> int:
+    """A shim of this code with attempts that wait for a file ``go`` in their scratch directories; its pid."""
+    with installed(code):
+        async with one_shim(home, isolate=isolate) as rt:
+            for key in keys:
+                assert await rt.start(shell(key, WAITS, **changes)) is None
+            return rt.shim_pid()
+
+
+def go(folder: Path, key: str) -> None:
+    (folder / "scratch" / key / "go").touch()

@@ -3,73 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from spinetta.errors import RuntimeUnavailable
 from spinetta.model import Reason
 from spinetta.runtime import generations
 from spinetta.runtime.execs import open_command
-from spinetta.runtime.protocol import Exited
-from spinetta.runtime.shims import Shims
-from tests.contract.oldshims import copy_of_the_code, home, installed, old, one_shim, other, shims
-from tests.contract.shims import KILL_MARGIN_S, asynchronous, boottime_s, identity, isolate, kill_shim, shell, until
+from tests.contract.oldshims import (
+    WAITS,
+    alive,
+    begin,
+    copy_of_the_code,
+    ends,
+    go,
+    home,
+    installed,
+    old,
+    one_is_left,
+    one_shim,
+    other,
+    second,
+    shims,
+)
+from tests.contract.shims import KILL_MARGIN_S, asynchronous, boottime_s, isolate, kill_shim, shell, until
 
 pytestmark = pytest.mark.contract
 _ = (home, isolate, old, other)  # fixtures
-LIMIT_S = 30.0
-LIMITS_SAID = ('["process", *LIMITS, OPEN_FILES_LIMIT, ', '["process", ')
-WAITS = "echo begun; while [ ! -e go ]; do sleep 0.05; done; echo done"
-
-
-def pid_of(folder: Path) -> int:
-    return int(identity(folder)["pid"])
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def second(home: Path) -> Path:
-    return home / "generations" / "2"
-
-
-async def ends(rt: Shims, *keys: str) -> dict[str, list[Exited]]:
-    """What is told of these, until there is an end of each."""
-    told: dict[str, list[Exited]] = {}
-    async with asyncio.timeout(LIMIT_S):
-        async for event in rt.events():
-            if isinstance(event, Exited):
-                told.setdefault(event.key, []).append(event)
-            if set(keys) <= set(told):
-                return told
-    raise AssertionError("the events ended")
-
-
-async def one_is_left(rt: Shims) -> None:
-    await until(lambda: len(rt.described()) == 1)
-
-
-async def begin(code: Path, home: Path, *keys: str, isolate: bool = True, **changes: object) -> int:
-    """A shim of this code with attempts that wait for a file ``go`` in their scratch directories; its pid."""
-    with installed(code):
-        async with one_shim(home, isolate=isolate) as rt:
-            for key in keys:
-                assert await rt.start(shell(key, WAITS, **changes)) is None
-            return rt.shim_pid()
-
-
-def go(folder: Path, key: str) -> None:
-    (folder / "scratch" / key / "go").touch()
 
 
 @asynchronous
@@ -312,120 +274,3 @@ async def test_going_back_to_the_code_before(other: Path, home: Path) -> None:
             await rt.forget("new.1")
             await one_is_left(rt)
             await until(lambda: not second(home).exists())
-
-
-async def unanswered(name: str) -> None:
-    raise RuntimeUnavailable(f"nobody says whether {name} runs")
-
-
-@asynchronous
-async def test_one_that_does_not_say_what_it_holds_is_not_taken_for_one_with_nothing(other: Path, home: Path) -> None:
-    earlier = await begin(other, home, "old.1")
-    async with shims(home) as rt:
-        os.kill(earlier, signal.SIGSTOP)
-        try:
-            with pytest.raises(TimeoutError):  # before its own limit, after which it is RuntimeUnavailable
-                await asyncio.wait_for(rt.held(), 1.0)
-        finally:
-            os.kill(earlier, signal.SIGCONT)
-        assert [one.key for one in await rt.held()] == ["old.1"]
-        (retiring,) = rt._retiring
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(retiring.runtime, "service", unanswered)
-            with pytest.raises(RuntimeUnavailable):  # etcd may run there
-                await rt.start_service("etcd", ["/bin/true"], {}, "/", home / "log")
-            with pytest.raises(RuntimeUnavailable):
-                await rt.service("etcd")
-
-
-@asynchronous
-async def test_limits_that_a_shim_does_not_know_are_told(home: Path, tmp_path: Path) -> None:
-    """Of one from before there were any: what asks for none is no trouble."""
-    code = copy_of_the_code(tmp_path / "code" / "shim", says_its_code=False)
-    for name, change in (("wire.py", ("PROTOCOL_VERSION = 2", "PROTOCOL_VERSION = 1")), ("main.py", LIMITS_SAID)):
-        text = (code / name).read_text()
-        assert text.count(change[0]) == 1, change
-        (code / name).write_text(text.replace(*change))
-    await begin(code, home, "old.1")
-    async with one_shim(home) as rt:
-        plain = rt.warnings()
-        assert await rt.start(shell("new.1", "true")) is None
-        assert rt.warnings() == plain
-        assert await rt.start(shell("new.2", "true", log_bytes_max=1, disk_bytes_max=1, open_files=(9, 9))) is None
-        told = " ".join(rt.warnings()[len(plain) :])
-        for limit in ("log-limit", "disk-limit", "open-files-limit"):
-            assert f"{limit} is missing: this node's shim is of an older version" in told
-    await begin(copy_of_the_code(tmp_path / "two" / "shim", says_its_code=False), home)
-    async with shims(home) as upgraded:
-        assert await upgraded.start(shell("new.3", "true", log_bytes_max=1, disk_bytes_max=1)) is None
-        assert "log-limit" not in " ".join(upgraded.warnings())
-
-
-@asynchronous
-async def test_a_service_alone_is_not_ended_for_an_upgrade(other: Path, home: Path, tmp_path: Path) -> None:
-    """A voter's restart is for the cluster to allow."""
-    with installed(other):
-        async with one_shim(home) as rt:
-            first = await rt.start_service("etcd", ["/bin/sleep", "1000"], {}, str(tmp_path), tmp_path / "log")
-    async with shims(home) as found:
-        assert len(found.described()) == 2
-        assert found.strands("etcd")
-        assert await found.service("etcd") == first
-
-
-@pytest.mark.parametrize("left", ["shim.sock", "attempts/t.1", "lock", ""])
-def test_what_shows_that_a_directory_is_not_free(home: Path, left: str) -> None:
-    """Each alone; one with nothing is removed."""
-    folder = second(home)
-    (folder / "attempts").mkdir(parents=True)
-    (folder / "shim.lock").touch()
-    with (folder / "shim.lock").open() as lock:
-        if left == "lock":  # of a shim that is just starting, or of the process that writes for one that died
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        elif left:
-            (folder / left).touch()
-        assert generations.occupied(home) == ([folder] if left else [])
-        assert folder.exists() == bool(left)
-
-
-DAEMON = """
-import asyncio, sys
-from pathlib import Path
-from spinetta.runtime.shims import Shims
-
-async def main():
-    async with Shims.connect(Path(sys.argv[1]), node="n1", kill_margin_s=1.0):
-        print("up", flush=True)
-        await asyncio.sleep(1000)
-
-asyncio.run(main())
-"""
-
-
-@asynchronous
-async def test_a_daemon_that_is_killed_in_the_midst(other: Path, home: Path) -> None:
-    """At any moment of it: the next one finds what there is, and nothing twice."""
-    await begin(other, home, "old.1")
-    for n in range(6):
-        daemon = subprocess.Popen([sys.executable, "-c", DAEMON, str(home)], stdout=subprocess.PIPE)  # noqa: ASYNC220
-        try:
-            if n:
-                await asyncio.sleep(0.25 + 0.12 * n)  # of some 1 s; not to wait for anything, but to strike anywhere
-            else:
-                assert daemon.stdout is not None
-                await asyncio.to_thread(daemon.stdout.readline)
-        finally:
-            daemon.kill()
-            daemon.communicate()
-        if n % 2:
-            kill_shim(second(home))
-    async with shims(home) as rt:
-        assert [one.key for one in await rt.held()] == ["old.1"]
-        assert sorted(shim.retiring for shim in rt.described()) == [False, True]
-        assert rt.state_dir == second(home)
-        assert await rt.start(shell("new.1", "exit 4")) is None
-        go(home, "old.1")
-        told = await ends(rt, "old.1", "new.1")
-        assert {key: one[-1].exit.exit_code for key, one in told.items()} == {"old.1": 0, "new.1": 4}
-        await rt.forget("old.1")
-        await one_is_left(rt)
