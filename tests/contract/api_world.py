@@ -190,7 +190,7 @@ class HandNode:
     def wall_ms(self) -> int:
         return time.time_ns() // 1_000_000
 
-    def holder_dir(self, key: str) -> Path:
+    def holder_dir(self, key: str) -> Path:  # noqa: ARG002
         return self.shim_dir
 
     def log_path(self, task_id: TaskId, attempt: int, stream: str) -> Path:
