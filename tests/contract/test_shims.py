@@ -36,16 +36,16 @@ _ = (home, isolate, old, other)  # fixtures
 
 @asynchronous
 async def test_the_old_one_finishes_and_a_new_one_takes_what_is_new(old: Path, home: Path, isolate: bool) -> None:
-    earlier = await begin(old, home, "old.1", isolate=isolate, keep_scratch_s=60)
+    earlier = await begin(old, home, "old.1", "old.2", isolate=isolate, keep_scratch_s=60)
     async with shims(home, isolate=isolate) as rt:
         assert [shim.retiring for shim in rt.described()] == [False, True]
-        assert rt.described()[1].attempts == 1
-        assert "goes on with 1 attempt" in " ".join(rt.warnings())
+        assert rt.described()[1].attempts == 2
+        assert "goes on with 2 attempts" in " ".join(rt.warnings())
         assert rt.shim_pid() != earlier
         assert alive(earlier)
         assert rt.state_dir == second(home)
         assert await rt.start(shell("new.1", WAITS, keep_scratch_s=60)) is None
-        assert [held.key for held in await rt.held()] == ["new.1", "old.1"]
+        assert [held.key for held in await rt.held()] == ["new.1", "old.1", "old.2"]
         assert rt.state_dir_of("old.1") == home
         assert rt.state_dir_of("new.1") == second(home)
         assert await rt.start(shell("old.1", "echo twice")) is None, "it is held, and is not to run again"
@@ -57,6 +57,10 @@ async def test_the_old_one_finishes_and_a_new_one_takes_what_is_new(old: Path, h
         told = await ends(rt, "old.1")
         assert [one.exit.exit_code for one in told["old.1"]] == [0]
         await rt.forget("old.1")
+        assert await rt.start(shell("old.1", "echo twice")) is not None, "a late start, while the old one is there"
+        go(home, "old.2")
+        await ends(rt, "old.2")
+        await rt.forget("old.2")
         await one_is_left(rt)
         await until(lambda: not alive(earlier))
         go(second(home), "new.1")
@@ -65,7 +69,7 @@ async def test_the_old_one_finishes_and_a_new_one_takes_what_is_new(old: Path, h
         await rt.forget("new.1")
         for key in ("old.1", "new.1"):
             assert rt.log_path(key, "stdout").read_text() == "begun\ndone\n"
-        await until(lambda: len(list((home / "kept").iterdir())) == 2)
+        await until(lambda: len(list((home / "kept").iterdir())) == 3)
         assert await rt.start(shell("old.1", "echo twice")) is not None, "a late start of what the old one had held"
         assert rt.warnings() == rt._newest.runtime.warnings()
     async with shims(home, isolate=isolate) as rt:
