@@ -15,10 +15,13 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from spinetta.imageref import parse
 from spinetta.runtime.images.limits import Limits
 from spinetta.runtime.images.records import ImageRecord
 from spinetta.runtime.images.store import ImageStore, StoreSettings
+from tests.contract import imagefiles as files
 
 T = TypeVar("T")
 LIMIT_S = 60.0
@@ -144,3 +147,38 @@ def registry(directory: Path) -> Iterator[Registry]:
         yield found
     finally:
         found.stop()
+
+
+CONFIG = {
+    "Env": ["A=b", "PATH=/bin"],
+    "Entrypoint": ["/bin/sh", "-c"],
+    "Cmd": ["true"],
+    "User": "ann",
+    "WorkingDir": "/home/ann",
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One image in every form, built once."""
+    at = tmp_path_factory.mktemp("images")
+    base = files.base()
+    files.layout(at / "layout", [base], config=CONFIG)
+    files.layout(at / "zipped", [base], config=CONFIG, how="gzip")
+    files.oci_archive(at / "oci.tar", at / "layout")
+    files.docker_archive(at / "docker.tar", [base], config=CONFIG)
+    root = at / "root"
+    root.mkdir()
+    subprocess.run(["tar", "-xpf", "-", "-C", root], input=base, check=True)
+    (at / "root.tar").write_bytes(base)
+    for program, end in (("gzip", "gz"), ("xz", "xz"), ("zstd", "zst")):
+        packed = subprocess.run([program, "-1", "-c"], input=base, check=True, capture_output=True).stdout
+        (at / f"root.tar.{end}").write_bytes(packed)
+    return at
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Registry]:
+    with registry(tmp_path_factory.mktemp("registry")) as found:
+        found.push(shared / "layout", "lab/tool:1")
+        yield found
