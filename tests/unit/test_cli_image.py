@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from spinetta.cli.image import _Shown
+from spinetta.cli.imageprogress import Shown
 from spinetta.client.images import ImageStep
 
 STEPS = [
@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 
 
 def tell_all(*, as_json: bool) -> None:
-    with _Shown("x\x1b[31m:1", as_json=as_json) as shown:
+    with Shown("x\x1b[31m:1", as_json=as_json) as shown:
         for step in STEPS:
             shown.tell(step)
 
