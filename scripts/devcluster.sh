@@ -145,20 +145,30 @@ started() {
 }
 same_process() { [ -n "${2:-}" ] && [ "$(started "$1")" = "$2" ]; }
 
-# daemon NODE, shim NODE: its pid if it runs.
+# daemon NODE, shim NODE: its pid if it runs; after an upgrade there may be several shims for a while.
 daemon() {
     local pid since _
     read -r pid since _ 2>/dev/null <"$state/$1.pid" && same_process "$pid" "$since" && echo "$pid"
 }
 shim() {
-    local pid since
-    read -r pid since < <(identity "$1" | sed -En 's/.*"pid": ?([0-9]+).*"start_ticks": ?([0-9]+).*/\1 \2/p') &&
-        same_process "$pid" "$since" && echo "$pid"
+    local pid since none=1
+    while read -r pid since; do
+        if same_process "$pid" "$since"; then
+            echo "$pid"
+            none=0
+        fi
+    done < <(identity "$1" | sed -En 's/.*"pid": ?([0-9]+).*"start_ticks": ?([0-9]+).*/\1 \2/p')
+    return $none
 }
-# What the shim wrote of itself, on one line.
+# What each shim wrote of itself, on one line.
 identity() {
-    tr '\n' ' ' 2>/dev/null <"$state/$1/shim/shim.json" || return 1
-    echo # a last line without its end is no line to `read`
+    local file
+    for file in "$state/$1"/shim/shim.json "$state/$1"/shim/generations/*/shim.json; do
+        if [ -e "$file" ]; then
+            tr '\n' ' ' 2>/dev/null <"$file" || true
+            echo # a last line without its end is no line to `read`
+        fi
+    done
 }
 # The control groups that the shim made; they outlive it when it is killed.
 cgroups() { identity "$1" | sed -En 's/.*"cgroups": ?\[([^]]*)\].*/\1/p' | grep -oE '"/[^"]+"' | tr -d '"'; }
