@@ -44,6 +44,9 @@ def test_each_form_is_understood_and_its_canonical_form_means_the_same(text: str
 
 BAD = {
     "": "docker://HOST",
+    "sha256": "docker://HOST",
+    "rootfs": "docker://HOST",
+    "dir": "docker://HOST",
     " ubuntu": "docker://HOST",
     "a\nb": "docker://HOST",
     "Ubuntu:22.04": "did you mean 'ubuntu'?",
