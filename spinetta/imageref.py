@@ -213,7 +213,7 @@ def _name(text: str, field: str) -> ImageRef:
     repository, tag, digest = _split(text, text, field)
     if not slash and not digest and repository.endswith(_ARCHIVE_ENDS):
         raise UserError(f"not an absolute path: {quoted(text)}", field=field, hint="begin it with /")
-    if repository in {"sha256", *(k.value for k in LOCAL), *_OTHERS}:  # with a tag it would mean something else
+    if repository in {"sha256", *_OTHERS}:  # with a tag it would mean something else
         raise UserError(f"not the name of an image: {quoted(repository)}", field=field, hint=FORMS)
     return ImageRef(Kind.NAME, repository=repository, tag=tag, digest=digest)
 

@@ -45,7 +45,7 @@ def test_each_form_is_understood_and_its_canonical_form_means_the_same(text: str
 BAD = {
     "": "docker://HOST",
     "sha256": "docker://HOST",
-    "rootfs": "docker://HOST",
+    "rootfs": "e.g. rootfs:/PATH",
     "dir": "docker://HOST",
     " ubuntu": "docker://HOST",
     "a\nb": "docker://HOST",
