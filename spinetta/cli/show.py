@@ -109,6 +109,7 @@ def task_document(info: TaskInfo) -> dict[str, Any]:
         "failures": t.failures,
         "losses": t.losses,
         "losses_excused": t.losses_excused,
+        "losses_preparing": t.losses_preparing,
         "submitted_ms": t.submitted_ms,
         "completed_ms": t.completed_ms,
         "submitted_at_node": t.submitted_at_node,
