@@ -27,6 +27,8 @@ MESSAGE_CHARS = 500
 PIDS_FOR_START = 16  # runc's first process has some 8 threads
 _MARKS_OF_THE_USERS_FAULT = (
     'exec: "',
+    "executable file `",  # crun
+    "open executable:",
     "chdir to cwd",
     "mkdir cwd",
     "invalid uid",
