@@ -124,7 +124,7 @@ RUNS = (
         "all on version 1", V1, (*_ALL, "-k", _TIMED), passing=100, limit_s=1800, skipped=(_ONE_VERSION,), usual=False
     ),
     Chosen(
-        "all on version 2 with crun", V2, (*_ALL, "-k", f"{_TIMED} and {_OPEN}"), passing=100, limit_s=1800, program=CRUN,
-        skipped=(_ONE_VERSION,), usual=False,
+        "all on version 2 with crun", V2, (*_ALL, "-k", f"{_TIMED} and {_OPEN}"), passing=100, limit_s=1800,
+        program=CRUN, skipped=(_ONE_VERSION,), usual=False,
     ),
 )  # fmt: skip
