@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ INBOX_EVENTS_MAX = 4096  # about a second at several kHz; watches wait when it i
 TURN_EVENTS_MAX = 512  # handled in one turn, so that a flood does not keep effects waiting
 IDLE_S = 5.0  # the longest sleep, in case a wake-up was forgotten
 RUNTIME_RETRY_S = 0.5
+UNLISTED_S = 5.0  # ends are passed on for so long before a shim that did not say what it holds is asked again
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.2, 2.0  # before the failure of an effect is told, from the second one in a row on
 UNPACED = frozenset({"renew", "advertise"})  # they have a rhythm of their own, and a task's life hangs on the first
 NEVER = frozenset({"too-large", "too-many-operations"})  # reasons for which the same write would be refused again
@@ -427,21 +428,34 @@ class Driver:
         await self.tell(RuntimeListed(tuple(now_held)))
 
     async def _follow_runtime(self) -> None:
-        """List what is held, then pass on the ends; again after every loss, and now and then for safety."""
+        """List what is held, then pass on the ends; again after every loss, and now and then for safety.
+
+        A listing asks all shims, and one that hangs may not keep back what the others say: after a first listing, with
+        which all begins, ends are passed on between tries.
+        """
+        is_known = False
         while True:
+            ends = self._runtime.events()  # before it is asked: none comes between
+            pass_on_s = self._relist_s
             try:
-                await self._list_runtime()
-                async with asyncio.timeout(self._relist_s):
-                    await self._pass_on_ends()
+                try:
+                    await self._list_runtime()
+                    is_known = True
+                except RuntimeUnavailable as e:
+                    self._teller.tell(f"the runtime does not answer: {e}", logging.WARNING)
+                    pass_on_s = UNLISTED_S
+                if is_known:
+                    async with asyncio.timeout(pass_on_s):
+                        await self._pass_on(ends)
             except TimeoutError:
                 continue
             except RuntimeUnavailable as e:
-                log.warning("the runtime does not answer: %s", e)
+                self._teller.tell(f"the runtime does not answer: {e}", logging.WARNING)
             await asyncio.sleep(RUNTIME_RETRY_S)
 
-    async def _pass_on_ends(self) -> None:
+    async def _pass_on(self, ends: AsyncIterator[Exited | ShimLost]) -> None:
         """Until the connection to the shim is lost."""
-        async for event in self._runtime.events():
+        async for event in ends:
             match event:
                 case Exited(key, exit_):
                     await self.tell(AttemptEnded(key, exit_))
