@@ -42,6 +42,7 @@ class GrantingRuntime:
         self._left_over = set(self._book.keys)
         self._starting: set[AttemptKey] = set()
         self._missed: dict[AttemptKey, int] = {}
+        self._counted = 0  # listings
 
     def labels(self, key: AttemptKey) -> devices.Labels:
         """The units that an attempt has."""
@@ -56,6 +57,7 @@ class GrantingRuntime:
         key = launch.key
         self._starting.add(key)
         self._left_over.discard(key)
+        self._missed.pop(key, None)
         try:
             ready = await self._given(launch)
             if isinstance(ready, Launch):
@@ -91,8 +93,13 @@ class GrantingRuntime:
 
     async def held(self) -> Sequence[Held]:
         """All attempts that run or have ended and are not forgotten, by key."""
+        # A listing that takes long may be older than a start that has ended meanwhile, and so may several at once be:
+        # it judges what was neither new nor being started when it began, and one that overlaps another says nothing.
+        judged, counted = self._book.keys - self._starting, self._counted
         found = await self._inner.held()
-        self._keep_only({held.key for held in found})
+        if counted == self._counted:
+            self._counted += 1
+            self._keep_only({held.key for held in found}, judged)
         return found
 
     async def usage(self, key: AttemptKey) -> Usage | None:
@@ -135,10 +142,12 @@ class GrantingRuntime:
         self._book.release(key)
         self._freed.set()
 
-    def _keep_only(self, there: set[AttemptKey]) -> None:
+    def _keep_only(self, there: set[AttemptKey], judged: frozenset[AttemptKey]) -> None:
         for key in self._book.keys:
             if key in there or key in self._starting:
                 self._missed.pop(key, None)
+                continue
+            if key not in judged:
                 continue
             self._missed[key] = self._missed.get(key, 0) + 1
             if key in self._left_over or self._missed[key] >= LISTINGS:
