@@ -225,7 +225,13 @@ async def open_client(state_dir: Path, on_event: Callable[[Message], None]) -> A
     try:
         yield client
     finally:
-        await client.close()
-        reading.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reading
+        try:
+            await client.close()
+        finally:
+            await cancelled(reading)
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end, whatever it is. Our own cancellation is not taken for the task's."""
+    task.cancel()
+    await asyncio.wait([task])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal as signals
 import time
@@ -20,6 +19,7 @@ from spinetta.runtime.client import (
     Hello,
     Sample,
     ShimClient,
+    cancelled,
     open_client,
     parse_exit,
     parse_sample,
@@ -123,9 +123,9 @@ class ProcessRuntime:
             yield runtime
         finally:
             runtime._closing = True
-            supervising.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await supervising
+            await cancelled(supervising)
+            if not supervising.cancelled():
+                supervising.result()
 
     # protocol.Runtime --------------------------------------------------------------------------------------------
 
@@ -266,6 +266,11 @@ class ProcessRuntime:
             for name in sorted(self._unheld)
         )
         return (self._hello.warnings if self._hello else ()) + limits
+
+    @property
+    def is_open(self) -> bool:
+        """Connected at this moment."""
+        return self._client is not None
 
     @property
     def hello(self) -> Hello:

@@ -14,10 +14,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from spinetta.errors import RuntimeUnavailable
+from spinetta.errors import RuntimeUnavailable, SpinettaError
 from spinetta.model import Exit, Reason, ShimInfo, Usage
 from spinetta.runtime import generations
-from spinetta.runtime.client import Sample
+from spinetta.runtime.client import Sample, cancelled
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import IDLE_END_S
 from spinetta.runtime.process import ProcessRuntime, Service
@@ -274,7 +274,7 @@ class Shims:
                     await member.look()
                     if member.is_empty:
                         await self._end(member)
-                except RuntimeUnavailable as e:
+                except (SpinettaError, OSError) as e:
                     log.warning("an earlier shim cannot be looked after now: %s", e)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
@@ -286,10 +286,11 @@ class Shims:
         try:
             await end(member, self._home)
         except asyncio.CancelledError:
-            self._retiring.append(member)  # all are to be shut down, perhaps
+            if member.runtime.is_open:  # all are to be shut down, perhaps; a closed one could not be asked
+                self._retiring.append(member)
             raise
 
     async def _stop_tending(self) -> None:
-        self._tending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._tending
+        await cancelled(self._tending)
+        if not self._tending.cancelled() and (error := self._tending.exception()) is not None:
+            log.error("earlier shims have not been looked after: %r", error)  # all are ended all the same

@@ -108,9 +108,10 @@ class Opening:
             newest = max(ours, key=lambda member: member.folder in alive)
             return Succession(newest, [member for member in members if member is not newest])
         for member in list(members):
-            if member.is_empty and await end(member, self.home):
-                members.remove(member)
-                taken.remove(member.folder)
+            if member.is_empty:
+                members.remove(member)  # its connection is closed, whether or not its directory is free
+                if await end(member, self.home):
+                    taken.remove(member.folder)
         if len(members) >= generations.GENERATIONS_MAX:
             newest = max(members, key=lambda member: member.runtime.hello.started_ms)
             outdated = (
@@ -118,7 +119,17 @@ class Opening:
                 "start the node's daemon again when fewer are left"
             )
             return Succession(newest, [member for member in members if member is not newest], outdated)
-        newest = await self._attach(generations.free_folder(self.home, taken))
+        try:
+            newest = await self._attach(generations.free_folder(self.home, taken))
+        except RuntimeUnavailable as e:
+            if not members:
+                raise
+            newest = max(members, key=lambda member: member.runtime.hello.started_ms)
+            outdated = (
+                f"no shim of the installed code can be started, what is new goes to one of other code: {e}; "
+                "start the node's daemon again when that is mended"
+            )
+            return Succession(newest, [member for member in members if member is not newest], outdated)
         opened.append(newest)
         return Succession(newest, members)
 
@@ -145,7 +156,7 @@ async def end(member: Member, home: Path) -> bool:
     """
     try:
         await member.runtime.shutdown_shim()
-    except RuntimeUnavailable as e:
+    except (RuntimeUnavailable, OSError) as e:  # OSError: of a daemon that has no descriptor left
         log.warning("an earlier shim, which has nothing left, does not end: %s", e)
     await member.opened.aclose()
     if not await asyncio.to_thread(generations.clean, member.folder, home):

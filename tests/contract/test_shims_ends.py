@@ -1,0 +1,122 @@
+"""The shim's own upgrade when shims do not end, or new ones do not begin."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from spinetta.runtime import generations
+from spinetta.runtime.client import cancelled
+from tests.contract.oldshims import (
+    WAITS,
+    alive,
+    begin,
+    copy_of_the_code,
+    ends,
+    home,
+    installed,
+    one_is_left,
+    other,
+    second,
+    shims,
+)
+from tests.contract.shims import asynchronous, boottime_s, shell, until
+
+pytestmark = pytest.mark.contract
+_ = (home, other)  # fixtures
+
+
+@asynchronous
+async def test_an_empty_one_that_leaves_something_is_none_of_them_any_more(
+    other: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection is closed: to ask it would keep all others from their renewals."""
+    earlier = await begin(other, home)
+    monkeypatch.setattr(generations, "clean", lambda *_: False)
+    async with shims(home) as rt:
+        assert (len(rt.described()), rt.state_dir, alive(earlier)) == (1, second(home), False)
+        await rt.renew(boottime_s())
+        assert await rt.held() == []
+
+
+@pytest.mark.parametrize("trouble", ["folder", "code"])
+@asynchronous
+async def test_when_no_new_one_comes_up_the_old_one_goes_on(
+    other: Path, home: Path, tmp_path: Path, trouble: str
+) -> None:
+    earlier = await begin(other, home, "old.1")
+    code = copy_of_the_code(tmp_path / "new" / "shim", remark="new")
+    if trouble == "folder":
+        (home / generations.LATER).touch()
+    else:
+        (code / "main.py").write_text("1 / 0\n")
+    with installed(code):
+        async with shims(home) as rt:
+            assert (rt.shim_pid(), rt.state_dir) == (earlier, home)
+            assert "no shim of the installed code can be started" in " ".join(rt.warnings())
+            assert await rt.start(shell("new.1", WAITS)) is None
+            assert [one.key for one in await rt.held()] == ["new.1", "old.1"]
+
+
+@asynchronous
+async def test_without_descriptors_they_are_looked_after_later(other: Path, home: Path) -> None:
+    earlier = await begin(other, home, "old.1")
+
+    def none_left(*_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with shims(home) as rt:
+        await rt.stop("old.1", "cancelled")
+        await ends(rt, "old.1")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "pidfd_open", none_left)
+            patch.setattr(generations, "LOCK_WAIT_S", 0.1)
+            await rt.forget("old.1")
+            await one_is_left(rt)
+        assert not rt._tending.done()
+        await rt.shutdown_shim()
+        assert not alive(rt.shim_pid())
+    assert alive(earlier), "it ends by itself when nobody has asked for anything for a while, or at the next start"
+
+
+@asynchronous
+async def test_all_are_ended_whatever_became_of_looking_after_them(other: Path, home: Path) -> None:
+    earlier = await begin(other, home, "old.1")
+
+    async def dies() -> None:
+        raise AssertionError("a bug")
+
+    async with shims(home) as rt:
+        await rt._stop_tending()
+        rt._tending = asyncio.create_task(dies())
+        await until(rt._tending.done)
+        await rt.shutdown_shim()
+        assert not alive(rt.shim_pid())
+        assert not alive(earlier)
+
+
+@asynchronous
+async def test_who_cancels_a_task_can_be_cancelled_meanwhile() -> None:
+    """Else a daemon that is told to end would go on looking after its shims for ever."""
+    let_go = asyncio.Event()
+
+    async def lingers() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await let_go.wait()
+
+    task = asyncio.create_task(lingers())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(cancelled(task))
+    await until(lambda: task.cancelling() > 0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+    let_go.set()
+    await asyncio.wait([task])
+    assert task.cancelled()
