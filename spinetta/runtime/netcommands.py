@@ -44,12 +44,16 @@ class Commands:
     Args:
         lock: a file that is locked by each of them: one that outlives a killed daemon is waited for by the next.
         prefix: put before each, to have them in another network namespace.
+
+    Attributes:
+        cut: the name of the last that was killed before its end; empty: none was.
     """
 
     def __init__(self, lock: Path, prefix: Sequence[str] = ()) -> None:
         self._lock = lock
         self._prefix = tuple(prefix)
         self._room = asyncio.Semaphore(AT_ONCE)
+        self.cut = ""
 
     async def run(self, argv: Sequence[str], *, data: bytes = b"", env: Mapping[str, str] | None = None) -> Done:
         """Run one to its end, within `COMMAND_S`. Cancelled, it is killed with all that it started.
@@ -80,6 +84,7 @@ class Commands:
                 raise CommandFailed(f"{name} did not end within {COMMAND_S:g} s") from None
             finally:
                 if process.returncode is None:
+                    self.cut = name
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     await process.wait()

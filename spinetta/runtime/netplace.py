@@ -101,11 +101,7 @@ class Place:
         for folder in (self.attempts, self.folder / "netns", self.folder / "sys"):
             if folder.is_dir():
                 found |= {path.name for path in folder.iterdir()}
-        for path in self.leases.glob("*/*.*.*.*"):
-            try:
-                found.add(path.read_text().splitlines()[0].strip())
-            except (OSError, IndexError, ValueError):
-                continue
+        found |= {_holder(path) for path in _leases(self)}
         return sorted(key for key in found if key and "/" not in key and not key.startswith("."))
 
 
@@ -158,14 +154,30 @@ def unmount(path: Path) -> None:
 
 
 def drop(place: Place, key: str) -> None:
-    """Unmount and remove all files of an attempt. May be repeated."""
+    """Unmount and remove all files of an attempt, and give its address back. May be repeated."""
     unmount(place.sys(key))
     if place.sys(key).is_dir():
         place.sys(key).rmdir()
     unmount(place.netns(key))
     place.netns(key).unlink(missing_ok=True)
+    for lease in _leases(place):
+        if _holder(lease) == key:
+            lease.unlink(missing_ok=True)
     if place.of(key).is_dir():
         shutil.rmtree(place.of(key))
+
+
+def _leases(place: Place) -> list[Path]:
+    """A file for each address in use, as the plugin keeps them."""
+    return list(place.leases.glob("*/*.*.*.*"))
+
+
+def _holder(lease: Path) -> str:
+    """The attempt that has an address; empty: it cannot be told."""
+    try:
+        return lease.read_text().splitlines()[0].strip()
+    except (OSError, IndexError, ValueError):
+        return ""
 
 
 def remove(place: Place) -> None:

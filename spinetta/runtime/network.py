@@ -30,6 +30,8 @@ __all__ = ["Joined", "Network", "NetworkSettings", "NoNetwork"]
 log = logging.getLogger("spinetta.runtime")
 
 TRIAL = "trial"  # no attempt has this key
+BEGIN_S = 10.0  # a daemon that starts renews nothing meanwhile; it takes a second
+CLEARED_S = 4.0  # of these, for what others left
 ADDRESS_WAIT_S = 30.0  # for others to end; then another node may have room
 CLOSE_S = 30.0  # for what is being taken down; what is not is left to the next start
 AGAIN_S, AGAIN_TIMES = 2.0, 3
@@ -128,13 +130,17 @@ class Network:
         self = cls(place, settings, Commands(place.commands, prefix), wanted=wanted)
         try:
             try:
-                await self._begin(keep)
+                async with asyncio.timeout(BEGIN_S):
+                    await self._begin(keep)
+            except TimeoutError:
+                slow = f" ({self._commands.cut} did not end)" if self._commands.cut else ""
+                self.trouble = f"a network for a trial was not made and taken down within {BEGIN_S:g} s{slow}"
             except UserError as e:
                 self.trouble = f"{e.message} ({e.hint})" if e.hint else e.message
             except (CommandFailed, cni.PluginError, NoNetwork, OSError) as e:
                 self.trouble = str(e)
             if self.trouble:
-                await self._close()
+                await self._give_up()
             yield self
         finally:
             await self._close()
@@ -232,7 +238,7 @@ class Network:
                 if not attempt.unwanted:  # it is wanted again
                     return
                 try:
-                    await self._undo(key)
+                    await self._undo(key, alone=not left)
                     break
                 except (CommandFailed, cni.PluginError, UserError, OSError) as e:
                     if not left:
@@ -245,8 +251,13 @@ class Network:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _undo(self, key: str) -> None:
-        """Remove what there is of an attempt's network. May be repeated, whatever of it has been made."""
+    async def _undo(self, key: str, *, alone: bool = False) -> None:
+        """Remove what there is of an attempt's network. May be repeated, whatever of it has been made.
+
+        Args:
+            key: the attempt's.
+            alone: without the plugin, which is not there, or fails: the cable ends with its namespace, and is cut.
+        """
         if key not in await asyncio.to_thread(self._place.names):
             return
         netns = self._place.netns(key)
@@ -254,10 +265,14 @@ class Network:
         if config is None:  # an address without a record
             subnet = read_subnet(self._place) or network.POOL
             config = cni.configuration(subnet, str(self._place.leases))
-        there = await asyncio.to_thread(netplace.is_namespace, netns)
-        given = config if result is None else {**config, "prevResult": result}
-        folder = self._plugins or netcommands.plugins_folder()
-        await self._commands.plugin("DEL", given, key=key, netns=netns if there else None, folder=folder)
+        folder = ""
+        if not alone:
+            with contextlib.suppress(UserError):  # they are not there any more
+                folder = self._plugins or netcommands.plugins_folder()
+        if folder:
+            there = await asyncio.to_thread(netplace.is_namespace, netns)
+            given = config if result is None else {**config, "prevResult": result}
+            await self._commands.plugin("DEL", given, key=key, netns=netns if there else None, folder=folder)
         if result is not None:  # of a namespace that cannot be reached any more the cable would stay
             with contextlib.suppress(cni.PluginError):
                 await self._cut(cni.attached(result).host_interface, key)
@@ -278,18 +293,21 @@ class Network:
             self._attempts[key] = _Attempt(has_place=True)
         if keep is not None:
             self.keep_only(keep)
-        await self._all_done()
+        with contextlib.suppress(TimeoutError):  # it goes on meanwhile
+            async with asyncio.timeout(CLEARED_S):
+                await self._all_done()
         if not self._wanted and not self._attempts and read_subnet(place) is None:
             return
-        self._plugins = netcommands.plugins_folder()
         self._gates = Gates(place, self._settings, self._commands)
         if not self._wanted and not self._attempts:
             return  # what an earlier daemon left is removed when we leave
-        await self._talk()
+        if not self._attempts:  # else these are seen to whatever becomes of new ones
+            await self._talk()
         cables = [await asyncio.to_thread(_cable, place.of(key)) for key in self._attempts]
         await self._gates.open(keep=bool(self._attempts), cables=cables)
         self._guard = asyncio.create_task(self._watch_over(self._gates), name="rules of networks")
         if self._wanted:
+            await self._talk()
             await self._try()
             self.warnings = await self._gates.warnings()
 
@@ -303,6 +321,9 @@ class Network:
                 log.error("the rules of containers' networks cannot be looked after: %s", e)
 
     async def _talk(self) -> None:
+        if self._plugins:
+            return
+        self._plugins = netcommands.plugins_folder()
         done = await self._commands.run(
             (f"{self._plugins}/{cni.PLUGINS[0]}",),
             data=json.dumps({"cniVersion": cni.VERSION}).encode(),
@@ -313,29 +334,52 @@ class Network:
     async def _try(self) -> None:
         """Make a network and take it down: what this kernel lacks is known before a task needs it."""
         attempt = self._attempts.setdefault(TRIAL, _Attempt())
+        attempt.unwanted = False
+        await self._make(TRIAL, attempt)
+        await self._undo(TRIAL)
+        del self._attempts[TRIAL]
+
+    async def _give_up(self) -> None:
+        """There is trouble: take down what was tried, without what failed. What is of earlier daemons goes on."""
         try:
-            await self._make(TRIAL, attempt)
-        finally:
-            self.release(TRIAL)
-            await self._all_done()
+            async with asyncio.timeout(CLEARED_S):
+                if TRIAL in self._attempts:
+                    await self._undo(TRIAL, alone=True)
+                    del self._attempts[TRIAL]
+                await self._all_done()
+                if not self._attempts:
+                    await self._shut()
+        except (TimeoutError, CommandFailed, UserError, OSError) as e:
+            log.warning("networks of containers are not quite removed, it is tried again later: %s", e)
 
     async def _close(self) -> None:
-        """Wait for what is being taken down; with the last container the rules go. May be repeated."""
-        if self._guard is not None:
-            self._guard.cancel()
-            await asyncio.wait([self._guard])
+        """Wait for what is being taken down; with the last container the rules go."""
         try:
             async with asyncio.timeout(CLOSE_S):
                 await self._all_done()
-                if not self._attempts and self._gates is not None:
-                    await self._gates.shut()
-                    self._gates = None
+                if TRIAL in self._attempts:
+                    await self._undo(TRIAL, alone=True)
+                    del self._attempts[TRIAL]
+                if not self._attempts:
+                    await self._shut()
         except (TimeoutError, CommandFailed, UserError, OSError) as e:
             log.warning("networks of containers are not quite removed, the next start tries again: %s", e)
         finally:
+            await self._end_guard()
             for task in self._working:
                 task.cancel()
             await self._all_done()
+
+    async def _shut(self) -> None:
+        await self._end_guard()  # else it would put the rules back
+        if self._gates is not None:
+            await self._gates.shut()
+            self._gates = None
+
+    async def _end_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.cancel()
+            await asyncio.wait([self._guard])
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work, name="network")
