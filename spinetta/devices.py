@@ -7,7 +7,7 @@ is given that unit has it alone; ``/dev/nvidiactl``, without a label, goes to al
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spinetta.errors import UserError
@@ -53,15 +53,25 @@ class Devices:
 
 @dataclass(frozen=True, slots=True)
 class Short:
-    """There are not as many free units as were asked for."""
+    """There are not as many free units as were asked for.
+
+    Attributes:
+        missing: label and path of units that are given to nobody, because the path is not there.
+        is_lasting: because of those there would be too few even if nobody had any.
+    """
 
     name: str
     wanted: int
     free: tuple[str, ...]
+    missing: tuple[tuple[str, str], ...] = ()
+    is_lasting: bool = False
 
     def __str__(self) -> str:
         free = f"only {', '.join(self.free)} {'is' if len(self.free) == 1 else 'are'}" if self.free else "none is"
-        return f"{self.wanted} of {self.name} wanted, and {free} free: others have not been given back yet"
+        why = [f"{path} of {label} is not there" for label, path in self.missing]
+        if not self.is_lasting:
+            why.append("others have not been given back yet")
+        return f"{self.wanted} of {self.name} wanted, and {free} free: {'; '.join(why)}"
 
 
 def split(item: str) -> tuple[str, str]:
@@ -165,12 +175,16 @@ def check_counts(countables: Sequence[tuple[str, int]], setting: Setting, field:
 
 
 def choose(
-    wanted: Iterable[tuple[str, int]], devices: Mapping[str, Devices], taken: Iterable[Grant]
+    wanted: Iterable[tuple[str, int]],
+    devices: Mapping[str, Devices],
+    taken: Iterable[Grant],
+    is_there: Callable[[str], bool] = lambda _: True,
 ) -> dict[str, dict[str, tuple[str, ...]]] | Short:
     """Units for an attempt: of each countable that has units, the first ones that are free.
 
     A unit is free when nobody has one of its label, nor any of its files: those who run may have been given theirs
-    under another setting.
+    under another setting. One with a file that is not there is given to nobody: a card that fell off the bus, which
+    would else, always free, be given to each in turn.
     """
     held = list(taken)
     files = {path for grant in held for units in grant.values() for paths in units.values() for path in paths}
@@ -180,9 +194,15 @@ def choose(
         if of is None or not of.units or not number:
             continue
         gone = {label for grant in held for label in grant.get(name, ())}
-        free = [(label, paths) for label, paths in of.units if label not in gone and files.isdisjoint(paths)]
+        missing = {label: path for label, paths in of.units for path in reversed(paths) if not is_there(path)}
+        free = [
+            (label, paths)
+            for label, paths in of.units
+            if label not in gone and label not in missing and files.isdisjoint(paths)
+        ]
         if len(free) < number:
-            return Short(name, number, tuple(label for label, _ in free))
+            is_lasting = bool(missing) and number > len(of.units) - len(missing)
+            return Short(name, number, tuple(label for label, _ in free), tuple(missing.items()), is_lasting)
         found[name] = dict(free[:number])
     return found
 

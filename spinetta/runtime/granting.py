@@ -17,6 +17,7 @@ from spinetta.runtime.unitbook import UnitBook
 log = logging.getLogger("spinetta.node")
 
 WAIT_S = 20.0  # for units: an end is recorded, and counts as room, a moment before the shim has forgotten the attempt
+NOT_GIVEN, NO_START = "no task is given this unit", "what is given it cannot start in a container"
 LISTINGS = 2  # without it in a row, before an attempt of this daemon's that is not there is taken for gone
 
 
@@ -132,6 +133,8 @@ class GrantingRuntime:
         try:
             async with asyncio.timeout(self._wait_s):
                 while isinstance(found := self._book.acquire(launch.key, launch.countables), devices.Short):
+                    if found.is_lasting:
+                        break
                     self._freed.clear()
                     await self._freed.wait()
         except TimeoutError:
@@ -164,12 +167,12 @@ def device_troubles(of: Mapping[str, devices.Devices], *, contained: bool) -> tu
     """
     said = []
     for name, found in sorted(of.items()):
-        owned = [(path, f"{name} {label}") for label, paths in found.units for path in paths]
-        for path, whose in (*owned, *((path, name) for path in found.common)):
+        owned = [(path, f"{name} {label}", NOT_GIVEN) for label, paths in found.units for path in paths]
+        for path, whose, follows in (*owned, *((path, name, NO_START) for path in found.common)):
             try:
                 mode = Path(path).stat().st_mode
             except OSError as e:
-                said.append(f"the device {path} of {whose}: {e.strerror}: what is given it cannot start in a container")
+                said.append(f"the device {path} of {whose}: {e.strerror}: {follows}")
                 continue
             if contained and mode & 0o006 != 0o006:
                 said.append(

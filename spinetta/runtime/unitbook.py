@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class UnitBook:
         """
         if key in self._held:
             return self.labels(key)
-        chosen = devices.choose(wanted, self._of, self._held.values())
+        chosen = devices.choose(wanted, self._of, self._held.values(), os.path.exists)
         if isinstance(chosen, devices.Short):
             return chosen
         if chosen:

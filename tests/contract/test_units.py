@@ -197,6 +197,21 @@ async def test_what_is_just_being_given_back_is_waited_for(node: Node) -> None:
 
 
 @asynchronous
+async def test_a_card_that_is_gone_is_given_to_nobody(node: Node) -> None:
+    (node.cards / "card0").unlink()
+    async with node.daemon(wait_s=LIMIT_S) as rt:
+        assert await start(rt, node.launch("t.1", gpus=1)) is None
+        assert rt.labels("t.1") == (("gpu", ("1",)),)
+        assert await lines(rt, "t.1", 2) == ["1 0", "card1"]
+        async with asyncio.timeout(LIMIT_S / 2):  # not waited for: nobody could give it back
+            ended = await start(rt, node.launch("t.2", gpus=2))
+        assert isinstance(ended, Exit)
+        gone = f"2 of gpu wanted, and none is free: {node.cards}/card0 of 0 is not there"
+        assert (ended.reason, ended.message) == (Reason.NODE_UNFIT, gone)
+        await finish(rt, "t.1")
+
+
+@asynchronous
 async def test_one_that_wants_both_has_both(node: Node) -> None:
     async with node.daemon() as rt:
         assert await start(rt, node.launch("t.1", gpus=2)) is None
@@ -282,7 +297,7 @@ def test_a_card_that_cannot_be_used_is_told_of(cards: Path) -> None:
     of = read(parse_devices({"gpu": [*(f"{label}:{cards}/card{label}" for label in ("0", "1", "2")), f"{cards}/all"]}))
     (cards / "card1").chmod(0o660)
     missing = [
-        f"the device {cards}/card2 of gpu 2: No such file or directory: what is given it cannot start in a container",
+        f"the device {cards}/card2 of gpu 2: No such file or directory: no task is given this unit",
         f"the device {cards}/all of gpu: No such file or directory: what is given it cannot start in a container",
     ]
     assert list(device_troubles(of, contained=False)) == missing

@@ -113,6 +113,22 @@ def test_a_file_that_somebody_has_is_not_given_under_another_label() -> None:
     assert choose((("gpu", 2),), {"gpu": TWO}, (before,)) == Short("gpu", 2, ("1",))
 
 
+def test_one_whose_file_is_gone_is_given_to_nobody() -> None:
+    of, gone = {"gpu": TWO}, {"/dev/nvidia0"}
+    first = choose((("gpu", 1),), of, (), lambda path: path not in gone)
+    assert first == {"gpu": {"1": ("/dev/nvidia1",)}}
+    lasting = choose((("gpu", 2),), of, (), lambda path: path not in gone)
+    assert lasting == Short("gpu", 2, ("1",), (("0", "/dev/nvidia0"),), is_lasting=True)
+    assert str(lasting) == "2 of gpu wanted, and only 1 is free: /dev/nvidia0 of 0 is not there"
+    assert not isinstance(first, Short)
+    taken = choose((("gpu", 1),), of, (first,), lambda path: path not in gone)
+    assert isinstance(taken, Short)
+    assert not taken.is_lasting
+    assert str(taken) == (
+        "1 of gpu wanted, and none is free: /dev/nvidia0 of 0 is not there; others have not been given back yet"
+    )
+
+
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 3), st.booleans()), max_size=30))
 def test_no_unit_is_ever_given_twice(steps: list[tuple[str, int, bool]]) -> None:
     of = {"gpu": devices.of_items(f"{n}:/dev/g{n}" for n in range(5))}
