@@ -25,8 +25,11 @@ REFUSE_MAX = 256  # each is an element of a set that is looked up in no time; mo
 TABLE_PREFIX = "spinetta_"
 MARK = "forwarding_was_off"  # a chain that says so
 SYSTEMD_RESOLV = "/run/systemd/resolve/resolv.conf"  # what systemd-resolved, on loopback, asks itself
-# Never forwarded: loopback, link-local (169.254.169.254 tells a cloud's machine its secrets), multicast, reserved.
-REFUSED_ALWAYS = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
+# Never forwarded: loopback, link-local (169.254.169.254 tells a cloud's machine its secrets; with one cloud
+# 100.100.100.200 does), multicast, reserved.
+REFUSED_ALWAYS = ("0.0.0.0/8", "100.100.100.200/32", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
+REFUSED_PORTS = "ip daddr 168.63.129.16 tcp dport { 80, 32526 }"  # such a service as well, and a nameserver beside it
+FLOWS_MAX = 4096  # of a container at once; a machine usually keeps 262144 for all, itself among them
 _INTERFACE = re.compile(r"[A-Za-z0-9_.:@+-]{1,15}", re.ASCII)
 _TABLE = re.compile(rf"{TABLE_PREFIX}(\d+)_(\d+)_(\d+)_(\d+)_(\d+)", re.ASCII)
 
@@ -139,6 +142,22 @@ def default_interface(routes: Sequence[Mapping[str, Any]]) -> str:
     return str(min(found, key=_metric)["dev"]) if found else ""
 
 
+def bridges_out(links: Sequence[Mapping[str, Any]], routes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Bridges that lead to other machines, as they do where virtual machines run: a gateway is behind it, or a real
+    interface is one of its ports. Others are those of containers and machines on this one.
+
+    Args:
+        links: all interfaces, as ``ip -d`` tells them in JSON.
+        routes: all routes.
+    """
+    kinds = {str(link.get("ifname")): str((link.get("linkinfo") or {}).get("info_kind") or "") for link in links}
+    hops = [hop for route in routes for hop in (route, *(route.get("nexthops") or ()))]
+    to_gateways = {str(hop.get("dev")) for hop in hops if hop.get("gateway")}
+    guests = ("veth", "tun", "dummy")
+    of_ports = {str(link.get("master")) for link in links if kinds[str(link.get("ifname"))] not in guests}
+    return uplinks(name for name, kind in kinds.items() if kind == "bridge" and name in to_gateways | of_ports)
+
+
 def _metric(route: Mapping[str, Any]) -> int:
     metric = route.get("metric", 0)
     return metric if isinstance(metric, int) else 0
@@ -182,7 +201,14 @@ def uplinks(interfaces: Iterable[str]) -> list[str]:
     return sorted({name for name in interfaces if name != "lo" and _INTERFACE.fullmatch(name)})
 
 
-def rules(subnet: Subnet, *, refused: Sequence[str] = (), was_off: bool = False, between: Sequence[str] = ()) -> str:
+def rules(
+    subnet: Subnet,
+    *,
+    refused: Sequence[str] = (),
+    was_off: bool = False,
+    between: Sequence[str] = (),
+    bridges: Sequence[str] = (),
+) -> str:
     """The whole table, for ``nft -f -``: made anew if it is there, all at once.
 
     A container begins connections to the outside, in the machine's name. Nothing begins one with a container, and a
@@ -192,31 +218,39 @@ def rules(subnet: Subnet, *, refused: Sequence[str] = (), was_off: bool = False,
         refused: more destinations that are refused.
         was_off: the machine forwarded nothing before.
         between: interfaces between which nothing is forwarded, since nothing was before.
+        bridges: those that lead to other machines; behind others are neighbours that are refused.
     """
     name, group = table_of(subnet), group_of(subnet)
     never = ", ".join(str(net) for net in ipaddress.collapse_addresses(map(Subnet, (*REFUSED_ALWAYS, *refused))))
     lines = [f"add table inet {name}", f"delete table inet {name}", f"table inet {name} {{"]
     if was_off:
         lines.append(f"  chain {MARK} {{ }}")
-    if between:
-        quoted = ", ".join(f'"{name}"' for name in between)
-        lines.append(f"  set between {{ type ifname; elements = {{ {quoted} }} }}")
+    for called, interfaces in (("between", between), ("bridges", bridges)):
+        quoted = ", ".join(f'"{name}"' for name in interfaces)
+        elements = f"elements = {{ {quoted} }} " if interfaces else ""
+        lines.append(f"  set {called} {{ type ifname; {elements}}}")
     lines += [
+        "  set flows { type ipv4_addr; size 65535; flags dynamic; }",
         f"  set refused {{ type ipv4_addr; flags interval; elements = {{ {never} }} }}",
         "  chain prerouting { type filter hook prerouting priority raw; policy accept;",
         f"    iifgroup {group} meta nfproto ipv6 drop",
         f"    iifgroup {group} ip saddr != {subnet} drop",
+        f"    iifgroup {group} fib saddr . iif oif missing drop",
+        # Else another's rule could send it on, to whatever publishes a port there, before it is refused as input.
+        f"    iifgroup {group} fib daddr type local notrack",
         "  }",
         "  chain input { type filter hook input priority filter - 5; policy accept;",
-        f"    iifgroup {group} ct state established,related accept",
         f"    iifgroup {group} reject with icmpx admin-prohibited",
         "  }",
         "  chain output { type filter hook output priority filter - 5; policy accept;",
         f"    oifgroup {group} ct state new reject with icmpx admin-prohibited",
         "  }",
         "  chain out { ",
+        f"    ct state new add @flows {{ ip saddr ct count over {FLOWS_MAX} }} reject with icmpx admin-prohibited",
         f"    oifgroup {group} reject with icmpx admin-prohibited",
         "    ip daddr @refused reject with icmpx admin-prohibited",
+        f"    {REFUSED_PORTS} reject with icmpx admin-prohibited",
+        '    meta oifkind "bridge" oifname != @bridges reject with icmpx admin-prohibited',
         "  }",
         "  chain in { ",
         "    ct state established,related accept",
@@ -278,10 +312,10 @@ def _read_resolv(text: str, own: frozenset[str]) -> tuple[list[str], list[str]]:
     servers: list[str] = []
     others: list[str] = []
     for line in text.splitlines()[:100]:
-        word, _, rest = line.strip().partition(" ")
+        word, *rest = line.split() or [""]
         if word == "nameserver":
             try:
-                address = ipaddress.IPv4Address(rest.strip())
+                address = ipaddress.IPv4Address(rest[0] if rest else "")
             except ValueError:  # IPv6, which containers have not got
                 continue
             if not (address.is_loopback or address.is_link_local or address.is_unspecified or str(address) in own):

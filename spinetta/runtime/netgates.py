@@ -61,6 +61,7 @@ class Gates:
         tools = netcommands.tools()
         self._ip, self._nft = tools["ip"], tools["nft"]
         self._own: frozenset[str] = frozenset()
+        self._bridges: Sequence[str] = ()
         self._rules = b""
         self.mtu = 0
         self.subnet: Subnet | None = None
@@ -77,6 +78,8 @@ class Gates:
             routes = await self._commands.json((self._ip, "-j", "-4", "route", "show", "table", "all"))
             self._own = network.own_addresses(routes)
             self.mtu = await self._mtu(network.default_interface(routes))
+            links = await self._commands.json((self._ip, "-j", "-d", "link", "show"))
+            self._bridges = network.bridges_out(links, routes)
             space = await self._space()
             mine = read_subnet(self._place)
             if mine is not None and space != _read_space(self._place):
@@ -175,7 +178,13 @@ class Gates:
                 ours |= await self._cables(network.subnet_of(name))
             between = network.uplinks(n for link in links if (n := str(link.get("ifname"))) not in ours)
             await asyncio.to_thread(self._place.forwarding.write_text, json.dumps(between))
-        text = network.rules(subnet, refused=self._settings.refused, was_off=between is not None, between=between or ())
+        text = network.rules(
+            subnet,
+            refused=self._settings.refused,
+            was_off=between is not None,
+            between=between or (),
+            bridges=self._bridges,
+        )
         self._rules = text.encode()
         await self._commands.well((self._nft, "-f", "-"), data=self._rules)
         if not forwards:

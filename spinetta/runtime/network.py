@@ -317,7 +317,7 @@ class Network:
             try:
                 if self._attempts:
                     await gates.mend()
-            except CommandFailed as e:
+            except (CommandFailed, UserError, OSError) as e:  # it may be had again the next time
                 log.error("the rules of containers' networks cannot be looked after: %s", e)
 
     async def _talk(self) -> None:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from spinetta import cni
+from spinetta import network as rules
 from spinetta.runtime import network as networks
 from spinetta.runtime.netplace import Place
-from spinetta.runtime.network import Network, NetworkSettings
-from tests.contract.nets import World, here, joined_for_good, left, may_make_worlds, only_rules, opened, where
+from spinetta.runtime.network import Joined, Network, NetworkSettings
+from tests.contract.nets import (
+    MACHINE,
+    OUTSIDE,
+    World,
+    here,
+    ip,
+    joined_for_good,
+    left,
+    made_in,
+    may_make_worlds,
+    only_rules,
+    opened,
+    where,
+    world,
+)
 from tests.contract.shims import asynchronous, until
+from tests.contract.test_networks import caught
 
 pytestmark = [pytest.mark.contract, pytest.mark.skipif(not may_make_worlds(), reason="only root makes networks")]
 _ = (here, where)  # fixtures
@@ -21,6 +42,14 @@ HANGS = """#!/bin/sh
 [ "$CNI_COMMAND" = VERSION ] && echo '{"cniVersion": "1.0.0", "supportedVersions": ["1.0.0"]}' && exit
 exec sleep 600
 """
+
+
+QUESTION = bytes(12) + b"\1a\0\0\1\0\1"
+
+
+def udp_of(joined: Joined) -> socket.socket:
+    """A socket of a container's."""
+    return made_in(os.path.relpath(joined.netns_path, "/run/netns"), socket.SOCK_DGRAM, "0.0.0.0")  # noqa: S104
 
 
 def forwards(here: World) -> str:
@@ -104,3 +133,142 @@ async def test_a_plugin_that_refuses_to_delete_is_done_without(
         network.release("a.1")
         await until(lambda: only_rules(here, where))
     assert left(here, where) == []
+
+
+# --- what others add to the machine's rules --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def neighbour(here: World, address: str) -> Iterator[str]:
+    """A namespace behind a bridge of the machine's, as another engine's containers are."""
+    name = f"spn{random.randrange(16**6):06x}"
+    ip("netns", "add", name)
+    try:
+        ip("-n", here.machine, "link", "add", "docker0", "type", "bridge")
+        ip("link", "add", "port0", "netns", here.machine, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("-n", here.machine, "link", "set", "port0", "master", "docker0", "up")
+        for space, device, own in ((here.machine, "docker0", "172.17.0.1"), (name, "eth0", address)):
+            ip("-n", space, "addr", "add", f"{own}/16", "dev", device)
+            ip("-n", space, "link", "set", device, "up")
+        ip("-n", name, "route", "add", "default", "via", "172.17.0.1")
+        yield name
+    finally:
+        ip("netns", "del", name, check=False)
+
+
+@asynchronous
+async def test_what_others_publish_on_the_machine_is_not_reached(where: Place) -> None:
+    redirects = "add table ip admin; add chain ip admin pre { type nat hook prerouting priority dstnat; }; "
+    redirects += "add rule ip admin pre fib daddr type local tcp dport 8080 dnat to 172.17.0.2:80"
+    with world(forwards=True) as here, neighbour(here, "172.17.0.2") as other:
+        here.on_machine("nft", redirects)
+        published = here.serve(other, "172.17.0.2", port=80)
+        async with opened(where, here) as network:
+            joined = await joined_for_good(network, "a.1")
+            reached = here.outside_of_it("busybox", "nc", "-w", "2", MACHINE, "8080")
+            assert reached == f"you are {OUTSIDE}\n", "else this proves nothing"
+            assert [caught(joined, to, 8080) for to in (MACHINE, "10.231.0.1", "172.17.0.1")] == [""] * 3
+            assert caught(joined, "172.17.0.2", 80) == ""
+            assert published.heard == [OUTSIDE]
+            network.release("a.1")
+
+
+@asynchronous
+async def test_a_bridge_may_be_the_way_out(here: World, where: Place) -> None:
+    ip("-n", here.machine, "link", "add", "br0", "type", "bridge")
+    ip("-n", here.machine, "link", "set", "uplink0", "master", "br0")
+    ip("-n", here.machine, "addr", "flush", "dev", "uplink0")
+    ip("-n", here.machine, "addr", "add", f"{MACHINE}/24", "dev", "br0")
+    ip("-n", here.machine, "link", "set", "br0", "up")
+    ip("-n", here.machine, "route", "add", "default", "via", OUTSIDE)
+    async with opened(where, here) as network:
+        joined = await joined_for_good(network, "a.1")
+        assert caught(joined, OUTSIDE, here.serve(here.outside, OUTSIDE).port) == f"you are {MACHINE}"
+        network.release("a.1")
+
+
+@asynchronous
+async def test_a_connection_that_was_made_without_the_rules_ends_with_them(
+    here: World, where: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "GUARD_EVERY_S", 0.1)
+    ours = here.serve(here.machine, MACHINE, udp=True)
+    async with opened(where, here) as network:
+        joined = await joined_for_good(network, "a.1")
+        mend = network._gates.mend if network._gates else None
+        assert mend is not None
+        gone = iter((OSError(5, "for a trial"), TimeoutError()))
+
+        async def fails_twice() -> None:
+            if error := next(gone, None):
+                raise error
+            if ours.heard:
+                await mend()
+
+        monkeypatch.setattr(network._gates, "mend", fails_twice)
+        here.on_machine("nft", "flush", "ruleset")
+        with udp_of(joined) as calling:
+            calling.settimeout(5)
+            calling.connect((MACHINE, ours.port))
+            calling.send(QUESTION)
+            assert calling.recv(100)
+            await until(lambda: "spinetta" in here.on_machine("nft", "list", "tables"))
+            calling.send(QUESTION)
+            with pytest.raises(OSError, match="No route to host"):
+                calling.recv(100)
+        assert len(ours.heard) == 1
+        network.release("a.1")
+
+
+# --- what containers do to others ------------------------------------------------------------------------------------
+
+
+@asynchronous
+async def test_a_container_has_no_more_connections_than_its_share(
+    here: World, where: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "FLOWS_MAX", 20)
+    outside = here.serve(here.outside, OUTSIDE)
+    async with opened(where, here) as network:
+        greedy, other = await joined_for_good(network, "a.1"), await joined_for_good(network, "b.1")
+        with udp_of(greedy) as calling:
+            for port in range(6000, 6100):
+                with contextlib.suppress(OSError):
+                    calling.sendto(b"x", (OUTSIDE, port))
+        assert 20 <= int(here.on_machine("cat", "/proc/sys/net/netfilter/nf_conntrack_count")) < 40
+        assert caught(greedy, OUTSIDE, outside.port) == ""
+        assert caught(other, OUTSIDE, outside.port) == f"you are {MACHINE}"
+        for key in ("a.1", "b.1"):
+            network.release(key)
+
+
+@asynchronous
+async def test_nobody_sends_with_anothers_address_where_paths_are_not_checked(here: World, where: Place) -> None:
+    here.on_machine("sh", "-c", "echo 2 > /proc/sys/net/ipv4/conf/all/rp_filter")
+    outside = here.serve(here.outside, OUTSIDE, udp=True)
+    async with opened(where, here) as network:
+        one, two = await joined_for_good(network, "a.1"), await joined_for_good(network, "b.1")
+        for address in (two.address, one.address):
+            with udp_of(one) as calling:
+                calling.setsockopt(socket.IPPROTO_IP, socket.IP_TRANSPARENT, 1)
+                calling.bind((address, 0))
+                calling.sendto(QUESTION, (OUTSIDE, outside.port))
+        await until(lambda: outside.heard)
+        assert outside.heard == [MACHINE]
+        for key in ("a.1", "b.1"):
+            network.release(key)
+
+
+@asynchronous
+async def test_where_clouds_tell_a_machine_its_secrets(here: World, where: Place) -> None:
+    for address in ("100.100.100.200", "168.63.129.16"):
+        ip("-n", here.outside, "addr", "add", f"{address}/32", "dev", "lan0")
+    secrets = here.serve(here.outside, "0.0.0.0", port=80)  # noqa: S104
+    names = here.serve(here.outside, "168.63.129.16", port=53)
+    async with opened(where, here) as network:
+        joined = await joined_for_good(network, "a.1")
+        assert [caught(joined, a, 80) for a in ("100.100.100.200", "168.63.129.16")] == ["", ""]
+        assert caught(joined, "168.63.129.16", names.port) == f"you are {MACHINE}"
+        assert caught(joined, OUTSIDE, 80) == f"you are {MACHINE}"
+        assert secrets.heard == [MACHINE]
+        network.release("a.1")

@@ -114,6 +114,24 @@ def test_what_routes_tell() -> None:
     assert network.default_interface(ROUTES[2:]) == ""
 
 
+def test_bridges_to_other_machines_and_those_to_neighbours_on_this_one() -> None:
+    def bridge(name: str) -> dict[str, Any]:
+        return {"ifname": name, "linkinfo": {"info_kind": "bridge"}}
+
+    links = [
+        {"ifname": "lo"},
+        *map(bridge, ("docker0", "br0", "virbr0", "vmbr0")),
+        {"ifname": "veth1", "master": "docker0", "linkinfo": {"info_kind": "veth"}},
+        {"ifname": "veth2", "master": "br0", "linkinfo": {"info_kind": "veth"}},
+        {"ifname": "eth1", "master": "vmbr0"},
+        {"ifname": "bond0", "linkinfo": {"info_kind": "bond"}},
+    ]
+    assert network.bridges_out(links, ROUTES) == ["vmbr0"]
+    assert network.bridges_out(links, [{"dst": "default", "gateway": "192.0.2.1", "dev": "br0"}]) == ["br0", "vmbr0"]
+    several = {"dst": "default", "nexthops": [{"gateway": "192.0.2.1", "dev": "br0"}, {"dev": "docker0"}]}
+    assert network.bridges_out(links, [several]) == ["br0", "vmbr0"]
+
+
 # --- rules -------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +174,11 @@ OWN = frozenset({"192.0.2.2"})
         ((), ["nameserver 127.0.0.53\n", "nameserver 192.0.2.9\n"], "nameserver 192.0.2.9\n"),
         ((), ["nameserver 192.0.2.2\nnameserver ::1\nnameserver fe80::1%eth0\nsearch a\n"], "search a\n"),
         (("198.51.100.1",), ["nameserver 192.0.2.53\noptions edns0\n"], "nameserver 198.51.100.1\noptions edns0\n"),
+        (
+            (),
+            ["nameserver\t192.0.2.53 # ours\n nameserver  192.0.2.54\nnameserver\n"],
+            "nameserver 192.0.2.53\nnameserver 192.0.2.54\n",
+        ),
         ((), [], ""),
         ((), ["#nameserver 192.0.2.53\nnonsense\n\0\n"], ""),
     ],
