@@ -34,7 +34,7 @@ START_LIMIT_S = 30.0  # includes writing the intent, on a slow disk
 RETRY_FIRST_S = 0.02
 RETRY_MOST_S = 2.0
 ATTACH_LIMIT_S = 60.0  # from `connect` to a shim that answers
-_LOST = ""  # subject of ShimLost; no attempt has this key
+LOST = ""  # subject of ShimLost; no attempt has this key
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class ProcessRuntime:
         idle_end_s: float,
         home: Path | None = None,
         hub: Hub[Exited | ShimLost] | None = None,
+        at_once: bool = False,
     ) -> None:
         self._state_dir = state_dir.absolute()
         self._home = (home or state_dir).absolute()
@@ -79,6 +80,7 @@ class ProcessRuntime:
         self._up = asyncio.Event()
         self._settled = asyncio.Event()  # the first try to connect has come to an end
         self._failure: SpinettaError | None = None
+        self._is_patient = at_once
         self._closing = False
         self._ended: dict[AttemptKey, Exited] = {}
         self._hub: Hub[Exited | ShimLost] = hub or Hub()
@@ -97,14 +99,16 @@ class ProcessRuntime:
         idle_end_s: float = IDLE_END_S,
         home: Path | None = None,
         hub: Hub[Exited | ShimLost] | None = None,
+        at_once: bool = False,
     ) -> AsyncIterator[ProcessRuntime]:
         """Attach to the shim of `state_dir`, starting one when none is alive. Leaving the block leaves it running.
 
         `kill_margin_s` is the time before the end of its grace at which the shim kills an attempt; a shim that runs
         with a wider one keeps it. `isolate=False` does without a pid namespace. A shim that holds nothing and has
         no client for `idle_end_s` ends by itself. Logs and kept scratch directories are in `home`, by default the state
-        directory; one of several shims of a node tells its news to their common `hub`. RuntimeUnavailable: no shim
-        could be started or reached; UserError: one of another version runs.
+        directory; one of several shims of a node tells its news to their common `hub`. With `at_once` the block
+        begins before there is a connection, which is tried for as long as it lasts; see `attached`. RuntimeUnavailable:
+        no shim could be started or reached; UserError: one of another version runs.
         """
         runtime = cls(
             state_dir,
@@ -114,18 +118,24 @@ class ProcessRuntime:
             idle_end_s=idle_end_s,
             home=home,
             hub=hub,
+            at_once=at_once,
         )
         supervising = asyncio.create_task(runtime._supervise())
         try:
-            await runtime._settled.wait()
-            if runtime._failure is not None:
-                raise runtime._failure
+            if not at_once:
+                await runtime.attached()
             yield runtime
         finally:
             runtime._closing = True
             await cancelled(supervising)
             if not supervising.cancelled():
                 supervising.result()
+
+    async def attached(self) -> None:
+        """Return when the shim has been connected to; errors as for `connect`."""
+        await self._settled.wait()
+        if self._failure is not None:
+            raise self._failure
 
     # protocol.Runtime --------------------------------------------------------------------------------------------
 
@@ -268,6 +278,16 @@ class ProcessRuntime:
         return (self._hello.warnings if self._hello else ()) + limits
 
     @property
+    def has_answered(self) -> bool:
+        """It has been connected to, now or before."""
+        return self._hello is not None
+
+    @property
+    def failure(self) -> str:
+        """Why there is no connection, if that is known."""
+        return str(self._failure or "")
+
+    @property
     def is_open(self) -> bool:
         """Connected at this moment."""
         return self._client is not None
@@ -330,11 +350,12 @@ class ProcessRuntime:
                     delay_s = RETRY_FIRST_S
                 except (OSError, TimeoutError) as error:
                     self._failure = RuntimeUnavailable(f"no shim answers for {self._state_dir}: {error}")
-                    if loop.time() > give_up_s and not self._settled.is_set():
+                    if loop.time() > give_up_s and not self._settled.is_set() and not self._is_patient:
                         return
                 except SpinettaError as error:
                     self._failure = error
-                    if not self._settled.is_set():
+                    waits = self._is_patient and isinstance(error, RuntimeUnavailable)
+                    if not self._settled.is_set() and not waits:
                         return
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RETRY_MOST_S)
@@ -383,7 +404,7 @@ class ProcessRuntime:
                 self._client = None
                 self._ended.clear()
                 if not self._closing:
-                    self._hub.put(_LOST, ShimLost())
+                    self._hub.put(LOST, ShimLost())
 
     def _on_event(self, message: Message) -> None:
         end = parse_exit(message.get("exit"))

@@ -20,13 +20,14 @@ from spinetta.runtime import generations
 from spinetta.runtime.client import Sample, cancelled
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import IDLE_END_S
-from spinetta.runtime.process import ProcessRuntime, Service
+from spinetta.runtime.process import LOST, ProcessRuntime, Service
 from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
 from spinetta.runtime.succession import Member, Opening, Succession, end
 
 log = logging.getLogger("spinetta.runtime")
 
 LOOK_EVERY_S = 5.0  # whether one that retires is empty, unless an end is forgotten before
+LISTEN_EVERY_S = 0.5  # whether one that did not answer has: a look at memory
 T = TypeVar("T")
 
 
@@ -60,8 +61,10 @@ class Shims:
         """Attach to all shims of `home`, starting one of the installed code when there is none.
 
         Those of other code go on with what they hold; one that holds nothing ends. Directories of shims that have died
-        are cleared up, and the ends of what they held are told. Leaving the block leaves all running. The arguments
-        and errors are those of `ProcessRuntime.connect`.
+        are cleared up, and the ends of what they held are told. One that does not answer in time keeps nobody from
+        the others: what its records say is taken for running until it answers, and what is asked about that raises
+        RuntimeUnavailable. Leaving the block leaves all running. The arguments and errors are those of
+        `ProcessRuntime.connect`.
         """
         hub: Hub[Exited | ShimLost] = Hub()
         opening = Opening(home, node, kill_margin_s, isolate, idle_end_s, hub)
@@ -69,7 +72,8 @@ class Shims:
         try:
             shims = cls(opening.home, await opening.open(opened), hub)
             for member in shims._retiring:
-                log.info("%s", member.told())
+                if not member.silent:
+                    log.info("%s", member.told())
             try:
                 yield shims
             finally:
@@ -94,14 +98,14 @@ class Shims:
         identity = (launch.incarnation, launch.token)
         for member in self._retiring:
             if launch.key in member.held or member.past.get(launch.key) == identity:
-                return await member.runtime.start(launch)
+                return await _asked(member).start(launch)
         if self._gone.get(launch.key) == identity:  # a start that comes late and twice: it must not run again
             return Exit(Reason.SHIM_LOST, message="an earlier shim held it, and has ended")
         return await self._newest.runtime.start(launch)
 
     async def stop(self, key: AttemptKey, why: str) -> None:
         """Ask for the end of an attempt; see `protocol.Runtime.stop`."""
-        await self._of(key).runtime.stop(key, why)
+        await _asked(self._of(key)).stop(key, why)
 
     async def renew(self, renewed_at_s: float) -> None:
         """Tell all shims of a committed renewal: one that does not answer keeps it from no other."""
@@ -110,23 +114,24 @@ class Shims:
     async def forget(self, key: AttemptKey) -> None:
         """Remove all but the logs of an ended attempt; see `protocol.Runtime.forget`."""
         member = self._of(key)
-        await member.runtime.forget(key)
+        await _asked(member).forget(key)
         if member.held.pop(key, None) is not None:
             self._look.set()
 
     async def held(self) -> Sequence[Held]:
         """All attempts that run or have ended and are not forgotten, by key. RuntimeUnavailable: one does not say."""
-        return sorted(
-            (one for held in await self._each(lambda runtime: runtime.held()) for one in held), key=lambda one: one.key
-        )
+        found = {one.key: one for member in self._retiring if member.silent for one in member.records}
+        for held in await self._each(lambda runtime: runtime.held()):
+            found.update((one.key, one) for one in held)
+        return sorted(found.values(), key=lambda one: one.key)
 
     async def usage(self, key: AttemptKey) -> Usage | None:
         """Use so far of a running attempt; None when it is over or nothing here counts it."""
-        return await self._of(key).runtime.usage(key)
+        return await _asked(self._of(key)).usage(key)
 
     async def sample(self, key: AttemptKey) -> Sample | None:
         """Use so far of a running attempt and at this moment; None when it is over or nothing here counts it."""
-        return await self._of(key).runtime.sample(key)
+        return await _asked(self._of(key)).sample(key)
 
     def events(self) -> AsyncIterator[Exited | ShimLost]:
         """Ends of attempts in all shims, as `ProcessRuntime.events`. Any shim may be the one that is lost."""
@@ -185,10 +190,14 @@ class Shims:
 
     def strands(self, name: str) -> bool:
         """Whether a service is all that a shim goes on for that would else have ended."""
-        return any(not member.held and name in member.services for member in self._retiring)
+        return any(not member.silent and not member.held and name in member.services for member in self._retiring)
 
     async def _runs(self, name: str) -> Member | None:
         for member in self._members:  # the newest first
+            if member.silent:
+                if name in member.services:  # it could run
+                    _asked(member)
+                continue
             try:
                 found = await member.runtime.service(name)
             except RuntimeUnavailable:
@@ -209,9 +218,9 @@ class Shims:
         """All of them, the one that takes what is new first."""
         return tuple(
             ShimInfo(
-                code=(hello := member.runtime.hello).code,
-                release=hello.release,
-                started_ms=hello.started_ms,
+                code=hello.code if (hello := None if member.silent else member.runtime.hello) else "",
+                release=hello.release if hello else "",
+                started_ms=hello.started_ms if hello else 0,
                 retiring=member is not self._newest,
                 attempts=len(member.held),
                 services=member.services,
@@ -235,10 +244,14 @@ class Shims:
     async def shutdown_shim(self, why: str = "released", wait_s: float = 10.0, limit_s: float = 60.0) -> None:
         """End all attempts, services and shims; see `ProcessRuntime.shutdown_shim`. One that fails keeps none other."""
         await self._stop_tending()
+        await self._listen()
         await self._each(lambda runtime: runtime.shutdown_shim(why, wait_s, limit_s))
         for folder in generations.folders(self._home):
             if folder != self._home and not generations.is_occupied(folder):
                 await asyncio.to_thread(generations.remove, folder)
+        for member in self._retiring:
+            if member.silent:
+                _asked(member)
 
     # Inside ------------------------------------------------------------------------------------------------------
 
@@ -250,8 +263,8 @@ class Shims:
         return next((member for member in self._retiring if key in member.held), self._newest)
 
     async def _each(self, ask: Callable[[ProcessRuntime], Awaitable[T]]) -> list[T]:
-        """Ask all at once, to the end; then raise what one of them has raised."""
-        members = self._members
+        """Ask all that have ever answered at once, to the end; then raise what one of them has raised."""
+        members = [member for member in self._members if not member.silent]
         answers = await asyncio.gather(*(ask(member.runtime) for member in members), return_exceptions=True)
         found: list[T] = []
         for member, answer in zip(members, answers, strict=True):
@@ -269,7 +282,8 @@ class Shims:
         """Let those that retire end when they are empty."""
         while True:
             self._look.clear()
-            for member in list(self._retiring):
+            await self._listen()
+            for member in [member for member in self._retiring if not member.silent]:
                 try:
                     await member.look()
                     if member.is_empty:
@@ -277,8 +291,22 @@ class Shims:
                 except (SpinettaError, OSError) as e:
                     log.warning("an earlier shim cannot be looked after now: %s", e)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY_S):
+                silent = any(member.silent for member in self._retiring)
+                async with asyncio.timeout(LISTEN_EVERY_S if silent else LOOK_EVERY_S):
                     await self._look.wait()
+
+    async def _listen(self) -> None:
+        """Whether one that has not answered has; then it is one like the others."""
+        for member in self._retiring:
+            if not member.silent or not member.runtime.is_open:
+                continue
+            try:
+                await member.look()
+            except (SpinettaError, OSError) as e:
+                log.warning("an earlier shim does not say what it has: %s", e)
+                continue
+            log.info("a shim that did not answer does: %s", member.told())
+            self._hub.put(LOST, ShimLost())  # what it holds is to be listed anew
 
     async def _end(self, member: Member) -> None:
         self._retiring.remove(member)  # first: nobody is to wait for one that is ending
@@ -294,3 +322,10 @@ class Shims:
         await cancelled(self._tending)
         if not self._tending.cancelled() and (error := self._tending.exception()) is not None:
             log.error("earlier shims have not been looked after: %r", error)  # all are ended all the same
+
+
+def _asked(member: Member) -> ProcessRuntime:
+    """To be asked something. RuntimeUnavailable: it has not answered yet."""
+    if member.silent:
+        raise RuntimeUnavailable(member.told())
+    return member.runtime

@@ -24,7 +24,7 @@ from tests.contract.oldshims import (
     second,
     shims,
 )
-from tests.contract.shims import asynchronous, boottime_s, shell, until
+from tests.contract.shims import asynchronous, boottime_s, kill_shim, shell, until
 
 pytestmark = pytest.mark.contract
 _ = (home, other)  # fixtures
@@ -120,3 +120,17 @@ async def test_who_cancels_a_task_can_be_cancelled_meanwhile() -> None:
     let_go.set()
     await asyncio.wait([task])
     assert task.cancelled()
+
+
+@asynchronous
+async def test_of_several_of_the_same_code_the_one_with_most_takes_what_is_new(home: Path, other: Path) -> None:
+    """A retiring one that dies is replaced by one of the installed code, which clears up."""
+    await begin(other, home, "old.1")
+    async with shims(home) as rt:
+        assert await rt.start(shell("new.1", WAITS)) is None
+        assert await rt.start(shell("new.2", WAITS)) is None
+        newest = rt.shim_pid()
+        kill_shim(home)
+        await ends(rt, "old.1")
+    async with shims(home) as rt:
+        assert (rt.shim_pid(), len(rt.described())) == (newest, 2)
