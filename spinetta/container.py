@@ -24,6 +24,7 @@ MOUNT_BYTES_MAX = 8 << 10  # of all their paths: they are in the queue hint, whi
 CAPABILITIES_MAX = 41  # as many as the kernel knows
 IMAGE_CHARS_MAX = 1024  # it is in the queue hint, which every hungry node reads
 PATH_CHARS_MAX = 4096  # the kernel's own limit
+MEMORY_BYTES_MIN = 6 << 20  # what runc needs itself, before it makes way for the command; with less it hardly gets on
 KEEP_SCRATCH_MAX_S = 30 * 86400.0  # a month: it is the node's disk
 ALLOWS_MAX = 128  # they travel with every heartbeat of the node's record, …
 ALLOWS_BYTES_MAX = 8 << 10  # … which has 32 KiB at most, with its images

@@ -13,6 +13,7 @@ from spinetta import confidential, container, names, ociconfig, openfiles
 from spinetta.errors import UserError
 from spinetta.model import Resources, TaskId, TaskSpec
 from spinetta.options import COUNT_MAX, COUNTABLES_MAX, PATH_MAX
+from spinetta.units import format_bytes
 
 # --- limits of one task ------------------------------------------------------------------------------------------
 
@@ -180,6 +181,12 @@ def check_spec(spec: TaskSpec, field: str, *, grace_min_s: float = GRACE_MIN_S, 
             )
     if spec.container is not None:
         container.check_container(spec.container, dot + "container")
+        if 0 < spec.resources.memory_bytes < container.MEMORY_BYTES_MIN:
+            raise UserError(
+                f"{format_bytes(spec.resources.memory_bytes)} of memory are too few for a container",
+                field=dot + "resources.memory_bytes",
+                hint=f"{format_bytes(container.MEMORY_BYTES_MIN)} at least: so much takes its start",
+            )
         for words in ociconfig.mount_refusals(spec.container.mounts):
             raise UserError(words, field=dot + "container.mounts", hint="choose other places, e.g. /data")
     _check_seconds(spec.keep_scratch_s, 0, container.KEEP_SCRATCH_MAX_S, dot + "keep_scratch_s", "a time to keep files")

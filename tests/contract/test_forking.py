@@ -36,7 +36,7 @@ def group() -> Iterator[Path]:
 def told_by_child(folder: str) -> tuple[bool, str]:
     """Whether it was forked into the group, and what the child finds."""
     receive, send = os.pipe()
-    pid, inside = fork_into(folder)
+    pid, inside = fork_into(folder, 300)
     if pid == 0:
         try:
             os.write(send, Path("/proc/self/cgroup").read_bytes() + f"{os.getpid()} {os.getppid()}".encode())

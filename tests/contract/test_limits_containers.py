@@ -41,6 +41,15 @@ async def test_memory_and_processes(state_dir: Path, rootfs: Path, isolate: bool
 
 
 @asynchronous
+async def test_less_memory_than_a_start_takes(state_dir: Path, rootfs: Path) -> None:
+    async with runtime(state_dir) as rt:
+        for kib in (64, 512):
+            ended = await ran(rt, script(state_dir, rootfs, f"small-{kib}.1", "sleep 1000", memory_bytes=kib << 10))
+            assert ended.reason is Reason.OUT_OF_MEMORY, ended
+        assert (await ran(rt, script(state_dir, rootfs, "next.1", "exit 3"))).exit_code == 3
+
+
+@asynchronous
 async def test_disk_logs_and_time(state_dir: Path, rootfs: Path) -> None:
     async with runtime(state_dir) as rt:
         fill = f"while :; do {FILL.format(1_000_000, '/work/f')}; done"

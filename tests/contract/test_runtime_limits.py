@@ -56,6 +56,14 @@ async def test_memory(state_dir: Path, isolate: bool) -> None:
 
 
 @asynchronous
+async def test_less_memory_than_a_start_takes(state_dir: Path) -> None:
+    async with runtime(state_dir) as rt:
+        ended = await ran(rt, launch("small.1", "sleep", "1000", memory_bytes=64 << 10))
+        assert ended.reason is Reason.OUT_OF_MEMORY, ended
+        assert (await ran(rt, launch("next.1", "true"))).exit_code == 0
+
+
+@asynchronous
 async def test_a_fork_bomb_is_contained(state_dir: Path, isolate: bool) -> None:
     marker = uuid.uuid4().hex
     bomb = f"import os\nwhile True:\n  try: os.fork()\n  except OSError: pass\n# {marker}"

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinetta import validate
+from spinetta.container import ContainerSpec
 from spinetta.errors import UserError
 from spinetta.model import Resources, TaskId, TaskSpec
 
@@ -70,6 +71,11 @@ def test_good() -> None:
         ({"working_directory": "/a\0"}, "working_directory", "holds the character U+0000"),
         ({"resources": Resources(-1)}, "resources.cpu_millis", "-1 is out of range"),
         ({"resources": Resources(0, 1 << 63)}, "resources.memory_bytes", "is out of range for an amount of memory"),
+        (
+            {"resources": Resources(0, 1 << 20), "container": ContainerSpec("tools")},
+            "resources.memory_bytes",
+            "1MiB of memory are too few for a container",
+        ),
         ({"resources": Resources(0, 0, 1 << 63)}, "resources.disk_bytes", "is out of range for an amount of disk"),
         (
             {"resources": Resources.of(countables={"GPU": 1})},

@@ -144,6 +144,7 @@ def join_groups(files: Sequence[str]) -> None:
 
 def _become(spawn: Spawn, report: int, stage: list[str], *, joined: bool) -> NoReturn:
     os.setsid()
+    reset_priority(spawn.oom_score_adj)  # first: in a group that has too little memory we could not be killed otherwise
     stage[0] = "cgroup"
     if not joined:
         join_groups(spawn.join)
@@ -153,7 +154,6 @@ def _become(spawn: Spawn, report: int, stage: list[str], *, joined: bool) -> NoR
         if os.getppid() != spawn.parent:
             os._exit(127)  # it died before we asked
     reset_signals()
-    reset_priority(spawn.oom_score_adj)
     with contextlib.suppress(OSError, ValueError):
         restore_limits(spawn.nofile, spawn.core)
     os.umask(0o022)

@@ -188,9 +188,7 @@ def find_place(state_dir: Path, name: str, cgroups: Cgroups, trees: Sequence[Hie
     """What this machine allows. `trees`: all hierarchies there are. We may get a mount namespace of our own."""
     bundle, state = state_dir / "bundle", state_dir / "runc"
     if not cgroups.folders:
-        return Place(
-            why=f"no control groups can be made: {next(iter(cgroups.missing.values()), 'it is not known why')}"
-        )
+        return Place(why="no control groups can be made")  # why that is is said of the limits
     root = next((path for path in ROOTS if Path(path).is_dir()), "")
     if not root:
         return Place(why=f"there is none of the folders {', '.join(ROOTS)} to mount a root file system on")

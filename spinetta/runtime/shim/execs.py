@@ -342,6 +342,7 @@ def _run(plan: Plan, report: int) -> NoReturn:
 def _become(plan: Plan, stage: list[str]) -> NoReturn:
     os.setsid()
     stage[0] = "cgroup"
+    child.reset_priority(TASK_OOM_SCORE_ADJ)  # before we are where memory is short
     child.join_groups(plan.join)
     stage[0] = "setup"
     if not plan.around.isolated:
@@ -349,7 +350,6 @@ def _become(plan: Plan, stage: list[str]) -> NoReturn:
         if os.getppid() != plan.parent:
             os._exit(127)
     child.reset_signals()
-    child.reset_priority(TASK_OOM_SCORE_ADJ)
     with contextlib.suppress(OSError, ValueError):
         child.restore_limits(plan.around.nofile, plan.around.core)
     os.umask(0o022)

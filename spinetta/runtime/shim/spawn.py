@@ -74,7 +74,8 @@ def spawn(held: Held, around: Surroundings) -> None:
         # The runtime's process has one group to be in; see `container.Place.join_files`.
         inside = False
         if bundle is not None and len(join) == 1:
-            pid, inside = forking.fork_into(os.path.dirname(join[0]))  # noqa: PTH120 - as text, like all of it
+            folder = os.path.dirname(join[0])  # noqa: PTH120 - as text, like all of it
+            pid, inside = forking.fork_into(folder, plan.oom_score_adj)
         else:
             pid = os.fork()
     except OSError:
