@@ -355,6 +355,9 @@ class Agent:
     def _ended_unfit(self, ended: Exit | NoAnswer | None, now: float) -> list[Effect]:
         if not isinstance(ended, Exit) or ended.reason is not Reason.NODE_UNFIT:
             return []
+        if ended.lacks:  # others can be started: this node goes on
+            self.claims.hold_off(now, ended.lacks)
+            return [Notice(f"this node takes no tasks that need {ended.lacks} for a while: {ended.message}")]
         self.claims.hold_off(now)
         self._could_not_start = (ended.message or "a task could not be started", now + HOLD_OFF_S)
         return [Notice(f"this node cannot start tasks and takes none for a while: {ended.message}")]

@@ -32,7 +32,7 @@ from spinetta.events import (
 from spinetta.holdings import Holdings
 from spinetta.match import uncleared
 from spinetta.model import Holding, IncarnationId, NodeRecord, QueueHint, Resources, Revision, State, Task, TaskId
-from spinetta.queue import PAGE_KEYS, Window
+from spinetta.queue import PAGE_KEYS, Waiting, Window
 from spinetta.settings import AgentSettings
 
 RETRY_S = 0.5
@@ -63,6 +63,7 @@ class Claims:
         self._reading_hints = False
         self._full_since_s: float | None = None
         self._look_again_at_s: float | None = None
+        self._short: dict[str, float] = {}  # what this node is short of, and until when it takes nothing that needs it
         self._stale = True  # something changed since the last plan
         self._hungry = False  # as of the last poll; a full node has nothing to look again for
 
@@ -233,9 +234,16 @@ class Claims:
                 self.window.drop(task_id, done.reading.revision)
         self._stale = True
 
-    def hold_off(self, now: float) -> None:
-        """This node cannot start anything at present: let the others have the queue for a while."""
-        self._pause(now, HOLD_OFF_S)
+    def hold_off(self, now: float, lacks: str = "") -> None:
+        """This node cannot start anything at present: let the others have the queue for a while.
+
+        With `lacks`, as in `Exit`, only what needs that; the rest it goes on taking.
+        """
+        if lacks:
+            self._short[lacks] = now + HOLD_OFF_S
+            self._stale = True
+        else:
+            self._pause(now, HOLD_OFF_S)
 
     def _pause(self, now: float, for_s: float = RETRY_S) -> None:
         self._paused = True
@@ -247,8 +255,11 @@ class Claims:
         self, now: float, incarnation: IncarnationId, free: Resources, slots: int, peers: Sequence[NodeRecord]
     ) -> list[Effect]:
         self._stale = False
-        plan = steal.plan(self.settings.name, self.window.entries.values(), peers, free, now, slots=slots)
-        self._look_again_at_s = plan.look_again_at_s
+        self._short = {lacks: until_s for lacks, until_s in self._short.items() if until_s > now}
+        waiting = [w for w in self.window.entries.values() if not self._short or not self._lacks(w)]
+        plan = steal.plan(self.settings.name, waiting, peers, free, now, slots=slots)
+        again = (plan.look_again_at_s, *self._short.values())
+        self._look_again_at_s = min((s for s in again if s is not None), default=None)
         for w in plan.considered:
             self.window.entries[w.id] = w
         if not plan.claims:
@@ -294,6 +305,10 @@ class Claims:
             and not uncleared(spec.clearance, self.window.clearances)
             and not refusals(needs(spec.container, spec.open_files_max), self.window.allows)
         )
+
+    def _lacks(self, waiting: Waiting) -> bool:
+        hint = waiting.hint
+        return hint is not None and not self._short.keys().isdisjoint((*hint.needs, *dict(hint.resources.countables)))
 
     def _bid(self, bid: Bid, task: Task, incarnation: IncarnationId, now_ms: int) -> None:
         me = self.settings.name

@@ -399,6 +399,8 @@ class Exit:
 
     Exactly one of `exit_code` and `signal` is meaningful; `exit_code` is None when a signal ended it or when it
     never started. `reason` names the limit or request that ended it, `Reason.EXIT` or `Reason.SIGNAL` when none did.
+    `lacks`, with `Reason.NODE_UNFIT`: all that the node is short of, a countable or a word of `container.needs`; empty:
+    it could start nothing else either. It is for the agent alone, and not recorded.
     """
 
     reason: Reason
@@ -408,6 +410,7 @@ class Exit:
     started_ms: int = 0
     ended_ms: int = 0
     usage: Usage = field(default_factory=Usage)
+    lacks: str = ""
 
 
 @dataclass(frozen=True, slots=True)

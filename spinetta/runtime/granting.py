@@ -122,7 +122,7 @@ class GrantingRuntime:
             return _unfit(f"which devices it has cannot be written down: {e.strerror}")
         if isinstance(found, devices.Short):
             log.warning("%s: %s", launch.key, found)
-            return _unfit(str(found))
+            return _unfit(str(found), found.name)
         if found:
             log.info("%s has %s", launch.key, "; ".join(f"{name} {', '.join(labels)}" for name, labels in found))
         told = devices.environment(found, self._of, contained=launch.wants is not None)
@@ -182,5 +182,5 @@ def device_troubles(of: Mapping[str, devices.Devices], *, contained: bool) -> tu
     return tuple(said)
 
 
-def _unfit(message: str) -> Exit:
-    return Exit(Reason.NODE_UNFIT, message=message, ended_ms=time.time_ns() // 1_000_000)
+def _unfit(message: str, lacks: str = "") -> Exit:
+    return Exit(Reason.NODE_UNFIT, message=message, ended_ms=time.time_ns() // 1_000_000, lacks=lacks)

@@ -72,11 +72,12 @@ class Site:
 
 
 class Unfit(Exception):
-    """This node cannot start it, another might: `reason` says so to the agent."""
+    """This node cannot start it, another might: `reason` says so to the agent, `lacks` what else it could start."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    def __init__(self, reason: Reason, message: str, lacks: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+        self.lacks = lacks
 
 
 class RuncRuntime:
@@ -102,9 +103,9 @@ class RuncRuntime:
         try:
             return await self._contain(launch, launch.wants)
         except Unfit as e:
-            return _never(e.reason, str(e))
+            return _never(e.reason, str(e), e.lacks)
         except NoNetwork as e:
-            return _never(Reason.NODE_UNFIT, str(e))
+            return _never(Reason.NODE_UNFIT, str(e), f"network:{launch.wants.network}")
         except UserError as e:
             return _never(Reason.SPAWN_FAILED, str(e))
         except OSError as e:
@@ -308,14 +309,15 @@ def devices_of(
     for name, count in countables:
         of, labels = device_units.of_items(devices.get(name, ())), given.get(name, ())
         if of.units and len(labels) != count:
-            raise Unfit(Reason.NODE_UNFIT, f"{count} of {name} wanted, and it was given {', '.join(labels) or 'none'}")
+            was = f"it was given {', '.join(labels) or 'none'}"
+            raise Unfit(Reason.NODE_UNFIT, f"{count} of {name} wanted, and {was}", name)
         for path in of.files(labels) if count else ():
             try:
                 seen = Path(path).stat()
             except OSError as error:
-                raise Unfit(Reason.NODE_UNFIT, f"the device {path} of {name}: {error.strerror}") from None
+                raise Unfit(Reason.NODE_UNFIT, f"the device {path} of {name}: {error.strerror}", name) from None
             if not stat.S_ISCHR(seen.st_mode) and not stat.S_ISBLK(seen.st_mode):
-                raise Unfit(Reason.NODE_UNFIT, f"{path}, given as a device of {name}, is none")
+                raise Unfit(Reason.NODE_UNFIT, f"{path}, given as a device of {name}, is none", name)
             kind = "c" if stat.S_ISCHR(seen.st_mode) else "b"
             found.append(ocirequest.Device(path, kind, os.major(seen.st_rdev), os.minor(seen.st_rdev)))
     return tuple(found)
@@ -348,5 +350,5 @@ def _if_there(path: str) -> str:
     return found if Path(found).is_file() else ""
 
 
-def _never(reason: Reason, message: str) -> Exit:
-    return Exit(reason, message=message, ended_ms=time.time_ns() // 1_000_000)
+def _never(reason: Reason, message: str, lacks: str = "") -> Exit:
+    return Exit(reason, message=message, ended_ms=time.time_ns() // 1_000_000, lacks=lacks)

@@ -170,6 +170,7 @@ async def test_what_is_not_started_has_no_network(folder: Path, image: Path, her
         assert (later.reason, "all its addresses" in later.message) == (Reason.NODE_UNFIT, True), (
             "goes back, costs nothing"
         )
+        assert later.lacks == "network:bridge", "others are started"
         network.trouble = ""
         preparing = asyncio.create_task(rt.prepare(bridged(image, "late.1", "true")))
         await until(lambda: "late.1" in where.names())

@@ -207,7 +207,7 @@ async def test_a_card_that_is_gone_is_given_to_nobody(node: Node) -> None:
             ended = await start(rt, node.launch("t.2", gpus=2))
         assert isinstance(ended, Exit)
         gone = f"2 of gpu wanted, and none is free: {node.cards}/card0 of 0 is not there"
-        assert (ended.reason, ended.message) == (Reason.NODE_UNFIT, gone)
+        assert (ended.reason, ended.message, ended.lacks) == (Reason.NODE_UNFIT, gone, "gpu")
         await finish(rt, "t.1")
 
 

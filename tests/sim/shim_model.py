@@ -59,6 +59,7 @@ class ShimModel:
         self.kill_margin_s = kill_margin_s
         self.held: dict[str, Process] = {}
         self.renewed_at_s: float | None = None
+        self.short_of = ""  # a countable of which nobody is given any
         self.unfit = False  # nothing can be started: its disk, control groups or process table
         self.obeys_deadline = True  # tests switch it off to see that it is needed
         self.refuses_late = True  # and this
@@ -95,6 +96,9 @@ class ShimModel:
             return None, process.exit
         if self.unfit:
             process.exit = Exit(Reason.NODE_UNFIT, message="cannot fork")
+            return None, process.exit
+        if self.short_of in dict(start.spec.resources.countables):
+            process.exit = Exit(Reason.NODE_UNFIT, message="none is free", lacks=self.short_of)
             return None, process.exit
         process.ends_s = now + process.script.duration_s
         if process.walltime_s and process.walltime_s < process.script.duration_s:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from spinetta import codec, keys, lifecycle, txn
 from spinetta.bids import Stage
@@ -86,8 +87,10 @@ class Bench:
         return self.claims.read_back(done, self.now, self.registration, self.holdings)
 
 
-def row(n: int, resources: Resources | None = None, *, at: int | None = None, empty: bool = False) -> Entry:
-    value = b"" if empty else codec.encode_hint(hint(resources))
+def row(
+    n: int, resources: Resources | None = None, *, at: int | None = None, empty: bool = False, needs: Sequence[str] = ()
+) -> Entry:
+    value = b"" if empty else codec.encode_hint(hint(resources, needs=tuple(needs)))
     return entry(keys.queued(task_id(n)), value, at or n, at or n)
 
 
@@ -246,6 +249,22 @@ def test_a_node_that_holds_off_takes_nothing_for_a_while() -> None:
     b.claims.hints_read(ReadDone("hints", None), b.now)  # a shorter pause does not cut it short
     assert b.poll(b.now + HOLD_OFF_S - 0.1) == []
     assert Read("claim", (keys.task(task_id(1)),)) in b.poll(1.0 + HOLD_OFF_S)
+
+
+def test_what_a_node_is_short_of_holds_it_off_nothing_else() -> None:
+    room = cpus(4, 1 << 33, gpu=2)
+    record = node_record(ME, room, allows=("process", "container", "network:bridge"))
+    b = Bench(Claims(replace(settings(), record=record)), free=room)
+    b.opened(row(1, cpus(1, gpu=1)), row(2, needs=("container", "network:bridge")), row(3, needs=("container",)))
+    b.claims.hold_off(b.now, "gpu")
+    b.claims.hold_off(b.now, "network:bridge")
+    assert b.poll() == [Read("claim", (keys.task(task_id(3)),))]
+    b.read()  # it is somebody else's
+    assert b.poll(2.0) == []
+    b.claims._reconcile_at_s = 100.0  # nothing else wakes it
+    assert b.claims.next_s == 1.0 + HOLD_OFF_S
+    assert b.poll(0.9 + HOLD_OFF_S) == []
+    assert b.poll(1.0 + HOLD_OFF_S) == [Read("claim", (keys.task(task_id(1)), keys.task(task_id(2))))]
 
 
 def test_one_round_at_a_time() -> None:

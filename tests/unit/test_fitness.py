@@ -13,7 +13,7 @@ from spinetta.model import NodeId, Outcome, State
 from spinetta.node import fitness
 from spinetta.node.fitness import FULL_BYTES_MAX, FULL_BYTES_MIN, Fitness, Room, no_memory, no_process, room, why_unfit
 from spinetta.node.threads import standing_threads
-from tests.builders import settings, spec, task_id
+from tests.builders import cpus, settings, spec, task_id
 from tests.sim.direct import Direct
 from tests.sim.shim_model import Script
 
@@ -116,5 +116,24 @@ def test_what_kept_a_task_from_starting_is_said_for_as_long_as_none_is_taken() -
     n1.shim.unfit = False
     d.run(60.0)
     assert n1.agent.session.record.unfit == ""
+    task = d.task(task_id(1))
+    assert (task.outcome, task.failures, task.losses) == (Outcome.SUCCEEDED, 0, 0)
+
+
+def test_what_a_node_is_short_of_costs_no_other_task_its_turn() -> None:
+    d = Direct(settings(capacity=cpus(4, 1 << 33, gpu=2)), script=lambda _: Script(1.0))
+    n1 = d.node()
+    d.run(0.5)
+    n1.shim.short_of = "gpu"
+    d.submit(spec(1, resources=cpus(1, gpu=1)))
+    d.run(2.0)
+    assert len(d.task(task_id(1)).attempts) == 1
+    d.submit(spec(2))
+    d.run(6.0)
+    assert d.task(task_id(2)).outcome is Outcome.SUCCEEDED
+    assert (d.task(task_id(1)).state, len(d.task(task_id(1)).attempts)) == (State.QUEUED, 1), "not again and again"
+    assert n1.agent.session.record.unfit == "", "it takes others"
+    n1.shim.short_of = ""
+    d.run(60.0)
     task = d.task(task_id(1))
     assert (task.outcome, task.failures, task.losses) == (Outcome.SUCCEEDED, 0, 0)
