@@ -89,11 +89,13 @@ LIMITS = (
     f"{_CONTRACT}runtime_limits.py::test_this_machine_has_all_that_the_tests_below_need",
     f"{_CONTRACT}runtime_limits.py::test_memory[namespace]",
     f"{_CONTRACT}runtime_limits.py::test_cpu",
+    f"{_CONTRACT}runtime_limits.py::test_less_memory_than_a_start_takes",
 )
 CONTAINERS = (
     f"{_CONTRACT}limits_containers.py::test_memory_and_processes[namespace]",
     f"{_CONTRACT}limits_containers.py::test_a_cpu_quota_and_what_is_used_now",
     f"{_CONTRACT}containers.py::test_a_shim_that_dies_takes_its_containers_along[namespace]",
+    f"{_CONTRACT}limits_containers.py::test_less_memory_than_a_start_takes",
 )
 INNER = "tests/machines/inner.py::test_"
 V1, V2, HYBRID = Machine("v1"), Machine("v2"), Machine("hybrid")
@@ -109,15 +111,15 @@ _TIMED = "not test_a_container_does_not_outlive_its_deadline and not test_lookin
 _OPEN = "not test_with_a_terminal"
 _ONE_VERSION = "this machine has one version only"
 RUNS = (
-    Chosen("version 1", V1, (f"{INNER}version_1", *LIMITS, *CONTAINERS), passing=7),
-    Chosen("version 2, crun", V2, (f"{INNER}version_2", *LIMITS, *CONTAINERS), passing=7, program=CRUN),
+    Chosen("version 1", V1, (f"{INNER}version_1", *LIMITS, *CONTAINERS), passing=9),
+    Chosen("version 2, crun", V2, (f"{INNER}version_2", *LIMITS, *CONTAINERS), passing=9, program=CRUN),
     Chosen("version 2, runc", V2, CONTAINERS[:1], passing=1, program=RUNC),
-    Chosen("version 2, delegated to a user", USER, (f"{INNER}a_user_with_a_delegated_group", *LIMITS[1:]), passing=3),
+    Chosen("version 2, delegated to a user", USER, (f"{INNER}a_user_with_a_delegated_group", *LIMITS[1:]), passing=4),
     Chosen("version 2, a node without root", V2, ("tests/cluster/test_rootless.py",), passing=1),
     Chosen("version 1, a user", Machine("v1", user=True), (f"{INNER}a_user_with_nothing_delegated",), 1, usual=False),
     Chosen("version 2, a user", Machine("v2", user=True), (f"{INNER}a_user_with_nothing_delegated",), 1, usual=False),
     Chosen("both versions", HYBRID, (f"{INNER}both_versions", CONTAINERS[0]), passing=2, usual=False),
-    Chosen("version 2, delegated to root", DELEGATED, CONTAINERS, passing=3, program=CRUN, usual=False),
+    Chosen("version 2, delegated to root", DELEGATED, CONTAINERS, passing=4, program=CRUN, usual=False),
     Chosen("the runtimes on version 1", V1, (f"{_CONTRACT}runtimes.py",), passing=40, limit_s=1200, usual=False),
     Chosen("the runtimes on version 2", V2, (f"{_CONTRACT}runtimes.py",), passing=40, limit_s=1200, usual=False),
     Chosen(
