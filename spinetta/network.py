@@ -207,6 +207,7 @@ def rules(
     refused: Sequence[str] = (),
     was_off: bool = False,
     between: Sequence[str] = (),
+    there: Sequence[str] = (),
     bridges: Sequence[str] = (),
 ) -> str:
     """The whole table, for ``nft -f -``: made anew if it is there, all at once.
@@ -217,7 +218,8 @@ def rules(
     Args:
         refused: more destinations that are refused.
         was_off: the machine forwarded nothing before.
-        between: interfaces between which nothing is forwarded, since nothing was before.
+        between: interfaces of which nothing is forwarded to those that are `there`, since nothing was before.
+        there: interfaces of before.
         bridges: those that lead to other machines; behind others are neighbours that are refused.
     """
     name, group = table_of(subnet), group_of(subnet)
@@ -225,7 +227,7 @@ def rules(
     lines = [f"add table inet {name}", f"delete table inet {name}", f"table inet {name} {{"]
     if was_off:
         lines.append(f"  chain {MARK} {{ }}")
-    for called, interfaces in (("between", between), ("bridges", bridges)):
+    for called, interfaces in (("between", between), ("there", there), ("bridges", bridges)):
         quoted = ", ".join(f'"{name}"' for name in interfaces)
         elements = f"elements = {{ {quoted} }} " if interfaces else ""
         lines.append(f"  set {called} {{ type ifname; {elements}}}")
@@ -257,7 +259,7 @@ def rules(
         "    drop",
         "  }",
         "  chain forward { type filter hook forward priority filter - 5; policy accept;",
-        *(["    iifname @between oifname @between drop"] if between else []),
+        *(["    iifname @between oifname @there drop"] if between else []),
         f"    iifgroup {group} goto out",
         f"    oifgroup {group} goto in",
         "  }",

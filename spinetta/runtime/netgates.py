@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from typing import Any
 
 from spinetta import network
 from spinetta.network import Subnet
-from spinetta.runtime import netcommands
+from spinetta.runtime import netcommands, netforward
 from spinetta.runtime.netcommands import Commands
+from spinetta.runtime.netforward import Before
 from spinetta.runtime.netplace import Place
 
 log = logging.getLogger("spinetta.runtime")
 
-_FORWARD = "/proc/sys/net/ipv4/ip_forward"
 RESOLV_FILES = ("/etc/resolv.conf", network.SYSTEMD_RESOLV)
 MTU_MIN = 576  # what every machine must take
 RESOLV_BYTES_MAX = 64 << 10
@@ -94,8 +93,8 @@ class Gates:
                 if mine is not None:
                     await self._remove_table(mine)
                 self.subnet = network.choose(self._settings.subnet, others, routes)
-            await asyncio.to_thread(self._place.subnet.write_text, f"{self.subnet} {space}")
-            await self._put_rules(self.subnet, others)
+            await asyncio.to_thread(netforward.replace, self._place.subnet, f"{self.subnet} {space}")
+            await self._put_rules(self.subnet, others, space)
             return self.subnet
 
     async def shut(self) -> None:
@@ -109,11 +108,11 @@ class Gates:
                 return
             others = [name for name in await self._tables() if name != _name(subnet)]
             await self._cut_all_but(subnet, ())
-            between = _read_between(self._place.forwarding)
-            if between is not None and not others:
+            before = netforward.read(self._place.forwarding)
+            if before is not None and not others:
                 links = await self._commands.json((self._ip, "-j", "link", "show"))
-                if set(network.uplinks(str(link.get("ifname")) for link in links)) <= set(between):
-                    await self._commands.well(("/bin/sh", "-c", f"echo 0 > {_FORWARD}"))
+                if set(network.uplinks(str(link.get("ifname")) for link in links)) <= set(before.there):
+                    await netforward.turn_off(self._commands, before)
                 else:  # a Docker, perhaps, that found it on and would have turned it on itself
                     log.warning("net.ipv4.ip_forward stays on: this machine has got interfaces that may rely on it")
             await self._remove_table(subnet)
@@ -168,27 +167,32 @@ class Gates:
         for path in (self._place.forwarding, self._place.subnet):
             path.unlink(missing_ok=True)
 
-    async def _put_rules(self, subnet: Subnet, others: dict[str, bool]) -> None:
-        forwards = (await self._commands.well(("cat", _FORWARD))).strip() == b"1"
-        between = _read_between(self._place.forwarding)
-        if between is None and (not forwards or any(others.values())):  # another node has turned it on
+    async def _put_rules(self, subnet: Subnet, others: dict[str, bool], space: str) -> None:
+        forwards = (await self._commands.well(("cat", netforward.FORWARD))).strip() == b"1"
+        before = netforward.read(self._place.forwarding)
+        if before is None and any(others.values()):  # another node has turned it on
+            before = _of_others(self._place, space)
+        elif before is None and not forwards:
             links = await self._commands.json((self._ip, "-j", "link", "show"))
             ours: set[str] = set()
             for name in (*others, _name(subnet)):
                 ours |= await self._cables(network.subnet_of(name))
-            between = network.uplinks(n for link in links if (n := str(link.get("ifname"))) not in ours)
-            await asyncio.to_thread(self._place.forwarding.write_text, json.dumps(between))
+            there = [n for link in links if (n := str(link.get("ifname"))) not in ours]
+            before = await netforward.seen(self._commands, there)
+        if before is not None:
+            await asyncio.to_thread(netforward.write, self._place.forwarding, before)
         text = network.rules(
             subnet,
             refused=self._settings.refused,
-            was_off=between is not None,
-            between=between or (),
+            was_off=before is not None,
+            between=before.shut if before is not None else (),
+            there=before.there if before is not None else (),
             bridges=self._bridges,
         )
         self._rules = text.encode()
         await self._commands.well((self._nft, "-f", "-"), data=self._rules)
         if not forwards:
-            await self._commands.well(("/bin/sh", "-c", f"echo 1 > {_FORWARD}"))
+            await netforward.turn_on(self._commands)
 
     async def _tables(self) -> dict[str, bool]:
         """Tables of nodes of this machine, and of each whether it says that nothing was forwarded before."""
@@ -241,13 +245,12 @@ def _name(subnet: Subnet | None) -> str:
     return "" if subnet is None else network.table_of(subnet)
 
 
-def _read_between(path: Path) -> Sequence[str] | None:
-    """Interfaces between which nothing was forwarded before this node; None: the machine forwarded anyway."""
-    try:
-        told = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return network.uplinks(map(str, told)) if isinstance(told, list) else None
+def _of_others(place: Place, space: str) -> Before | None:
+    """What another node of this machine found when it turned forwarding on; None: none has kept it."""
+    for path in sorted(place.folder.parent.glob("*/forwarding.json")):
+        if _read_space(Place(path.parent)) == space and (before := netforward.read(path)) is not None:
+            return before
+    return None
 
 
 def _read_resolvs() -> list[str]:

@@ -62,6 +62,10 @@ class NoNetwork(Exception):
     """This node cannot give a container its network now; in words."""
 
 
+class NoAddress(NoNetwork):
+    """All addresses are in use; others will end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Joined:
     """What a container with a network is configured with: paths on the machine, and its address."""
@@ -205,7 +209,7 @@ class Network:
                 result = await self._commands.plugin("ADD", config, key=key, netns=netns, folder=self._plugins)
             except cni.PluginError as e:
                 if cni.no_addresses(e):
-                    raise NoNetwork(_used_up(subnet)) from None
+                    raise NoAddress(_used_up(subnet)) from None
                 raise
             await asyncio.to_thread((folder / "result.json").write_text, json.dumps(result))
             made = cni.attached(result)
@@ -228,7 +232,7 @@ class Network:
                 await self._changed.wait_for(may_go_on)
                 attempt.has_place = not attempt.unwanted
         except TimeoutError:
-            raise NoNetwork(_used_up(subnet)) from None
+            raise NoAddress(_used_up(subnet)) from None
 
     async def _take_down(self, key: str, attempt: _Attempt) -> None:
         async with self._changed:  # it may wait for an address
@@ -333,9 +337,15 @@ class Network:
 
     async def _try(self) -> None:
         """Make a network and take it down: what this kernel lacks is known before a task needs it."""
+        gates = self._gates
+        assert gates is not None and gates.subnet is not None  # noqa: S101, PT018 - they have been opened
+        others = [attempt for key, attempt in self._attempts.items() if key != TRIAL and not attempt.unwanted]
+        if len(others) >= network.addresses(gates.subnet):  # all are in use, so they can be had
+            return
         attempt = self._attempts.setdefault(TRIAL, _Attempt())
         attempt.unwanted = False
-        await self._make(TRIAL, attempt)
+        with contextlib.suppress(NoAddress):
+            await self._make(TRIAL, attempt)
         await self._undo(TRIAL)
         del self._attempts[TRIAL]
 

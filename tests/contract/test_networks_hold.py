@@ -14,6 +14,7 @@ import pytest
 
 from spinetta import cni
 from spinetta import network as rules
+from spinetta.runtime import netplace
 from spinetta.runtime import network as networks
 from spinetta.runtime.netplace import Place
 from spinetta.runtime.network import Joined, Network, NetworkSettings
@@ -33,7 +34,7 @@ from tests.contract.nets import (
     world,
 )
 from tests.contract.shims import asynchronous, until
-from tests.contract.test_networks import caught
+from tests.contract.test_networks import TINY, answers, caught
 
 pytestmark = [pytest.mark.contract, pytest.mark.skipif(not may_make_worlds(), reason="only root makes networks")]
 _ = (here, where)  # fixtures
@@ -276,3 +277,57 @@ async def test_where_clouds_tell_a_machine_its_secrets(here: World, where: Place
         assert caught(joined, OUTSIDE, 80) == f"you are {MACHINE}"
         assert secrets.heard == [MACHINE]
         network.release("a.1")
+
+
+# --- what the machine was before -------------------------------------------------------------------------------------
+
+
+@asynchronous
+async def test_a_machine_that_forwarded_for_some_does_so_again_and_for_no_others_meanwhile(
+    here: World, where: Place, tmp_path: Path
+) -> None:
+    third = f"{here.outside}x"
+    second = netplace.place_of(tmp_path / "second", tmp_path / "run")
+    netplace.make(second)
+    ip("netns", "add", third)
+    try:
+        ip("link", "add", "lab0", "netns", here.machine, "type", "veth", "peer", "name", "lan0", "netns", third)
+        for space, name, address in ((here.machine, "lab0", "203.0.113.2"), (third, "lan0", "203.0.113.1")):
+            ip("-n", space, "addr", "add", f"{address}/24", "dev", name)
+            ip("-n", space, "link", "set", name, "up")
+        ip("-n", third, "route", "add", "default", "via", "203.0.113.2")
+        ip("-n", here.outside, "route", "add", "203.0.113.0/24", "via", MACHINE)
+        settings = "cd /proc/sys/net/ipv4; echo 0 > conf/all/accept_redirects; echo 1 > conf/lab0/forwarding"
+        here.on_machine("sh", "-c", settings)
+        shown = ("sh", "-c", "cd /proc/sys/net/ipv4; grep . ip_forward conf/*/forwarding conf/*/accept_redirects")
+        before = here.on_machine(*shown)
+        async with opened(where, here) as network:
+            async with opened(second, here):
+                pass
+            joined = await joined_for_good(network, "a.1")
+            assert caught(joined, OUTSIDE, here.serve(here.outside, OUTSIDE).port) == f"you are {MACHINE}"
+            assert not answers(here.outside, "203.0.113.1"), "what came in by the uplink was not forwarded, and is not"
+            with made_in(third, socket.SOCK_DGRAM, "203.0.113.1") as calling:
+                outside = here.serve(here.outside, OUTSIDE, udp=True)
+                calling.sendto(QUESTION, (OUTSIDE, outside.port))
+                await until(lambda: outside.heard)  # what came in by the other was
+            network.release("a.1")
+        assert here.on_machine(*shown) == before
+    finally:
+        netplace.remove(second)
+        ip("netns", "del", third, check=False)
+
+
+@asynchronous
+async def test_a_full_subnet_turns_the_network_off_for_nobody(here: World, where: Place) -> None:
+    keys = tuple(f"t{i}.1" for i in range(5))
+    async with opened(where, here, subnet=TINY) as network:
+        for key in keys:
+            await joined_for_good(network, key)
+    async with opened(where, here, keys, subnet=TINY) as network:
+        assert where.names() == list(keys)
+        network.release("t3.1")
+        assert (await joined_for_good(network, "new.1")).address
+        for key in where.names():
+            network.release(key)
+    assert (left(here, where), forwards(here)) == ([], "0")

@@ -143,9 +143,12 @@ def test_rules_are_one_transaction_that_replaces_the_table() -> None:
     assert "169.254.0.0/16" in text
     assert network.MARK not in text
     assert "@between" not in text
-    marked = network.rules(Subnet("10.231.0.0/20"), was_off=True, between=("eth0", "eth1"))
+    marked = network.rules(
+        Subnet("10.231.0.0/20"), was_off=True, between=("eth0", "eth1"), there=("eth0", "eth1", "eth2")
+    )
     assert f"chain {network.MARK}" in marked
-    assert 'elements = { "eth0", "eth1" }' in marked
+    assert 'set between { type ifname; elements = { "eth0", "eth1" } }' in marked
+    assert 'set there { type ifname; elements = { "eth0", "eth1", "eth2" } }' in marked
     empty = network.rules(Subnet("10.231.0.0/20"), was_off=True)
     assert f"chain {network.MARK}" in empty
     assert "@between" not in empty
