@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import AsyncGeneratorType
 from typing import Any, cast
 
 from spinetta import validate
@@ -69,6 +70,8 @@ class _Requests:
         self.id = start.id  # of the task; a node that we are sent to by another wants all of it
         self.queue: asyncio.Queue[api.ExecRequest | None] = asyncio.Queue(_AHEAD)
         self.is_over = False
+        self.call: Any = None  # to the present node
+        self.is_left = False  # by the block within which the command runs
 
     async def sent(self) -> AsyncIterator[api.ExecRequest]:
         """To one node."""
@@ -83,6 +86,13 @@ class _Requests:
         """Nothing more is sent to the present node."""
         with contextlib.suppress(asyncio.QueueFull):  # then nobody waits for more
             self.queue.put_nowait(None)
+
+    def leave(self) -> None:
+        """End the call, and so the command, also while somebody waits for what it writes."""
+        self.is_left = True
+        self.close()
+        if self.call is not None:
+            self.call.cancel()
 
     def close(self) -> None:
         """Nor to another; who waits to send need not wait any longer."""
@@ -129,7 +139,7 @@ class Execution:
         """What it writes, until it has ended.
 
         Raises:
-            StoreUnavailable: the connection to it broke, and so it was ended.
+            StoreUnavailable: the connection to it broke, or its block was left, and so it was ended.
         """
         try:
             async for answer in self._answers:
@@ -143,8 +153,15 @@ class Execution:
                         self.end = ExecEnd(ended.exit_code, ended.signal, ended.message)
         except StoreUnavailable as e:
             raise self._lost(str(e)) from e
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._requests.is_left or task is None or task.cancelling():
+                raise
+            # Nobody has cancelled the reader: so gRPC tells it that the call was cancelled.
         finally:
             self._requests.close()
+        if self.end is None and self._requests.is_left:
+            raise StoreUnavailable(f"the block of the command was left, which ended it; task {self.task} goes on")
         if self.end is None:
             raise self._lost(f"node {self.node} ended the call")
 
@@ -185,17 +202,23 @@ async def execute(
     requests = _Requests(start)
 
     def method(stub: Any) -> Any:
-        return lambda sent: stub.Exec(sent.sent())
+        def begin(sent: _Requests) -> Any:
+            sent.call = stub.Exec(sent.sent())
+            return sent.call
+
+        return begin
 
     # Not a call of one request; of a stream of requests the node is found in the same way.
-    answers = cast("AsyncGenerator[api.ExecResponse, None]", nodes.stream(method, requests))
-    async with contextlib.AsyncExitStack() as stack:
-        stack.callback(requests.close)
-        await stack.enter_async_context(contextlib.aclosing(answers))
+    answers = cast("AsyncGeneratorType[api.ExecResponse, None]", nodes.stream(method, requests))
+    try:
         async for answer in answers:
             yield Execution(answer.started, requests, answers)
             return
         raise StoreUnavailable("the node ended the call without an answer")
+    finally:
+        requests.leave()
+        if not answers.ag_running:  # else whoever reads is told, and closes it
+            await answers.aclose()
 
 
 async def copy_out(

@@ -175,7 +175,8 @@ class Client:
 
     def exec(self, task_id: str, command: Sequence[str], **options: Any) -> AbstractContextManager[Execution]:
         """Run a command beside a running task; leaving the block ends it. Options are those of `AsyncClient.exec`."""
-        return execute(self._client.exec(task_id, command, **options), self._run, self._iterate)
+        opening = self._client.exec(task_id, command, **options)
+        return execute(opening, self._run, self._iterate, lambda: self._thread.closed)
 
     def copy_out(
         self, task_id: str, path: str = "", *, attempt: int = 0

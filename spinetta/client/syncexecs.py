@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, TypeVar
@@ -55,21 +54,24 @@ class Execution:
         """What it writes, until it has ended.
 
         Raises:
-            StoreUnavailable: the connection to it broke, and so it was ended.
+            StoreUnavailable: the connection to it broke, or its block was left, and so it was ended.
         """
         return self._iterate(self._execution.outputs())
 
 
 @contextmanager
 def execute(
-    opening: AbstractAsyncContextManager[execs.Execution], run: Run, iterate: Iterate[execs.ExecOutput]
+    opening: AbstractAsyncContextManager[execs.Execution],
+    run: Run,
+    iterate: Iterate[execs.ExecOutput],
+    is_closed: Callable[[], bool],
 ) -> Iterator[Execution]:
-    """See `AsyncClient.exec`."""
+    """See `AsyncClient.exec`. `is_closed`: the client, which has ended all its calls then."""
     execution: execs.Execution = run(_enter(opening))
     try:
         yield Execution(execution, run, iterate)
     finally:
-        with contextlib.suppress(RuntimeError):  # the client was closed within the block: the command has ended
+        if not is_closed():
             run(_exit(opening))
 
 

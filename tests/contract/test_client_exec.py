@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from spinetta.client import Client, CopiedEntry, CopySkipped, ExecEnd
-from spinetta.errors import NotFound, UserError
+from spinetta.client import AsyncClient, Client, CopiedEntry, CopySkipped, ExecEnd
+from spinetta.client.execs import Execution as AsyncExecution
+from spinetta.client.syncexecs import Execution
+from spinetta.errors import NotFound, StoreUnavailable, UserError
 from spinetta.events import attempt_key
 from spinetta.model import TaskId
 from spinetta.runtime.shim import proctable
@@ -102,18 +105,6 @@ def test_a_command_beside_a_task_and_files_out_of_it(etcd: Etcd, tmp_path: Path,
 def test_leaving_the_block_or_closing_the_client_ends_the_command(
     etcd: Etcd, tmp_path: Path, shims: list[Path]
 ) -> None:
-    def running(argument: str) -> list[int]:
-        wanted = f"sleep\0{argument}\0".encode()
-        return [p.pid for p in proctable.read_all() if name_of(p.pid) == "sleep" and _argv(p.pid) == wanted]
-
-    def until(condition: Callable[[], bool]) -> None:
-        gone = threading.Event()
-        for _ in range(400):
-            if condition():
-                return
-            gone.wait(0.05)
-        raise AssertionError("it goes on")
-
     def use(address: str, task_id: str) -> None:
         client = Client(address)
         one, other = f"471{os.getpid()}", f"472{os.getpid()}"  # nobody else's
@@ -128,6 +119,65 @@ def test_leaving_the_block_or_closing_the_client_ends_the_command(
         until(lambda: not running(other))
 
     beside(etcd, tmp_path, shims, "exec sleep 100", use)
+
+
+def test_leaving_the_block_ends_the_command_while_another_thread_reads(
+    etcd: Etcd, tmp_path: Path, shims: list[Path]
+) -> None:
+    one = f"473{os.getpid()}"
+
+    def use(address: str, task_id: str) -> None:
+        told: list[BaseException] = []
+
+        def read(execution: Execution) -> None:
+            try:
+                for _ in execution.outputs():
+                    heard.set()
+            except StoreUnavailable as e:
+                told.append(e)
+
+        heard = threading.Event()
+        with Client(address) as client:
+            command = ["sh", "-c", f"echo begun; exec sleep {one}"]
+            mine = contextlib.suppress(ZeroDivisionError)  # and nothing that would be told in its place
+            with mine, client.exec(task_id, command, takes_input=True) as execution:
+                reader = threading.Thread(target=read, args=(execution,))
+                reader.start()
+                assert heard.wait(20)
+                until(lambda: bool(running(one)))
+                _ = 1 // 0
+            until_ended(one)
+            reader.join(20)
+            assert not reader.is_alive()
+        assert ["the block of the command was left" in str(e) for e in told] == [True]
+
+    beside(etcd, tmp_path, shims, "exec sleep 100", use)
+
+
+def test_so_it_does_while_another_task_of_asyncio_reads(etcd: Etcd, tmp_path: Path, shims: list[Path]) -> None:
+    one, other = f"474{os.getpid()}", f"475{os.getpid()}"
+
+    async def read(execution: AsyncExecution, heard: asyncio.Event) -> None:
+        async for _ in execution.outputs():
+            heard.set()
+
+    async def story(address: str, task_id: str) -> None:
+        async with AsyncClient(address) as client:
+            for argument, is_cancelled in ((one, False), (other, True)):
+                heard = asyncio.Event()
+                command = ["sh", "-c", f"echo begun; exec sleep {argument}"]
+                with contextlib.suppress(ZeroDivisionError):
+                    async with client.exec(task_id, command) as execution:
+                        reader = asyncio.create_task(read(execution, heard))
+                        await asyncio.wait_for(heard.wait(), 20)
+                        if is_cancelled:  # that is not told as anything else
+                            reader.cancel()
+                        _ = 1 // 0
+                await asyncio.to_thread(until_ended, argument)
+                with pytest.raises(asyncio.CancelledError if is_cancelled else StoreUnavailable):
+                    await asyncio.wait_for(reader, 20)
+
+    beside(etcd, tmp_path, shims, "exec sleep 100", lambda address, task_id: asyncio.run(story(address, task_id)))
 
 
 def test_what_the_guide_shows(
@@ -149,6 +199,27 @@ def test_what_the_guide_shows(
     beside(etcd, tmp_path, shims, "exec sleep 100", use)
     assert capsys.readouterr().out.split()[0::2][:2] == ["0", "2"]
     assert (tmp_path / "progress.txt").read_bytes() == b"a\nb\n"
+
+
+def running(argument: str) -> list[int]:
+    """Programs named sleep with this argument."""
+    wanted = f"sleep\0{argument}\0".encode()
+    return [p.pid for p in proctable.read_all() if name_of(p.pid) == "sleep" and _argv(p.pid) == wanted]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """In a thread without asyncio."""
+    gone = threading.Event()
+    for _ in range(400):
+        if condition():
+            return
+        gone.wait(0.05)
+    raise AssertionError("it goes on")
+
+
+def until_ended(argument: str) -> None:
+    """See `running`."""
+    until(lambda: not running(argument))
 
 
 def _argv(pid: int) -> bytes:
