@@ -21,6 +21,7 @@ from spinetta.node.following import find_successor
 from spinetta.node.join import UNREACHABLE, introduce
 from spinetta.node.revival import have_ended, revive
 from spinetta.node.seats import OwnSeat
+from spinetta.node.trouble import Teller
 from spinetta.store import identity as identities
 from spinetta.store.identity import Identity
 from spinetta.store.offline import read_offline
@@ -47,6 +48,7 @@ class Memory:
     def __init__(self, path: Path, identity: Identity) -> None:
         self._path = path
         self._changing = threading.Lock()
+        self._teller = Teller(log)
         self.identity = identity
 
     def update(self, **changes: Any) -> None:
@@ -66,7 +68,8 @@ class Memory:
         try:
             self.update(shims="later" if later else "")
         except UserError as e:  # a full disk: results may wait for this daemon, which must go on
-            log.warning("an earlier version of Spinetta must not be started on this data directory now: %s", e)
+            said = f"an earlier version of Spinetta must not be started on this data directory now: {e}"
+            self._teller.tell(said, logging.WARNING)  # asked every few seconds
 
     def plan(self, **changes: Any) -> None:
         """Change some fields in memory; they are written with the next change, once the node has found its cluster."""

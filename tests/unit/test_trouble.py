@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+from pathlib import Path
 
 import pytest
 
 from spinetta import errors
 from spinetta.errors import InvariantViolation, SpinettaError
+from spinetta.node.entry import Memory
 from spinetta.node.trouble import AGAIN_S, TEXTS_MAX, TROUBLE, Teller
+from spinetta.store.identity import Identity
 
 
 def test_all_of_our_errors_but_a_bug_are_outlived() -> None:
@@ -52,3 +55,14 @@ def test_what_is_remembered_has_a_limit(caplog: pytest.LogCaptureFixture) -> Non
     assert len(teller._told_s) == TEXTS_MAX
     teller.tell(str(10 * TEXTS_MAX - 1))
     assert len(caplog.records) == 10 * TEXTS_MAX
+
+
+def test_a_full_disk_is_told_once_by_who_writes_every_few_seconds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = Memory(tmp_path / "gone" / "identity.json", Identity(node="n1"))
+    for _ in range(3):
+        memory.note_shims(later=True)
+    assert len(caplog.records) == 1
+    assert "must not be started" in caplog.text
+    assert memory.identity.shims == ""  # it is written when it can be
