@@ -85,7 +85,8 @@ def until(file: Path, code: int) -> list[str]:
 
 def test_a_daemon_restarted_under_running_tasks_loses_nothing(trio: Cluster, tmp_path: Path) -> None:
     go = tmp_path / "go"
-    lines = [json.dumps({"command": until(go, i), "cpus": 0.5}) for i in range(6)]
+    # Not with the nodes' own grace: how long three daemons take to start on a busy machine is not what is tried.
+    lines = [json.dumps({"command": until(go, i), "cpus": 0.5, "grace": "60s"}) for i in range(6)]
     submitted = trio.cli("submit", "--json", "--file", "-", "--format", "jsonl", stdin="\n".join(lines))
     tasks = [t["id"] for t in json.loads(submitted.stdout)["tasks"]]
     eventually(lambda: all(states(trio)[t] == "running" for t in tasks), within_s=20, what="all run")
@@ -179,7 +180,7 @@ def test_drain_and_undrain(trio: Cluster) -> None:
 
 def test_the_daemon_ends_on_sigterm_and_tasks_go_on(trio: Cluster, tmp_path: Path) -> None:
     go = tmp_path / "go"
-    task = submit(trio, *until(go, 5), options=("--cpus", "0.1"))
+    task = submit(trio, *until(go, 5), options=("--cpus", "0.1", "--grace", "60s"))
     eventually(lambda: states(trio)[task] == "running", within_s=15, what="it runs")
     name = trio.json("status", task)["tasks"][0]["node"]
     node = next(n for n in trio.nodes if n.name == name)
