@@ -378,19 +378,21 @@ def _end_shim(directory: Path) -> bool:
     """End the shims that no daemon looks after, with all that they hold; False when there is none."""
     import asyncio
 
+    from spinetta.node.entry import note_shims_ended
     from spinetta.node.networks import clear
-    from spinetta.runtime.generations import living
-    from spinetta.runtime.process import ProcessRuntime
+    from spinetta.runtime.shims import end_all
 
     async def end() -> bool:
-        folders = await living(directory / "shim")
-        for folder in folders:
-            async with ProcessRuntime.connect(folder, node="", kill_margin_s=0) as runtime:
-                await runtime.shutdown_shim()
+        found = await end_all(directory / "shim")
         await clear(directory)
-        return bool(folders)
+        return found
 
-    return asyncio.run(end())
+    try:
+        return asyncio.run(end())
+    except OSError as e:
+        raise UserError(f"the shims of {directory} cannot be ended: {e}", field="data_dir") from None
+    finally:
+        note_shims_ended(directory)
 
 
 for _command in (drain.drain, drain.undrain, nodeloss.confirm_dead, *nodeaccess.COMMANDS):

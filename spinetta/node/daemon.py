@@ -340,9 +340,12 @@ class Daemon:
                 await self._look_for_voters()
             except TROUBLE as e:  # e.g. the disk is full
                 teller.tell(f"the voters cannot be looked up now: {e}")
-            self._entrance.memory.note_shims(later=self._runtime.are_scattered())
+            await asyncio.to_thread(self._note_shims)
             await self._seat_changed()
             await asyncio.sleep(ENDPOINTS_EVERY_S)
+
+    def _note_shims(self) -> None:
+        self._entrance.memory.note_shims(later=self._runtime.are_scattered())
 
     async def _tell_images(self) -> None:
         """Say at once which images have come or gone: others choose by it."""

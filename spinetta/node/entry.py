@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
@@ -19,9 +20,11 @@ from spinetta.model import IncarnationId
 from spinetta.node.driver import wall_ms
 from spinetta.node.following import find_successor
 from spinetta.node.join import UNREACHABLE, introduce
+from spinetta.node.lock import DirectoryLock
 from spinetta.node.revival import have_ended, revive
 from spinetta.node.seats import OwnSeat
 from spinetta.node.trouble import Teller
+from spinetta.runtime import generations
 from spinetta.store import identity as identities
 from spinetta.store.identity import Identity
 from spinetta.store.offline import read_offline
@@ -121,6 +124,15 @@ def remembered(settings: Settings, data_dir: Path) -> Identity | None:
 def remembered_any(data_dir: Path) -> Identity | None:
     """What the node of this directory remembers, whatever its name. Raises `UserError`: the file is damaged."""
     return identities.load(data_dir / IDENTITY_FILE)
+
+
+def note_shims_ended(data_dir: Path) -> None:
+    """Nothing may be left outside the first shim's directory, now that no daemon runs and its shims have ended."""
+    with contextlib.suppress(UserError, OSError), DirectoryLock(data_dir):  # else a daemon sees to it, or will
+        generations.tidy(data_dir / "shim")
+        known = remembered_any(data_dir)
+        if known is not None and known.shims and not generations.are_scattered(data_dir / "shim"):
+            Memory(data_dir / IDENTITY_FILE, known).note_shims(later=False)
 
 
 async def enter(

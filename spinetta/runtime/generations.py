@@ -9,34 +9,37 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
+import subprocess
+import threading
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from spinetta.runtime.launch import open_socket
-from spinetta.runtime.shim.remains import read_identity
-from spinetta.runtime.shim.wire import SOCKET_NAME
+from spinetta.runtime.shim.records import put_aside, unseal
+from spinetta.runtime.shim.remains import place_of
+from spinetta.runtime.shim.wire import IDENTITY_NAME, SOCKET_NAME
 
 LATER = "generations"  # in the first one's directory: those of later ones, by number
 GENERATIONS_MAX = 4  # at once: 20 MiB each; more is an upgrade a week with tasks that run for a month
 LOCK_WAIT_S = 5.0  # for the process that wrote a shim's records to end after it
+GONE_MAX = 1000  # swept at once: a command line has room for so many
 _AGAIN_S = 0.05
 _GONE = ".gone-"
 
 
 def folders(home: Path) -> list[Path]:
-    """All that there are, the first one's before the others, by number."""
+    """All that there are, the first one's before the others, by number. OSError: it cannot be seen."""
     later = {int(path.name): path for path in _children(home / LATER) if path.name.isdigit()}
     return ([home] if home.is_dir() else []) + [later[number] for number in sorted(later)]
 
 
 def occupied(home: Path) -> list[Path]:
-    """Those with a shim, or with something that a shim has left and only another can clear up; others are removed."""
+    """Those with a shim, or with something that a shim has left and only another can clear up; others are removed.
+
+    OSError: it cannot be seen.
+    """
     found = []
-    for path in _children(home / LATER):
-        if path.name.startswith(_GONE):
-            shutil.rmtree(path, ignore_errors=True)
     for folder in folders(home):
         if is_occupied(folder):
             found.append(folder)
@@ -46,14 +49,27 @@ def occupied(home: Path) -> list[Path]:
 
 
 def is_occupied(folder: Path) -> bool:
-    """There is a shim, or one has died and left attempts, or anything that shows that it did not end in order."""
-    if (folder / SOCKET_NAME).exists() or any(not path.name.startswith(".") for path in _children(folder / "attempts")):
-        return True
-    groups = read_identity(folder).get("cgroups")
-    if isinstance(groups, list) and any(Path(str(group)).is_dir() for group in groups):
+    """There is a shim, or one has died and left attempts, or anything that shows that it did not end in order.
+
+    Also when that cannot be seen: to take it for free could have tasks run twice.
+    """
+    try:
+        if (folder / SOCKET_NAME).exists() or any(path.name[:1] != "." for path in _children(folder / "attempts")):
+            return True
+        if any(Path(str(group)).is_dir() for group in _groups(folder)):
+            return True
+    except OSError:
         return True
     with _locked(folder) as is_ours:
         return not is_ours
+
+
+def are_scattered(home: Path) -> bool:
+    """Whether anything is outside the first shim's directory."""
+    try:
+        return any(is_occupied(folder) for folder in folders(home) if folder != home)
+    except OSError:
+        return True  # it could be
 
 
 async def listens(folder: Path) -> bool:
@@ -66,7 +82,7 @@ async def listens(folder: Path) -> bool:
 
 
 async def living(home: Path) -> list[Path]:
-    """Those with a shim that takes connections, the latest first."""
+    """Those with a shim that takes connections, the latest first. OSError: it cannot be seen."""
     return [folder for folder in reversed(folders(home)) if await listens(folder)]
 
 
@@ -91,51 +107,102 @@ def clean(folder: Path, home: Path) -> bool:
         time.sleep(_AGAIN_S)
     if folder != home:
         return remove(folder)
-    for part in ("services", "scratch", "trash"):
-        for path in _children(folder / part):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+    with contextlib.suppress(OSError):  # then the next shim there clears up
+        gone = folder / LATER / _gone_name("first")
+        gone.mkdir(mode=0o700, parents=True)
+        for part in ("services", "scratch", "trash"):
+            with contextlib.suppress(OSError):
+                (folder / part).rename(gone / part)
     return True
 
 
+def tidy(home: Path) -> None:
+    """Remove all that nobody needs."""
+    with contextlib.suppress(OSError):  # the next start does
+        occupied(home)
+    sweep(home)
+
+
+def sweep(home: Path) -> None:
+    """Begin to remove what was put out of the way; returns at once: tasks may have left millions of files.
+
+    What resists, or is left when the daemon ends, goes at the next start.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
+        if gone := [path for path in _children(home / LATER) if path.name.startswith(_GONE)]:
+            threading.Thread(target=_remove_all, args=(gone[:GONE_MAX],), name="spinetta-sweep", daemon=True).start()
+
+
+def _remove_all(paths: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        subprocess.run(  # a process of its own: not slowing us, and in no other file system that a task has mounted
+            ["rm", "-rf", "--one-file-system", "--", *map(str, paths)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+    with contextlib.suppress(OSError):
+        paths[0].parent.rmdir()  # if these were the last
+
+
 def remove(folder: Path) -> bool:
-    """A later one's directory, at once: a half-removed one is none. False: a shim has its lock."""
-    gone = folder.with_name(f"{_GONE}{folder.name}-{os.urandom(4).hex()}")
+    """A later one's directory, put out of the way at once for `sweep`. False: a shim has its lock.
+
+    Records that were damaged stay for people to look at, in the first one's directory.
+    """
+    gone = folder.with_name(_gone_name(folder.name))
     with _locked(folder) as is_ours:
         if not is_ours:
             return False
         try:
+            for path in _children(folder / "broken"):
+                put_aside(path, folder.parent.parent / "broken")
             folder.rename(gone)
         except OSError:
             return False
-    shutil.rmtree(gone, ignore_errors=True)  # what resists goes at the next start
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()  # if it was the last
     return True
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """With a shim's lock; False when somebody has it."""
+    """With a shim's lock; False when somebody has it, or could."""
     try:
         fd = os.open(folder / "shim.lock", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         yield True  # never used
         return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
+    except OSError:
         yield False
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        except OSError:
+            is_ours = False
+        yield is_ours
     finally:
         os.close(fd)
 
 
+def _groups(folder: Path) -> list[object]:
+    """Control groups that its latest shim has noted; see `remains.read_identity`. OSError: they cannot be seen."""
+    try:
+        identity = unseal((folder / IDENTITY_NAME).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return []
+    groups = identity.get("cgroups") if identity.get("place", place := place_of(folder)) == place else None
+    return groups if isinstance(groups, list) else []
+
+
 def _children(folder: Path) -> list[Path]:
+    """OSError: they cannot be seen, which does not mean that there are none."""
     try:
         return sorted(folder.iterdir())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _gone_name(name: str) -> str:
+    return f"{_GONE}{name}-{os.urandom(4).hex()}"

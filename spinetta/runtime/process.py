@@ -312,12 +312,16 @@ class ProcessRuntime:
         `wait_s` is the most that each has between TERM and KILL. Exits stay on disk for the next shim to report. The
         runtime is of no use afterwards.
         """
-        self._closing = True
+        is_asked, self._closing = self._closing, True
         try:
             async with asyncio.timeout(limit_s):
                 pidfd = os.pidfd_open(self.shim_pid())
                 try:
-                    await self._ask("shutdown", limit_s, why=str(why), wait_s=wait_s)
+                    try:
+                        await self._ask("shutdown", limit_s, why=str(why), wait_s=wait_s)
+                    except RuntimeUnavailable:
+                        if not is_asked:  # else it is about to end
+                            raise
                     await _readable(pidfd)
                 finally:
                     os.close(pidfd)

@@ -71,6 +71,7 @@ class Shims:
         opened: list[Member] = []
         try:
             shims = cls(opening.home, await opening.open(opened), hub)
+            await asyncio.to_thread(generations.sweep, opening.home)
             for member in shims._retiring:
                 if not member.silent:
                     log.info("%s", member.told())
@@ -211,8 +212,11 @@ class Shims:
     # The shims ---------------------------------------------------------------------------------------------------
 
     def are_scattered(self) -> bool:
-        """Whether anything is outside the first shim's directory, where a daemon of before upgrades would not look."""
-        return any(generations.is_occupied(each) for each in generations.folders(self._home) if each != self._home)
+        """Whether anything is outside the first shim's directory, where a daemon of before upgrades would not look.
+
+        Reads the disk: not for the event loop.
+        """
+        return generations.are_scattered(self._home)
 
     def described(self) -> tuple[ShimInfo, ...]:
         """All of them, the one that takes what is new first."""
@@ -246,9 +250,7 @@ class Shims:
         await self._stop_tending()
         await self._listen()
         await self._each(lambda runtime: runtime.shutdown_shim(why, wait_s, limit_s))
-        for folder in generations.folders(self._home):
-            if folder != self._home and not generations.is_occupied(folder):
-                await asyncio.to_thread(generations.remove, folder)
+        await asyncio.to_thread(generations.tidy, self._home)
         for member in self._retiring:
             if member.silent:
                 _asked(member)
@@ -313,6 +315,7 @@ class Shims:
         self._gone |= member.past
         try:
             await end(member, self._home)
+            await asyncio.to_thread(generations.sweep, self._home)
         except asyncio.CancelledError:
             if member.runtime.is_open:  # all are to be shut down, perhaps; a closed one could not be asked
                 self._retiring.append(member)
@@ -329,3 +332,22 @@ def _asked(member: Member) -> ProcessRuntime:
     if member.silent:
         raise RuntimeUnavailable(member.told())
     return member.runtime
+
+
+async def end_all(home: Path) -> bool:
+    """End all shims that take connections and that no daemon looks after, with all that they hold; False: none.
+
+    One that fails keeps none other. Raises RuntimeUnavailable or UserError of one that does not end, or OSError: they
+    cannot be seen.
+    """
+
+    async def end_one(folder: Path) -> None:
+        async with ProcessRuntime.connect(folder, node="", kill_margin_s=0, home=home) as runtime:
+            await runtime.shutdown_shim()
+
+    folders = await generations.living(home)
+    answers = await asyncio.gather(*(end_one(folder) for folder in folders), return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return bool(folders)

@@ -127,7 +127,10 @@ class Opening:
     async def open(self, opened: list[Member]) -> Succession:
         """Connect to all that there are and to those that must clear up, which are put into `opened`; choose."""
         code = await asyncio.to_thread(code_of)
-        taken = await asyncio.to_thread(generations.occupied, self.home)
+        try:
+            taken = await asyncio.to_thread(generations.occupied, self.home)
+        except OSError as e:
+            raise RuntimeUnavailable(f"the shims of {self.home} cannot be found: {e}") from None
         listening = await asyncio.gather(*(generations.listens(folder) for folder in taken))
         alive = {folder for folder, listens in zip(taken, listening, strict=True) if listens}
         for folder in taken:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from spinetta.runtime import generations
+from spinetta.errors import RuntimeUnavailable
+from spinetta.node.entry import IDENTITY_FILE, note_shims_ended
+from spinetta.node.lock import DirectoryLock
+from spinetta.runtime import generations, process
 from spinetta.runtime.client import cancelled
+from spinetta.runtime.shim.wire import SOCKET_NAME
+from spinetta.runtime.shims import end_all
+from spinetta.store import identity as identities
+from spinetta.store.identity import Identity
 from tests.contract.oldshims import (
     WAITS,
     alive,
@@ -134,3 +142,94 @@ async def test_of_several_of_the_same_code_the_one_with_most_takes_what_is_new(h
         await ends(rt, "old.1")
     async with shims(home) as rt:
         assert (rt.shim_pid(), len(rt.described())) == (newest, 2)
+
+
+@pytest.mark.parametrize("unread", ["attempts", "shim.json", "shim.lock"])
+def test_what_cannot_be_seen_is_not_free(home: Path, unread: str) -> None:
+    """An end that nobody was told of may be there: the task would run again."""
+    folder = second(home)
+    (folder / "attempts").mkdir(parents=True)
+    if unread == "attempts":
+        (folder / unread).rmdir()
+    (folder / unread).symlink_to(unread)  # ELOOP, for root as well, as a disk's error would be
+    assert generations.is_occupied(folder)
+    assert generations.occupied(home) == [folder]
+    assert not generations.remove(folder) or unread != "shim.lock"
+
+
+@asynchronous
+async def test_nobody_waits_for_the_removal_of_what_tasks_left(
+    other: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Millions of files take longer than the grace of those that wait for renewals."""
+    (tmp_path / "rm").write_text(f'#!/bin/sh\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.05; done; exec /bin/rm "$@"\n')
+    (tmp_path / "rm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    await begin(other, home, "old.1")
+    (home / "generations" / ".gone-2-abcd" / "trash").mkdir(parents=True)
+    (home / "trash" / "t").mkdir()
+    async with shims(home) as rt:
+        assert (home / "generations" / ".gone-2-abcd").exists()
+        await rt.stop("old.1", "cancelled")
+        await ends(rt, "old.1")
+        await rt.forget("old.1")
+        await one_is_left(rt)
+        await until(lambda: not (home / "trash").exists())
+        (tmp_path / "go").touch()
+        await until(lambda: not list((home / "generations").glob(".gone-*")))
+
+
+def test_damaged_records_of_a_later_one_are_kept(home: Path) -> None:
+    folder = second(home)
+    (folder / "broken").mkdir(parents=True)
+    (folder / "broken" / "t.1.abcd").write_text("damaged")
+    assert generations.occupied(home) == []
+    (kept,) = (home / "broken").iterdir()
+    assert kept.read_text() == "damaged"
+
+
+@asynchronous
+async def test_one_that_cannot_be_ended_keeps_none_other(
+    other: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `spinetta node stop`, when there is no daemon."""
+    await begin(other, home, "old.1")
+    async with shims(home) as rt:
+        assert await rt.start(shell("new.1", WAITS)) is None
+        newest = rt.shim_pid()
+    kill_shim(home)
+    (home / SOCKET_NAME).unlink()
+    monkeypatch.setattr(process, "ATTACH_LIMIT_S", 0.5)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(home / SOCKET_NAME))
+        server.listen()
+        answering = asyncio.create_task(_hang_up(server))
+        with pytest.raises(RuntimeUnavailable):
+            await end_all(home)
+        await cancelled(answering)
+    assert not alive(newest)
+    (home / SOCKET_NAME).unlink()
+    assert not await end_all(home), "there is no other"
+
+
+async def _hang_up(server: socket.socket) -> None:
+    server.setblocking(False)
+    while True:
+        (await asyncio.get_running_loop().sock_accept(server))[0].close()
+
+
+def test_what_was_scattered_and_is_not_any_more_is_noted(home: Path) -> None:
+    path = home.parent / IDENTITY_FILE
+    folder = second(home)
+    (folder / "attempts").mkdir(parents=True)
+    (folder / "attempts" / "t.1").touch()
+    identities.save(path, Identity(node="n1", shims="later"))
+    note_shims_ended(home.parent)
+    assert identities.load(path) == Identity(node="n1", shims="later")
+    (folder / "attempts" / "t.1").unlink()
+    with DirectoryLock(home.parent):
+        note_shims_ended(home.parent)
+        assert identities.load(path) == Identity(node="n1", shims="later"), "a daemon runs, and knows better"
+    note_shims_ended(home.parent)
+    assert identities.load(path) == Identity(node="n1")
+    assert not folder.exists()
