@@ -14,13 +14,12 @@ import logging
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from spinetta import cni, network
 from spinetta.errors import UserError
 from spinetta.network import Subnet
-from spinetta.runtime import netcommands, netplace
+from spinetta.runtime import netcommands, netplace, netrecord
 from spinetta.runtime.netcommands import CommandFailed, Commands
 from spinetta.runtime.netgates import Gates, NetworkSettings, read_subnet
 from spinetta.runtime.netplace import Place
@@ -200,8 +199,8 @@ class Network:
             place = self._place
             folder, netns, sysfs = place.of(key), place.netns(key), place.sys(key)
             config = cni.configuration(subnet, str(place.leases), self._version, mtu=gates.mtu)
-            await asyncio.to_thread(_intend, folder, config)
-            await asyncio.to_thread(_make_places, netns, sysfs)
+            await asyncio.to_thread(netrecord.intend, folder, config)
+            await asyncio.to_thread(netrecord.make_places, netns, sysfs)
             tools = netcommands.tools()
             script = ("/bin/sh", "-c", _MAKE, "sh", tools["ip"], tools["mount"], str(sysfs))
             await self._commands.well((tools["unshare"], f"--net={netns}", *script))
@@ -216,7 +215,7 @@ class Network:
             group, alias = str(network.group_of(subnet)), f"spinetta {key}"
             await self._commands.well(("/bin/sh", "-c", _MARK, "sh", tools["ip"], made.host_interface, group, alias))
             hosts = network.hosts_text(self._settings.hostname, made.address)
-            await asyncio.to_thread(_write_names, folder, hosts, await gates.resolv())
+            await asyncio.to_thread(netrecord.write_names, folder, hosts, await gates.resolv())
         hosts_path, resolv_path = str(folder / "hosts"), str(folder / "resolv.conf")
         return Joined(str(netns), str(sysfs), hosts_path, resolv_path, str(made.address))
 
@@ -265,7 +264,7 @@ class Network:
         if key not in await asyncio.to_thread(self._place.names):
             return
         netns = self._place.netns(key)
-        config, result = await asyncio.to_thread(_recorded, self._place.of(key))
+        config, result = await asyncio.to_thread(netrecord.recorded, self._place.of(key))
         if config is None:  # an address without a record
             subnet = read_subnet(self._place) or network.POOL
             config = cni.configuration(subnet, str(self._place.leases))
@@ -307,7 +306,7 @@ class Network:
             return  # what an earlier daemon left is removed when we leave
         if not self._attempts:  # else these are seen to whatever becomes of new ones
             await self._talk()
-        cables = [await asyncio.to_thread(_cable, place.of(key)) for key in self._attempts]
+        cables = [await asyncio.to_thread(netrecord.cable, place.of(key)) for key in self._attempts]
         await self._gates.open(keep=bool(self._attempts), cables=cables)
         self._guard = asyncio.create_task(self._watch_over(self._gates), name="rules of networks")
         if self._wanted:
@@ -416,40 +415,3 @@ def _used_up(subnet: Subnet) -> str:
         f"all {network.addresses(subnet)} addresses of this node's network for containers, {subnet}, are in use; its "
         "administrator may set a larger network_subnet"
     )
-
-
-def _intend(folder: Path, config: dict[str, object]) -> None:
-    folder.mkdir(mode=0o711)
-    (folder / "network.json").write_text(json.dumps(config))
-
-
-def _make_places(netns: Path, sysfs: Path) -> None:
-    netns.touch(mode=0o444)
-    sysfs.mkdir(mode=0o755)
-
-
-def _write_names(folder: Path, hosts: str, resolv: str) -> None:
-    for name, text in (("hosts", hosts), ("resolv.conf", resolv)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o644)
-
-
-def _recorded(folder: Path) -> tuple[dict[str, object] | None, dict[str, Any] | None]:
-    """The configuration that an attempt's network was made with, and the result if there is one."""
-    found: list[dict[str, Any] | None] = []
-    for name in ("network.json", "result.json"):
-        try:
-            told = json.loads((folder / name).read_text())
-        except (OSError, ValueError):
-            told = None
-        found.append(told if isinstance(told, dict) else None)
-    return found[0], found[1]
-
-
-def _cable(folder: Path) -> str:
-    """The machine's end of an attempt's cable; empty: it has none."""
-    result = _recorded(folder)[1]
-    try:
-        return "" if result is None else cni.attached(result).host_interface
-    except cni.PluginError:
-        return ""
