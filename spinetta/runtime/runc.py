@@ -29,6 +29,7 @@ TASK_USER = (1000, 1000)  # who a command is when neither the task nor the image
 IMAGE_TRIES = 5  # for what may pass: a registry that is started again, a disk that is being emptied
 IMAGE_AGAIN_FIRST_S, IMAGE_AGAIN_MOST_S = 2.0, 30.0
 NO_SPACE = "no-space"
+LISTINGS = 2  # without it in a row, before an attempt whose start had no answer is taken for gone
 SECRETS_VARIABLE = "SPINETTA_SECRETS"
 HOST_HOSTS, HOST_RESOLV = "/etc/hosts", "/etc/resolv.conf"
 
@@ -91,6 +92,7 @@ class RuncRuntime:
         self._images = images
         self._site = site
         self._network = network
+        self._unanswered: dict[AttemptKey, int] = {}  # starts, and how many listings since had none of it
 
     def capabilities(self) -> tuple[str, ...]:
         """Names of what is enforced here."""
@@ -113,7 +115,12 @@ class RuncRuntime:
 
     async def start(self, launch: Launch) -> Exit | None:
         """Start an attempt that was prepared; see `protocol.Runtime.start`."""
-        return await self._shim.start(launch)
+        self._unanswered.pop(launch.key, None)
+        try:
+            return await self._shim.start(launch)
+        except (RuntimeUnavailable, asyncio.CancelledError):
+            self._unanswered[launch.key] = 0
+            raise
 
     async def stop(self, key: AttemptKey, why: str) -> None:
         """Ask for the end of an attempt; see `protocol.Runtime.stop`."""
@@ -126,13 +133,27 @@ class RuncRuntime:
     async def forget(self, key: AttemptKey) -> None:
         """Remove all but the logs of an ended attempt; its image may go, and its network does."""
         await self._shim.forget(key)
+        self._release(key)
+
+    def _release(self, key: AttemptKey) -> None:
+        self._unanswered.pop(key, None)
         self._images.release(key)
         if self._network is not None:
             self._network.release(key)
 
     async def held(self) -> Sequence[Held]:
         """All attempts that run or have ended and are not forgotten, by key."""
-        return await self._shim.held()
+        judged = tuple(self._unanswered)  # before this listing began
+        found = await self._shim.held()
+        there = {held.key for held in found}
+        for key in judged:
+            if key in there:
+                self._unanswered.pop(key, None)
+            elif key in self._unanswered:
+                self._unanswered[key] += 1
+                if self._unanswered[key] >= LISTINGS:  # nobody will ask to forget what never was
+                    self._release(key)
+        return found
 
     async def usage(self, key: AttemptKey) -> Usage | None:
         """Use so far of a running attempt; None when it is over or nothing here counts it."""

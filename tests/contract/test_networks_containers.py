@@ -15,11 +15,13 @@ import pytest
 
 from spinetta.config import Settings
 from spinetta.container import ContainerSpec
+from spinetta.errors import RuntimeUnavailable
 from spinetta.model import Exit, Reason
 from spinetta.node.containers import open_containers
 from spinetta.node.networks import network_place, open_network
 from spinetta.runtime import netplace
 from spinetta.runtime.network import Network, NoNetwork
+from spinetta.runtime.protocol import Launch
 from spinetta.runtime.runc import RuncRuntime
 from tests.contract.containers import make_rootfs
 from tests.contract.nets import (
@@ -177,6 +179,36 @@ async def test_what_is_not_started_has_no_network(folder: Path, image: Path, her
         preparing.cancel()
         await asyncio.wait([preparing])
         await until(lambda: only_rules(here, where))
+    assert left(here, where) == []
+
+
+@asynchronous
+async def test_a_start_without_an_answer_keeps_its_network_until_it_is_known_to_be_none(
+    folder: Path, image: Path, here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = netplace.place_of(folder, folder / "run")
+    async with node(folder, image, here) as (rt, _):
+        for key, runs in (("runs.1", True), ("lost.1", False)):
+            prepared = await rt.prepare(bridged(image, key, "sleep 100"))
+            assert isinstance(prepared, Launch)
+            with monkeypatch.context() as patch:
+                unheard = rt._shim.start
+
+                async def start(asked: Launch, runs: bool = runs, unheard: Any = unheard) -> Exit | None:
+                    if runs:
+                        await unheard(asked)
+                    raise RuntimeUnavailable("for a trial")
+
+                patch.setattr(rt._shim, "start", start)
+                with pytest.raises(RuntimeUnavailable):
+                    await rt.start(prepared)
+        await rt.held()
+        assert where.names() == ["lost.1", "runs.1"]
+        await rt.held()
+        await until(lambda: where.names() == ["runs.1"])
+        await rt.stop("runs.1", "cancelled")
+        await end_of(rt, "runs.1")
+        await rt.forget("runs.1")
     assert left(here, where) == []
 
 
