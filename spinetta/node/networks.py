@@ -46,8 +46,9 @@ async def network_place(settings: Settings, data_dir: Path) -> AsyncIterator[Non
 
 def _leave(place: netplace.Place, shims: Path) -> None:
     """A shim that lives on will not see another folder; without one, and without networks, it is of no use."""
-    if place.folder.is_dir() and not place.names() and not place.subnet.exists() and not netplace.living_shims(shims):
-        with contextlib.suppress(OSError):  # it ends with the machine anyway
+    with contextlib.suppress(OSError):  # it ends with the machine anyway
+        is_empty = place.folder.is_dir() and not place.names() and not place.subnet.exists()
+        if is_empty and not netplace.living_shims(shims):
             netplace.remove(place)
 
 
@@ -87,15 +88,19 @@ async def open_network(
 async def clear(data_dir: Path) -> None:
     """A node was stopped whose daemon had died before: remove what containers' networks are left, if no shim lives."""
     place = netplace.place_of(data_dir)
-    if os.geteuid() != 0 or not place.folder.is_dir() or netplace.living_shims(data_dir / "shim"):
+    if os.geteuid() != 0 or not place.folder.is_dir():
         return
     try:
+        if netplace.living_shims(data_dir / "shim"):
+            return
         with DirectoryLock(data_dir):
             async with Network.open(place, NetworkSettings(""), keep=(), wanted=False):
                 pass
             await asyncio.to_thread(_leave, place, data_dir / "shim")
     except UserError:  # another daemon has come, and sees to it
         return
+    except OSError as error:  # whether a shim lives is not known: the next start of the node sees to it
+        log.warning("networks of containers are left as they are: %s", error)
 
 
 def _is_seen(place: netplace.Place, state_dir: Path) -> bool:
@@ -105,10 +110,10 @@ def _is_seen(place: netplace.Place, state_dir: Path) -> bool:
 
 async def _held(shim: ShimRuntime, state_dir: Path) -> set[str] | None:
     """What the shims hold, each of which may have a network; None: they do not say."""
-    if not await asyncio.to_thread(netplace.living_shims, state_dir):
-        return set()
     try:
+        if not await asyncio.to_thread(netplace.living_shims, state_dir):
+            return set()
         async with asyncio.timeout(HELD_S):
             return {held.key for held in await shim.held()}
-    except (RuntimeUnavailable, TimeoutError):
+    except (RuntimeUnavailable, OSError):  # TimeoutError is one
         return None

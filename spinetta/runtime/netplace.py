@@ -192,7 +192,7 @@ def remove(place: Place) -> None:
 
 
 def living_shims(state_dir: Path) -> list[int]:
-    """Pids of shims that live with this state directory, or with one of a later generation."""
+    """Pids of shims that live with this state directory, or with one of a later generation. OSError: not known."""
     return [pid for folder in generations.folders(state_dir) if (pid := shim_pid(folder))]
 
 
