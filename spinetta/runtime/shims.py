@@ -171,9 +171,8 @@ class Shims:
         self, name: str, argv: Sequence[str], env: Mapping[str, str], cwd: str, log_path: Path
     ) -> Service:
         """Start a program of the node itself in the newest shim; one of that name that runs in any is left alone."""
-        if (member := await self._runs(name)) is not None:
-            return await member.runtime.start_service(name, argv, env, cwd, log_path)
-        return await self._newest.runtime.start_service(name, argv, env, cwd, log_path)
+        member = await self._runs(name) or self._newest
+        return await member.runtime.start_service(name, argv, env, cwd, log_path)
 
     async def stop_service(
         self, name: str, signal: int = signals.SIGTERM, wait_s: float = 10.0, limit_s: float = 30.0
