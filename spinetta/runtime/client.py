@@ -144,7 +144,8 @@ class ShimClient:
         except TimeoutError:
             raise RuntimeUnavailable(f"the shim did not answer {op!r} within {limit_s:g} s") from None
         except OSError as error:
-            raise RuntimeUnavailable(f"the connection to the shim broke: {error}") from None
+            self._break(f"the connection to the shim broke: {error}")  # writing may tell of it before reading does
+            raise RuntimeUnavailable(self._broken) from None
         finally:
             self._waiting.pop(number, None)
             if answer.done() and not answer.cancelled():

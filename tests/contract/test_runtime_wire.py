@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from spinetta.errors import RuntimeUnavailable
+from spinetta.runtime.client import ShimClient
 from spinetta.runtime.shim.wire import CONNECTIONS_MAX, MESSAGE_BYTES_MAX, OUTPUT_BYTES_MAX
 from tests.contract.shims import asynchronous, launch, ran, runtime, state_dir
 
@@ -228,3 +230,19 @@ async def test_another_user_is_refused(state_dir: Path) -> None:
         os.chmod(state_dir / "shim.sock", 0o666)  # noqa: PTH101, S103
         assert json.loads(ask())["error"] == "forbidden"
         assert (await ran(rt, launch("after.1", "true"))).exit_code == 0
+
+
+@asynchronous
+async def test_a_connection_whose_writing_breaks_is_broken() -> None:
+    """Writing may tell of it before reading does: whoever asks whether the shim is just dying is to hear yes."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    ours.setblocking(False)
+    client = ShimClient(ours, lambda _message: None)
+    await client.start()
+    try:
+        with pytest.raises(RuntimeUnavailable, match="broke"):
+            await client.hello(1.0)
+        assert client.broken.is_set()
+    finally:
+        await client.close()
