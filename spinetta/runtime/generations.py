@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from spinetta.runtime.launch import open_socket
-from spinetta.runtime.shim.records import put_aside, unseal
-from spinetta.runtime.shim.remains import place_of
-from spinetta.runtime.shim.wire import IDENTITY_NAME, SOCKET_NAME
+from spinetta.runtime.shim.records import put_aside
+from spinetta.runtime.shim.remains import identity_of
+from spinetta.runtime.shim.wire import SOCKET_NAME
 
 LATER = "generations"  # in the first one's directory: those of later ones, by number
 GENERATIONS_MAX = 4  # at once: 20 MiB each; more is an upgrade a week with tasks that run for a month
@@ -187,12 +187,8 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _groups(folder: Path) -> list[object]:
-    """Control groups that its latest shim has noted; see `remains.read_identity`. OSError: they cannot be seen."""
-    try:
-        identity = unseal((folder / IDENTITY_NAME).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return []
-    groups = identity.get("cgroups") if identity.get("place", place := place_of(folder)) == place else None
+    """Control groups that its latest shim has noted. OSError: they cannot be seen."""
+    groups = identity_of(folder).get("cgroups")
     return groups if isinstance(groups, list) else []
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spinetta.runtime import generations
-from spinetta.runtime.shim import proctable, remains
+from spinetta.runtime.shim.remains import identity_of, living_pid, read_identity
 
 RUN = Path("/run/spinetta")
 _MS_BIND, _MS_SHARED = 4096, 1 << 20
@@ -193,17 +193,12 @@ def remove(place: Place) -> None:
 
 def living_shims(state_dir: Path) -> list[int]:
     """Pids of shims that live with this state directory, or with one of a later generation. OSError: not known."""
-    return [pid for folder in generations.folders(state_dir) if (pid := shim_pid(folder))]
+    return [pid for folder in generations.folders(state_dir) if (pid := living_pid(identity_of(folder)))]
 
 
 def shim_pid(state_dir: Path) -> int:
-    """The pid of the shim of a state directory; 0: none lives."""
-    identity = remains.read_identity(state_dir)
-    pid = identity.get("pid")
-    if not isinstance(pid, int) or identity.get("boot_id") != proctable.boot_id():
-        return 0
-    process = proctable.read(pid)
-    return pid if process and process.state not in "ZX" and process.start_ticks == identity.get("start_ticks") else 0
+    """The pid of the shim of a state directory; 0: none lives, or it cannot be seen."""
+    return living_pid(read_identity(state_dir))
 
 
 def _mounts(pid: int | str = "self") -> Iterator[Mounted]:

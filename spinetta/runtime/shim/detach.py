@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import proctable, sysapi
+from .remains import living_pid
 
 PREVIOUS_GONE_S = 15.0  # for what a killed shim held to die; more only when something is stuck in the kernel
 LOOK_AGAIN_S = 0.01
@@ -60,7 +61,7 @@ def take_lock(state_dir: Path, read_identity: Callable[[], Mapping[str, Any]]) -
         except BlockingIOError:
             # A killed shim's writer holds the lock until it has written what it was given.
             identity = read_identity()
-            if not identity or _lives(identity):
+            if not identity or living_pid(identity):
                 raise CannotStart("busy", "another shim holds the lock") from None
             if time.monotonic() > deadline:
                 raise CannotStart(
@@ -122,29 +123,23 @@ def _start_ticks(outer_proc: int) -> int:
         os.close(fd)
 
 
-def _lives(identity: Mapping[str, Any]) -> bool:
-    """Whether the shim that wrote this is still there, dying perhaps."""
-    pid = identity.get("pid")
-    process = proctable.read(pid) if isinstance(pid, int) and identity.get("boot_id") == proctable.boot_id() else None
-    return process is not None and process.state not in "ZX" and process.start_ticks == identity.get("start_ticks")
-
-
 def _await_previous(identity: Mapping[str, Any]) -> None:
     """Wait until the shim before us has ended altogether.
 
     A dying process drops its lock before the kernel has killed the pid namespace it was init of; only once its pidfd
     is ready is nothing left of it.
     """
-    if not _lives(identity):
+    pid = living_pid(identity)
+    if not pid:
         return
     try:
-        pidfd = os.pidfd_open(identity["pid"])
+        pidfd = os.pidfd_open(pid)
     except OSError:
         return
     try:
         # Again: now the pid cannot become another's between looking and waiting.
-        if _lives(identity) and not select.select([pidfd], [], [], PREVIOUS_GONE_S)[0]:
-            raise CannotStart("failed", f"what the previous shim (pid {identity['pid']}) held has not died yet")
+        if living_pid(identity) and not select.select([pidfd], [], [], PREVIOUS_GONE_S)[0]:
+            raise CannotStart("failed", f"what the previous shim (pid {pid}) held has not died yet")
     finally:
         os.close(pidfd)
 

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,18 +72,34 @@ def name_of(root: Path, node: str) -> str:
     return f"{PREFIX}{clean}-{sha256(place_of(root).encode()).hexdigest()[:12]}"
 
 
-def read_identity(root: Path) -> dict[str, Any]:
+def identity_of(root: Path) -> dict[str, Any]:
     """What the latest shim wrote of itself; empty when there is nothing that can be trusted.
 
     Of a file from before there was a `place` in it all is believed but the shape of its control groups' names.
+    OSError: it cannot be seen, which does not mean that there is none.
     """
     try:
         identity = unseal((root / IDENTITY_NAME).read_bytes())
-        if identity.get("place", place := place_of(root)) == place:
-            return identity
-    except (OSError, ValueError):
-        pass
-    return {}
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return identity if identity.get("place", place := place_of(root)) == place else {}
+
+
+def read_identity(root: Path) -> dict[str, Any]:
+    """As `identity_of`, for those who do the same when it cannot be seen as when it cannot be trusted."""
+    try:
+        return identity_of(root)
+    except OSError:
+        return {}
+
+
+def living_pid(identity: Mapping[str, Any]) -> int:
+    """The pid of the shim that wrote this, if that is still there, dying perhaps; 0: it is not."""
+    pid = identity.get("pid")
+    process = proctable.read(pid) if isinstance(pid, int) and identity.get("boot_id") == proctable.boot_id() else None
+    if process is None or process.state in "ZX" or process.start_ticks != identity.get("start_ticks"):
+        return 0
+    return process.pid
 
 
 def write_identity(root: Path, identity: dict[str, Any]) -> None:
