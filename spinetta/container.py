@@ -18,6 +18,7 @@ from spinetta import imageref, names, openfiles
 from spinetta.errors import UserError
 
 PROCESS, CONTAINER = "process", "container"
+BRIDGE, ROOT = "network:bridge", "user:root"
 NETWORKS = ("none", "host", "bridge")
 MOUNTS_MAX = 64  # each is a mount at every start
 MOUNT_BYTES_MAX = 8 << 10  # of all their paths: they are in the queue hint, which every hungry node reads, page by page
@@ -88,14 +89,19 @@ def needs(asked: ContainerSpec | None, open_files_max: int = 0) -> tuple[str, ..
         return tuple(wanted)
     wanted.add(CONTAINER)
     if asked.network != "none":
-        wanted.add(f"network:{asked.network}")
+        wanted.add(network_need(asked.network))
     wanted |= {f"capability:{name}" for name in asked.capabilities}
     if asked.user.split(":")[0] in ("0", "root"):
-        wanted.add("user:root")
+        wanted.add(ROOT)
     wanted |= {mount_need(m) for m in asked.mounts}
     if need := _image_need(asked.image):
         wanted.add(need)
     return tuple(sorted(wanted))
+
+
+def network_need(network: str) -> str:
+    """The word for one of `NETWORKS` but ``none``, of which there is no need."""
+    return f"network:{network}"
 
 
 def mount_need(mount: Mount) -> str:
@@ -224,13 +230,14 @@ def check_allowance(word: str, field: str = "") -> str:
         UserError: it is none.
     """
     kind, _, what = word.partition(":")
-    hint = "network:host, network:bridge, capability:NAME, user:root, mount:/PATH, mount-rw:/PATH, image:/PATH or image:docker://HOST"
+    networks = ", ".join(map(network_need, NETWORKS[1:]))
+    hint = f"{networks}, capability:NAME, {ROOT}, mount:/PATH, mount-rw:/PATH, image:/PATH or image:docker://HOST"
     if kind == "network" and what in NETWORKS[1:]:
         return word
     if kind == "capability":
         check_capability(what, field)
         return word
-    if word == "user:root":
+    if word == ROOT:
         return word
     if kind == "image" and what.startswith("docker://"):
         what = what.rstrip("/")

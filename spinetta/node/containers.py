@@ -14,9 +14,9 @@ from pathlib import Path
 
 from spinetta import ociconfig, ocirequest
 from spinetta.config import Settings
-from spinetta.container import CONTAINER, PROCESS
+from spinetta.container import BRIDGE, CONTAINER, PROCESS, ROOT
 from spinetta.errors import RuntimeUnavailable, UserError
-from spinetta.node.networks import BRIDGE, open_network
+from spinetta.node.networks import open_network
 from spinetta.ociprograms import ID_COUNT
 from spinetta.runtime.detect import ContainerSupport, container_support
 from spinetta.runtime.images.store import ImageStore, StoreSettings
@@ -25,8 +25,6 @@ from spinetta.runtime.runc import TASK_USER, RuncRuntime, Site
 from spinetta.runtime.shim.container import CAPABILITY
 
 log = logging.getLogger("spinetta.node")
-
-ROOT = "user:root"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from spinetta.config import Settings
-from spinetta.container import CONTAINER
+from spinetta.container import BRIDGE, CONTAINER
 from spinetta.errors import RuntimeUnavailable, UserError
 from spinetta.node.lock import DirectoryLock
 from spinetta.runtime import netplace
@@ -20,7 +20,6 @@ from spinetta.runtime.protocol import ShimRuntime
 
 log = logging.getLogger("spinetta.node")
 
-BRIDGE = "network:bridge"
 HELD_S = 5.0  # for the shim to tell what it holds
 
 

@@ -15,7 +15,17 @@ from pathlib import Path
 
 from spinetta import devices as device_units
 from spinetta import imageref, ociconfig, ocirequest
-from spinetta.container import CONTAINER, ContainerSpec, Mount, is_granted, mount_need, needs, refusals
+from spinetta.container import (
+    CONTAINER,
+    ROOT,
+    ContainerSpec,
+    Mount,
+    is_granted,
+    mount_need,
+    needs,
+    network_need,
+    refusals,
+)
 from spinetta.errors import RuntimeUnavailable, UserError
 from spinetta.model import Exit, Reason, Usage
 from spinetta.runtime.images.errands import TRANSIENT
@@ -69,7 +79,7 @@ class Site:
     @property
     def may_be_root(self) -> bool:
         """Whether a command may be user 0 of its container."""
-        return self.task_user[0] == 0 or (self.rules.root_inside and "user:root" in self.allows)
+        return self.task_user[0] == 0 or (self.rules.root_inside and ROOT in self.allows)
 
 
 class Unfit(Exception):
@@ -107,7 +117,7 @@ class RuncRuntime:
         except Unfit as e:
             return _never(e.reason, str(e), e.lacks)
         except NoNetwork as e:
-            return _never(Reason.NODE_UNFIT, str(e), f"network:{launch.wants.network}")
+            return _never(Reason.NODE_UNFIT, str(e), network_need(launch.wants.network))
         except UserError as e:
             return _never(Reason.SPAWN_FAILED, str(e))
         except OSError as e:

@@ -11,6 +11,7 @@ from pathlib import Path
 from spinetta import network as rules
 from spinetta.checkup import Finding, Level, ok
 from spinetta.config import Settings
+from spinetta.container import BRIDGE
 from spinetta.errors import UserError
 from spinetta.node.networks import is_wanted
 from spinetta.runtime import netcommands, netgates, netplace
@@ -20,7 +21,7 @@ from spinetta.runtime.network import Network, NetworkSettings
 CHECK = "network"
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 WEAKENS = "tasks that ask for the network bridge are not taken"
-ALLOW = 'to have it: allow = ["network:bridge"]'
+ALLOW = f'to have it: allow = ["{BRIDGE}"]'
 
 
 async def network(settings: Settings) -> list[Finding]:
