@@ -209,7 +209,7 @@ def test_unknown_is_neither_no_nor_yes(etcd: Etcd, tmp_path: Path, monkeypatch: 
                     return False
 
                 await eventually(unknown)
-                assert time.monotonic() - began_s < 2
+                assert time.monotonic() - began_s < 8
                 assert await failing(view)
                 store.is_down = False
                 await eventually(lambda: not view.is_stale)

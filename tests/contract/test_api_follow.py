@@ -111,7 +111,7 @@ def test_wait_answers_when_the_task_ends(etcd: Etcd, tmp_path: Path) -> None:
             await a.end(task_id, Exit(Reason.EXIT, 3))
             ended_s = time.monotonic()
             answer = await call
-            assert time.monotonic() - ended_s < 1.0
+            assert time.monotonic() - ended_s < limits.REREAD_S / 5, "it was told, and did not have to look again"
             assert not answer.timed_out
             assert (answer.tasks[0].task.outcome, answer.tasks[0].task.attempts[0].exit_code) == (pb.FAILED, 3)
 
@@ -144,13 +144,13 @@ def test_wait_is_over_in_time(etcd: Etcd, tmp_path: Path) -> None:
             (task_id,) = await a.submit()
             for request, timeout in (
                 (api.WaitRequest(ids=[task_id], timeout_s=0.3), 30.0),
-                (api.WaitRequest(ids=[task_id]), 0.8),  # the caller's own limit: answered before it
+                (api.WaitRequest(ids=[task_id]), 2.0),  # the caller's own limit: answered before it
             ):
                 began_s = time.monotonic()
                 answer = await a.api.Wait(request, timeout=timeout)
                 assert answer.timed_out
                 assert answer.tasks[0].task.state == pb.QUEUED
-                assert 0.2 < time.monotonic() - began_s < 2.0
+                assert 0.2 < time.monotonic() - began_s < 10.0
             failed = await failure(a.api.Wait(api.WaitRequest(ids=[task_id], timeout_s=-1)))
             assert (failed.code, failed.detail.field) == (Code.INVALID_ARGUMENT, "timeout_s")
 
@@ -168,7 +168,7 @@ def test_many_waiters_share_one_watch(etcd: Etcd, tmp_path: Path) -> None:
             await a.api.Cancel(api.CancelRequest(ids=ids))
             began_s = time.monotonic()
             answers = await asyncio.gather(*calls)
-            assert time.monotonic() - began_s < 2.0
+            assert time.monotonic() - began_s < limits.REREAD_S / 5
             assert [r.tasks[0].task.spec.id for r in answers] == ids
             await waiting(a, 0)
 
@@ -208,7 +208,7 @@ def test_a_missed_event_only_delays_a_waiter(etcd: Etcd, tmp_path: Path) -> None
                 await eventually(lambda: made[0].watches == 1)
                 made[0].deaf = True
                 await a.api.Cancel(api.CancelRequest(ids=[task_id]))
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(20):
                     assert (await call).tasks[0].task.outcome == pb.CANCELLED
 
     run(scenario())

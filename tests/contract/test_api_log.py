@@ -118,7 +118,7 @@ def test_follow_until_the_end(etcd: Etcd, tmp_path: Path, asked: str) -> None:
             await a.end(task_id)
             ended_s = time.monotonic()
             await f.end
-            assert time.monotonic() - ended_s < 2.0
+            assert time.monotonic() - ended_s < 10.0
             assert f.data.endswith(b"last\n")
             assert len(f.data) == 4 + 5 * 7 + 500_005
 

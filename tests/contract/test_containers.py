@@ -28,6 +28,7 @@ from tests.contract.containers import (
     traces,
 )
 from tests.contract.shims import (
+    KILL_MARGIN_S,
     asynchronous,
     boottime_s,
     end_of,
@@ -170,7 +171,7 @@ async def test_orphans_are_reaped_and_end_with_the_command(state_dir: Path, root
 @asynchronous
 async def test_a_container_does_not_outlive_its_deadline(state_dir: Path, rootfs: Path) -> None:
     async with runtime(state_dir) as rt:
-        assert await rt.start(script(state_dir, rootfs, "d.1", "sleep 1000", grace_s=2.0)) is None
+        assert await rt.start(script(state_dir, rootfs, "d.1", "sleep 1000", grace_s=2.5 + KILL_MARGIN_S)) is None
         ended = await end_of(rt, "d.1")
         assert (ended.reason, ended.signal) == (Reason.FENCED, 9)
         await rt.renew(boottime_s())

@@ -94,9 +94,9 @@ async def test_walltime(state_dir: Path, isolate: bool) -> None:
         script = (
             f"trap 'echo asked' TERM; (trap '' TERM; while :; do sleep 1000; : {marker}; done) & while :; do wait; done"
         )
-        ended = await ran(rt, shell("wall.1", script, walltime_s=0.5, stop_wait_s=0.5))
+        ended = await ran(rt, shell("wall.1", script, walltime_s=1.0, stop_wait_s=1.0))
         assert (ended.reason, ended.signal) == (Reason.WALLTIME, 9)
-        assert time.monotonic() - began_s >= 1.0
+        assert time.monotonic() - began_s >= 2.0
         assert rt.log_path("wall.1", "stdout").read_text() == "asked\n"
         assert living(marker) == []
         ended = await ran(rt, shell("wall.2", "exit 0", walltime_s=5.0))
@@ -123,16 +123,16 @@ async def test_nothing_starts_before_a_renewal_or_after_its_time(state_dir: Path
 async def test_the_dead_mans_switch(state_dir: Path, isolate: bool) -> None:
     marker = uuid.uuid4().hex
     async with runtime(state_dir, isolate=isolate) as rt:
-        renewed_s = boottime_s()
+        in_time_s = 2.5  # for three starts on a busy machine
+        renewed_s, deadline_ms = boottime_s(), 1000 * (time.time() + in_time_s)
         await rt.renew(renewed_s)
         stubborn = f"trap '' TERM; setsid sh -c 'sleep 1000; : {marker}' & while :; do sleep 1000; : {marker}; done"
-        assert await rt.start(shell("short.1", stubborn, grace_s=1.0 + KILL_MARGIN_S)) is None
+        assert await rt.start(shell("short.1", stubborn, grace_s=in_time_s + KILL_MARGIN_S)) is None
         assert await rt.start(shell("long.1", "sleep 1000", grace_s=60.0)) is None
         assert await rt.start(shell("for-ever.1", "sleep 1000", grace_s=float("inf"))) is None
         ended = await end_of(rt, "short.1")
-        late_s = boottime_s() - (renewed_s + 1.0)
         assert ended.reason is Reason.FENCED
-        assert 0 <= late_s < KILL_MARGIN_S
+        assert -10 <= ended.ended_ms - deadline_ms < 1000 * KILL_MARGIN_S
         assert living(marker) == []
         assert [held.key for held in await rt.held() if held.exit is None] == ["for-ever.1", "long.1"]
 
@@ -140,15 +140,15 @@ async def test_the_dead_mans_switch(state_dir: Path, isolate: bool) -> None:
 @asynchronous
 async def test_renewals_put_the_switch_off_and_a_future_one_is_not_believed(state_dir: Path) -> None:
     async with runtime(state_dir) as rt:
-        assert await rt.start(shell("kept.1", "sleep 1000", grace_s=0.6 + KILL_MARGIN_S)) is None
-        for _i in range(8):
+        assert await rt.start(shell("kept.1", "sleep 1000", grace_s=1.5 + KILL_MARGIN_S)) is None
+        for _i in range(10):
             await rt.renew(boottime_s())
             await asyncio.sleep(0.2)
         assert [held.key for held in await rt.held() if held.exit is None] == ["kept.1"]
         await rt.renew(boottime_s() + 1000)
         before_s = boottime_s()
         assert (await end_of(rt, "kept.1")).reason is Reason.FENCED
-        assert boottime_s() - before_s < 0.6 + KILL_MARGIN_S
+        assert boottime_s() - before_s < 1.5 + KILL_MARGIN_S
 
 
 @asynchronous
@@ -177,12 +177,12 @@ async def test_the_switch_needs_no_disk_and_no_client(state_dir: Path) -> None:
     marker = uuid.uuid4().hex
     async with runtime(state_dir) as rt:
         shim = rt.shim_pid()
-        await rt.start(shell("frozen.1", f"while :; do sleep 1000; : {marker}; done", grace_s=1.0 + KILL_MARGIN_S))
+        await rt.start(shell("frozen.1", f"while :; do sleep 1000; : {marker}; done", grace_s=2.5 + KILL_MARGIN_S))
         await until(lambda: living(marker))
         writer = next(child.pid for child in children(shim) if name_of(child.pid) == "spinetta-writer")
         os.kill(writer, signal.SIGSTOP)
     try:
-        await until(lambda: not living(marker), 3.0)
+        await until(lambda: not living(marker), 5.0)
         async with runtime(state_dir) as rt:
             # Reported all the same, once the disk has had its time; written when it is back.
             ended = await end_of(rt, "frozen.1", 10.0)

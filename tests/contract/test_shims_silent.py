@@ -24,8 +24,8 @@ _ = (home, other)  # fixtures
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(succession, "ANSWER_LIMIT_S", 1.0)
-    monkeypatch.setattr(succession, "ATTACH_LIMIT_S", 1.5)
+    monkeypatch.setattr(succession, "ANSWER_LIMIT_S", 2.0)
+    monkeypatch.setattr(succession, "ATTACH_LIMIT_S", 3.0)
 
 
 @contextmanager

@@ -195,7 +195,7 @@ def test_another_node_is_asked(which: str, request: pytest.FixtureRequest) -> No
     async def main() -> None:
         async with serving(Stand(ListNodes=NODES)) as good, AsyncClient([broken, good]) as client:
             assert (await client.nodes()).notices == ("hello",)
-            async with asyncio.timeout(1):  # the one that answered is asked first from now on
+            async with asyncio.timeout(2.5):  # the one that answered is asked first from now on
                 assert (await client.nodes()).notices == ("hello",)
 
     asyncio.run(main())
@@ -509,7 +509,7 @@ def test_wait_asks_again_until_its_own_time_is_over(monkeypatch: pytest.MonkeyPa
             return api.WaitResponse(tasks=[view(state=pb.RUNNING)], timed_out=True)
 
         async with serving(Stand(Wait=slow)) as address, AsyncClient(address) as client:
-            result = await client.wait([ID], timeout_s=0.3)
+            result = await client.wait([ID], timeout_s=1.0)
             assert result.timed_out
             assert not result.tasks[0].done
             assert calls > 2
