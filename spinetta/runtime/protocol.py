@@ -24,6 +24,7 @@ class ContainerLaunch:
         lower: folders that make up the root file system, topmost first; never written to.
         writable: what the container writes to its root goes to a folder of the attempt's own.
         owner: user and group that own the scratch directory, as the host numbers them.
+        sources: of mounts in `config`, those that tasks may change: no link is followed on the way to them any more.
     """
 
     program: str
@@ -31,6 +32,7 @@ class ContainerLaunch:
     lower: tuple[str, ...]
     writable: bool
     owner: tuple[int, int]
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -271,7 +271,9 @@ class RuncRuntime:
             raise UserError(f"no container can be made of the image {asked.image}: {'; '.join(problems)}")
         config = ociconfig.runtime_config(request)
         owner = (ocirequest.outside(site.uids, uid), ocirequest.outside(site.gids, gid))
-        return replace(launch, container=ContainerLaunch(site.program, config, tuple(lower), asked.writable, owner))
+        sources = tuple(mount.source for mount in mounts)
+        contained = ContainerLaunch(site.program, config, tuple(lower), asked.writable, owner, sources)
+        return replace(launch, container=contained)
 
     def _skeleton(self, rootfs: Path, mounts: Sequence[Mount]) -> Path | None:
         """A folder with the mount points that the image lacks; None when it lacks none. Made once, kept for ever."""

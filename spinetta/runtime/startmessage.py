@@ -47,6 +47,7 @@ def fields_of(launch: Launch) -> dict[str, Any]:
             "lower": list(contained.lower),
             "writable": contained.writable,
             "owner": list(contained.owner),
+            "sources": list(contained.sources),
         }
     return fields
 

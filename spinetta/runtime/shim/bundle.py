@@ -7,8 +7,10 @@ never touch a disk, and the kernel removes everything with the last process in i
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +23,8 @@ from .secretfiles import write_files
 ROOTS = ("/sys/kernel/debug", "/sys/kernel/config", "/sys/fs/fuse/connections", "/sys/kernel/security")
 WORK = "work"  # in the attempt's own folder: what the container sees as its scratch directory
 UPPER, OVERLAY_WORK = "upper", "overlay"  # beside it: what it writes to its root
+PID_FILE = ".pid-"  # before the key
+SOURCES_MAX = 256  # of mounts; a task may ask for 64
 LOWER_MAX = 64  # folders of one overlay
 OPTIONS_BYTES_MAX = 4000  # the kernel takes a page
 _PAGE_BYTES = 4096
@@ -38,6 +42,8 @@ class Plan:
         writable: an overlay with an upper folder in `folder`.
         owner: user and group that own the scratch directory.
         folder: the attempt's own.
+        sources: paths that tasks may change, and where in `bundle` what is there now is to appear: between judging a
+            path and mounting it somebody could have put a link on the way.
         bundle: where the configuration and the secrets appear, an empty folder shared by all as a mount point.
         root: the same for the root file system.
         state: of the runtime.
@@ -50,6 +56,7 @@ class Plan:
     writable: bool
     owner: tuple[int, int]
     folder: str
+    sources: Sequence[tuple[str, str]]
     bundle: str
     root: str
     state: str
@@ -65,7 +72,7 @@ class Plan:
 
 def pid_file(state: str, key: str) -> str:
     """Where the runtime writes the first process's number. No attempt's key begins with a dot."""
-    return f"{state}/.pid-{key}"
+    return f"{state}/{PID_FILE}{key}"
 
 
 # --- between fork and exec -------------------------------------------------------------------------------------------
@@ -77,7 +84,8 @@ def prepare(plan: Plan, secrets: Mapping[str, bytes], stage: list[str]) -> None:
     sysapi.unshare(sysapi.CLONE_NEWNS)
     sysapi.make_root_slave()
     pages = sum(len(content) // _PAGE_BYTES + 1 for content in (plan.config, *secrets.values())) + 3
-    sysapi.mount_tmpfs(plan.bundle, f"mode=0700,size={pages * _PAGE_BYTES},nr_inodes={len(secrets) + 5}")
+    inodes = len(secrets) + len(plan.sources) + 6
+    sysapi.mount_tmpfs(plan.bundle, f"mode=0700,size={pages * _PAGE_BYTES},nr_inodes={inodes}")
     write_files(plan.bundle, {"config.json": plan.config})
     _make_folder(f"{plan.bundle}/secrets", 0o700)
     write_files(f"{plan.bundle}/secrets", secrets)
@@ -85,6 +93,11 @@ def prepare(plan: Plan, secrets: Mapping[str, bytes], stage: list[str]) -> None:
         os.chown(f"{plan.bundle}/secrets/{name}", *plan.owner)
     os.chown(f"{plan.bundle}/secrets", *plan.owner)
     os.chmod(f"{plan.bundle}/secrets", 0o500)  # noqa: PTH101 - no pathlib between fork and exec
+    if plan.sources:
+        stage[0] = "mount"
+        _make_folder(_sources(plan.bundle), 0o700)
+        for path, place in plan.sources:
+            _bind_source(path, place)
     stage[0] = "scratch"
     _make_folder(plan.folder, 0o700)
     _make_folder(f"{plan.folder}/{WORK}", 0o700, plan.owner)
@@ -98,6 +111,44 @@ def prepare(plan: Plan, secrets: Mapping[str, bytes], stage: list[str]) -> None:
         _make_folder(f"{plan.folder}/{OVERLAY_WORK}", 0o700)
         options += [f"upperdir={escape(plan.folder)}/{UPPER}", f"workdir={escape(plan.folder)}/{OVERLAY_WORK}"]
     mount_overlay(plan.root, options, writable=plan.writable)
+
+
+def source_place(bundle: str, number: int) -> str:
+    """Where the source of a mount appears."""
+    return f"{_sources(bundle)}/{number}"
+
+
+def _sources(bundle: str) -> str:
+    return f"{bundle}/sources"
+
+
+def _bind_source(path: str, place: str) -> None:
+    fd = open_plainly(path)
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.mkdir(place, 0o700)  # noqa: PTH102 - no pathlib between fork and exec
+        else:
+            os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        sysapi.bind(f"/proc/self/fd/{fd}", place)
+    finally:
+        os.close(fd)
+
+
+def open_plainly(path: str) -> int:
+    """A descriptor of what is at an absolute path, for its place only. OSError: a link is on the way, or nothing."""
+    fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for name in path.split("/"):
+        if not name:
+            continue
+        try:
+            inner = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+        if stat.S_ISLNK(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.ELOOP, "a symbolic link is on the way")
+    return fd
 
 
 def escape(path: str) -> str:

@@ -103,6 +103,8 @@ def explain(stage: str, number: int, program: str, cwd: str) -> str:
             return f"cannot provide the secrets' files: {why}"
         case "bundle":
             return f"cannot make the mounts of a container: {why}"
+        case "mount":
+            return f"cannot mount what it asks for of this node, which has changed meanwhile: {why}"
         case "root":
             return f"cannot mount the root file system: {why}"
         case "runtime":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sysapi
-from .bundle import ROOTS, WORK, Plan, escape, mount_overlay, pid_file
+from .bundle import ROOTS, WORK, Plan, escape, mount_overlay, pid_file, source_place
 from .cgroup import Cgroups, Group, remove_group
 from .hierarchy import Hierarchy
 
@@ -57,11 +57,14 @@ class Container:
     Attributes:
         config: emptied once it has been handed over.
         process: as what its command runs, without the command: for others that are to run beside it.
+        sources: of its mounts, those to which no link may lead; see `bundle.Plan`.
         noted: the record that it is being started is on disk; it is made meanwhile, and not let go before.
         waiting_as: name of its first process while it waits; another says that the runtime has made way for what it was
             to run.
         too_small: what the runtime said shows that memory ran out on the way: it removes the groups that would tell.
         fifo_fd: from which we hear that it has started.
+        maker_fd: of the runtime's process that makes it, while it runs beside the container's first process already;
+            -1 otherwise. Until it has ended that process is its child, not ours.
         helper: pid of a process of the runtime's that starts or removes it; 0 for none.
     """
 
@@ -70,12 +73,14 @@ class Container:
     lower: list[str]
     writable: bool
     owner: tuple[int, int]
+    sources: list[str] = field(default_factory=list)
     process: dict[str, Any] = field(init=False, repr=False)
     stage: Stage = Stage.CREATING
     noted: bool = False
     waiting_as: str = ""
     too_small: bool = False
     fifo_fd: int = -1
+    maker_fd: int = -1
     helper: int = 0
 
     def __post_init__(self) -> None:
@@ -123,7 +128,8 @@ class Place:
 
     def plan(self, key: str, held: Container, group: Group | None, scratch: str, mark: Mapping[str, str]) -> Plan:
         """How to make the container `key`."""
-        config = dict(scratch_inside(held.config, scratch))
+        found = [(path, source_place(self.bundle, i)) for i, path in enumerate(dict.fromkeys(held.sources))]
+        config = with_sources(held.config, {scratch: f"{scratch}/{WORK}", **dict(found)})
         config["root"] = {**_section(config, "root"), "path": self.root}
         config["linux"] = {**_section(config, "linux"), "cgroupsPath": self._groups_path(key, group)}
         if mark:
@@ -138,6 +144,7 @@ class Place:
             writable=held.writable,
             owner=held.owner,
             folder=scratch,
+            sources=found,
             bundle=self.bundle,
             root=self.root,
             state=self.state,
@@ -253,18 +260,17 @@ def _fails(attempt: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def scratch_inside(config: dict[str, Any], scratch: str) -> dict[str, Any]:
-    """The same with `scratch`, where it is a mount's source, replaced by the part of it that the container sees."""
+def with_sources(config: dict[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """The same with sources of mounts replaced by where they are to be found instead."""
     mounts = config.get("mounts")
     if not isinstance(mounts, list):
-        return config
-    return {**config, "mounts": [_inside(mount, scratch) for mount in mounts]}
+        return dict(config)
+    return {**config, "mounts": [_moved(mount, places) for mount in mounts]}
 
 
-def _inside(mount: Any, scratch: str) -> Any:
-    if isinstance(mount, dict) and mount.get("source") == scratch:
-        return {**mount, "source": f"{scratch}/{WORK}"}
-    return mount
+def _moved(mount: Any, places: Mapping[str, str]) -> Any:
+    source = mount.get("source") if isinstance(mount, dict) else None
+    return {**mount, "source": places[source]} if isinstance(source, str) and source in places else mount
 
 
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:

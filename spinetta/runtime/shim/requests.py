@@ -7,7 +7,7 @@ from typing import Any
 
 from . import secretfiles
 from .attempt import Held, Phase
-from .bundle import LOWER_MAX, WORK
+from .bundle import LOWER_MAX, SOURCES_MAX, WORK
 from .cgroup import Limits
 from .container import Container
 from .disk import Layout
@@ -84,6 +84,9 @@ def container_of(message: Message) -> Container | None:
     program, lower, owner = text(given, "program"), texts(given, "lower"), given.get("owner")
     if not isinstance(owner, list) or len(owner) != 2 or not all(_is_id(number) for number in owner):
         raise BadMessage("container's owner must be the numbers of a user and a group")
+    sources = texts(given, "sources") if "sources" in given else []
+    if len(sources) > SOURCES_MAX or not all(map(_is_absolute, sources)):
+        raise Refused("bad-request", f"container may have {SOURCES_MAX} sources of mounts, all absolute paths")
     if not 1 <= len(lower) <= LOWER_MAX or not all(_is_absolute(path) for path in (program, *lower)):
         raise Refused("bad-request", f"container needs a program and 1 to {LOWER_MAX} folders, all absolute paths")
     return Container(
@@ -92,6 +95,7 @@ def container_of(message: Message) -> Container | None:
         lower=lower,
         writable=given.get("writable") is True,
         owner=(owner[0], owner[1]),
+        sources=sources,
     )
 
 

@@ -18,9 +18,12 @@ _MS_BIND, _MS_REC, _MS_SLAVE = 4096, 16384, 1 << 19
 _SIG_SETMASK, _SIGSET_BYTES = 2, 128
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 4, 15, 36
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_IN_MOVED_TO, _IN_NONBLOCK, _IN_CLOEXEC = 0x80, 0o4000, 0o2000000
+_INOTIFY_EVENT = struct.Struct("@iIII")  # watch, mask, cookie, bytes of the name that follows
 _TFD_NONBLOCK, _TFD_CLOEXEC, _TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
 _SYS_WAITID = {"x86_64": 247, "aarch64": 95, "riscv64": 95, "ppc64le": 272, "s390x": 281}
 _WAITID = _SYS_WAITID.get(os.uname().machine)
+_PIDFD_GETFD = 438  # on every machine: calls from 424 on have one number
 _BLOCK_BYTES = 512  # of ru_inblock and ru_oublock, whatever the disk's
 _P_PIDFD, _WEXITED, _WNOHANG, _WNOWAIT = 3, 4, 1, 0x0100_0000
 
@@ -42,6 +45,11 @@ def unshare(flags: int) -> None:
 def setns(fd: int, kind: int) -> None:
     """Enter the namespace that `fd` stands for, of this kind."""
     _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """A descriptor of ours for what that one of another process stands for; closed when we exec."""
+    return _check(_libc.syscall(ctypes.c_long(_PIDFD_GETFD), pidfd, number, 0), "pidfd_getfd")
 
 
 def make_root_slave() -> None:
@@ -67,6 +75,12 @@ def remount_read_only(path: str) -> None:
     """Nothing can be written there any more."""
     flags = ctypes.c_ulong(_MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     _check(_libc.mount(None, os.fsencode(path), None, flags, None), f"remount {path}")
+
+
+def bind(source: str, where: str) -> None:
+    """`source` appears at `where` too, with all that is mounted below it."""
+    flags = ctypes.c_ulong(_MS_BIND | _MS_REC)
+    _check(_libc.mount(os.fsencode(source), os.fsencode(where), None, flags, None), f"bind {source}")
 
 
 def bind_read_only(source: str, where: str) -> None:
@@ -131,6 +145,29 @@ def timerfd_set(fd: int, due_s: float | None) -> None:
         seconds, nanos = divmod(max(1, int(due_s * 1e9)), 1_000_000_000)
     spec = struct.pack("@qqqq", 0, 0, seconds, nanos)
     _check(_libc.timerfd_settime(fd, _TFD_TIMER_ABSTIME, spec, None), "timerfd_settime")
+
+
+def renames_into(path: str) -> int:
+    """A descriptor that tells what is renamed to a name in this folder; see `renamed`."""
+    fd = _check(_libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC), "inotify_init1")
+    try:
+        _check(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(_IN_MOVED_TO)), f"watch {path}")
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def renamed(fd: int) -> list[str]:
+    """The names of some; empty when there are no more now. The kernel drops what it has no room for."""
+    names = []
+    with contextlib.suppress(BlockingIOError):
+        data = os.read(fd, 4096)
+        while data:
+            *_, size = _INOTIFY_EVENT.unpack_from(data)
+            name, data = data[_INOTIFY_EVENT.size :][:size], data[_INOTIFY_EVENT.size + size :]
+            names.append(os.fsdecode(name.rstrip(b"\0")))
+    return names
 
 
 @dataclass(frozen=True)
