@@ -7,15 +7,18 @@ import contextlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
 
 from spinetta.model import Revision
+from spinetta.runtime.netplace import Place
 from spinetta.store.etcd import EtcdStore
 from spinetta.store.protocol import Store
 from tests.contract.etcds import PROGRAMS, Etcd, Program, etcd_authority, find_program, shared_etcd
 from tests.contract.gateways import gateway_store
+from tests.contract.nets import World, place, world
 from tests.sim.model_store import ModelStore
 
 LIMIT_S = 60.0
@@ -80,3 +83,17 @@ def on_store(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
         asyncio.run(main())
 
     return run
+
+
+@pytest.fixture
+def here() -> Iterator[World]:
+    """A machine of a test's own, without containers."""
+    with world() as made:
+        yield made
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Iterator[Place]:
+    """Where the networks of a test's node are kept."""
+    with place(tmp_path) as made:
+        yield made

@@ -21,6 +21,9 @@ from spinetta.runtime.netplace import Place
 from spinetta.runtime.network import Joined, Network, NetworkSettings
 
 OUTSIDE, MACHINE = "198.51.100.1", "198.51.100.2"  # reserved for documents: nothing real is meant
+THIRD = "203.0.113.1"  # too
+TINY = "10.77.0.0/29"  # five addresses
+NETWORKS = [pytest.mark.contract, pytest.mark.skipif(os.geteuid() != 0, reason="only root makes networks")]
 
 
 def ip(*args: str, check: bool = True) -> str:
@@ -137,23 +140,7 @@ def world(*, forwards: bool = False) -> Iterator[World]:
         for space in (made.machine, made.outside):
             ip("netns", "add", space)
             ip("-n", space, "link", "set", "lo", "up")
-        ip(
-            "link",
-            "add",
-            "uplink0",
-            "netns",
-            made.machine,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "lan0",
-            "netns",
-            made.outside,
-        )
-        for space, name, address in ((made.machine, "uplink0", MACHINE), (made.outside, "lan0", OUTSIDE)):
-            ip("-n", space, "addr", "add", f"{address}/24", "dev", name)
-            ip("-n", space, "link", "set", name, "up")
+        cable((made.machine, "uplink0", MACHINE), (made.outside, "lan0", OUTSIDE))
         ip("-n", made.machine, "route", "add", "default", "via", OUTSIDE)
         made.on_machine("sh", "-c", f"echo {int(forwards)} > /proc/sys/net/ipv4/ip_forward")
         yield made
@@ -164,10 +151,33 @@ def world(*, forwards: bool = False) -> Iterator[World]:
             ip("netns", "del", space, check=False)
 
 
+def cable(*ends: tuple[str, str, str]) -> None:
+    """Between two namespaces: of each its name, that of the interface there, and the address that it gets."""
+    (space, name, _), (there, peer, _) = ends
+    ip("link", "add", name, "netns", space, "type", "veth", "peer", "name", peer, "netns", there)
+    for space, name, address in ends:
+        ip("-n", space, "addr", "add", f"{address}/24", "dev", name)
+        ip("-n", space, "link", "set", name, "up")
+
+
 @contextlib.contextmanager
-def place(folder: Path) -> Iterator[Place]:
+def third(here: World, interface: str) -> Iterator[str]:
+    """A namespace at another cable of the machine's, which has the address `THIRD`; the way is known to all."""
+    name = f"{here.outside}x"
+    ip("netns", "add", name)
+    try:
+        cable((here.machine, interface, "203.0.113.2"), (name, "lan0", THIRD))
+        ip("-n", name, "route", "add", "default", "via", "203.0.113.2")
+        ip("-n", here.outside, "route", "add", "203.0.113.0/24", "via", MACHINE)
+        yield name
+    finally:
+        ip("netns", "del", name, check=False)
+
+
+@contextlib.contextmanager
+def place(folder: Path, run: Path | None = None) -> Iterator[Place]:
     """A node's place, below a folder of the test's; nothing of it is left."""
-    made = netplace.place_of(folder, folder / "run")
+    made = netplace.place_of(folder, run or folder / "run")
     netplace.make(made)
     try:
         yield made
@@ -189,23 +199,6 @@ def left(made: World, where: Place) -> list[str]:
     return found
 
 
-def may_make_worlds() -> bool:
-    """Whether this process may."""
-    return os.geteuid() == 0
-
-
-@pytest.fixture
-def here() -> Iterator[World]:
-    with world() as made:
-        yield made
-
-
-@pytest.fixture
-def where(tmp_path: Path) -> Iterator[Place]:
-    with place(tmp_path) as made:
-        yield made
-
-
 @asynccontextmanager
 async def opened(
     where: Place, here: World, keep: tuple[str, ...] | None = (), **changes: Any
@@ -223,3 +216,21 @@ def only_rules(here: World, where: Place) -> bool:
 async def joined_for_good(network: Network, key: str) -> Joined:
     async with network.joining(key) as joined:
         return joined
+
+
+def caught(joined: Joined, address: str, port: int) -> str:
+    """What a program in the container's namespace hears from a server; empty: nothing."""
+    command = ["nsenter", f"--net={joined.netns_path}", "busybox", "nc", "-w", "2", address, str(port)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout.strip()
+
+
+def answers(space: str, address: str) -> bool:
+    """Whether somebody hears an address from within a namespace."""
+    command = ["nsenter", f"--net=/run/netns/{space}", "busybox", "ping", "-c", "1", "-W", "1", address]
+    return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+
+
+def forwards(here: World) -> bool:
+    """Whether the machine does."""
+    return here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1"

@@ -22,37 +22,26 @@ from spinetta.runtime.netplace import Place
 from spinetta.runtime.network import Joined, Network, NetworkSettings, NoNetwork
 from tests.contract.nets import (
     MACHINE,
+    NETWORKS,
     OUTSIDE,
+    THIRD,
+    TINY,
     World,
-    here,
+    answers,
+    caught,
+    forwards,
     ip,
     joined_for_good,
     left,
-    may_make_worlds,
     only_rules,
     opened,
     place,
-    where,
+    third,
     world,
 )
 from tests.contract.shims import asynchronous, until
 
-pytestmark = [pytest.mark.contract, pytest.mark.skipif(not may_make_worlds(), reason="only root makes networks")]
-_ = (here, where)  # fixtures
-TINY = "10.77.0.0/29"  # five addresses
-
-
-def caught(joined: Joined, address: str, port: int) -> str:
-    """What a program in the container's namespace hears from a server; empty: nothing."""
-    command = ["nsenter", f"--net={joined.netns_path}", "busybox", "nc", "-w", "2", address, str(port)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False)
-    return done.stdout.strip()
-
-
-def answers(space: str, address: str) -> bool:
-    """Whether somebody hears an address from within a namespace."""
-    command = ["nsenter", f"--net=/run/netns/{space}", "busybox", "ping", "-c", "1", "-W", "1", address]
-    return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+pytestmark = NETWORKS
 
 
 @contextlib.contextmanager
@@ -115,9 +104,7 @@ async def test_addresses_that_are_used_up(here: World, where: Place, monkeypatch
 @asynchronous
 async def test_two_nodes_of_one_machine_keep_out_of_each_others_way(here: World, where: Place, tmp_path: Path) -> None:
     outside = here.serve(here.outside, OUTSIDE)
-    second = netplace.place_of(tmp_path / "second", tmp_path / "run")
-    netplace.make(second)
-    try:
+    with place(tmp_path / "second", tmp_path / "run") as second:
         async with opened(where, here) as one:
             async with opened(second, here) as two:
                 a, b = await joined_for_good(one, "a.1"), await joined_for_good(two, "b.1")
@@ -129,46 +116,32 @@ async def test_two_nodes_of_one_machine_keep_out_of_each_others_way(here: World,
                         call = ("busybox", "nc", "-w", "1", other.address, "80")
                         assert here.on_machine(*call, check=False) == "", "nor does the machine begin with one"
                 two.release("b.1")
-            assert here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1"
+            assert forwards(here)
             assert caught(a, OUTSIDE, outside.port) == f"you are {MACHINE}"
             one.release("a.1")
-        assert here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "0"
-    finally:
-        for key in second.names():
-            netplace.drop(second, key)
-        netplace.remove(second)
+        assert not forwards(here)
     assert left(here, where) == []
 
 
 @asynchronous
 async def test_the_machine_does_not_become_a_router(here: World, where: Place) -> None:
-    third = f"{here.outside}x"
-    ip("netns", "add", third)
-    try:
-        ip("link", "add", "uplink1", "netns", here.machine, "type", "veth", "peer", "name", "lan0", "netns", third)
-        for space, name, address in ((here.machine, "uplink1", "203.0.113.2"), (third, "lan0", "203.0.113.1")):
-            ip("-n", space, "addr", "add", f"{address}/24", "dev", name)
-            ip("-n", space, "link", "set", name, "up")
-        ip("-n", third, "route", "add", "default", "via", "203.0.113.2")
-        ip("-n", here.outside, "route", "add", "203.0.113.0/24", "via", MACHINE)
+    with third(here, "uplink1") as space:
         here.on_machine("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        assert answers(third, OUTSIDE), "else this proves nothing"
+        assert answers(space, OUTSIDE), "else this proves nothing"
         here.on_machine("sh", "-c", "echo 0 > /proc/sys/net/ipv4/ip_forward")
         async with opened(where, here) as network:
             joined = await joined_for_good(network, "a.1")
-            assert caught(joined, "203.0.113.1", here.serve(third, "203.0.113.1").port) == "you are 203.0.113.2"
-            assert not answers(third, OUTSIDE)
-            assert not answers(third, joined.address), "nothing comes in"
+            assert caught(joined, THIRD, here.serve(space, THIRD).port) == "you are 203.0.113.2"
+            assert not answers(space, OUTSIDE)
+            assert not answers(space, joined.address), "nothing comes in"
             network.release("a.1")
-    finally:
-        ip("netns", "del", third, check=False)
 
 
 @asynchronous
 async def test_forwarding_stays_on_for_who_came_meanwhile(here: World, where: Place) -> None:
     async with opened(where, here):
         ip("-n", here.machine, "link", "add", "docker0", "type", "bridge")
-    assert here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1"
+    assert forwards(here)
     assert "spinetta" not in here.on_machine("nft", "list", "tables")
 
 
@@ -179,8 +152,8 @@ async def test_from_another_network_namespace_nothing_is_changed_there(here: Wor
     with world(forwards=True) as other:
         async with Network.open(where, NetworkSettings("n1"), keep=(), wanted=False, prefix=other.prefix):
             pass
-        assert other.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1"
-    assert [line.split()[0] for line in left(here, where)] == ["table"], "no more than can be reached"
+        assert forwards(other)
+    assert only_rules(here, where), "no more than can be reached"
     assert not where.subnet.exists()
 
 
@@ -215,7 +188,7 @@ async def test_more_can_be_refused(here: World, where: Place) -> None:
     with world(forwards=True) as other:
         async with opened(where, other) as network:
             assert "forwarding_was_off" not in other.on_machine("nft", "list", "tables")
-        assert other.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "1", "as it was before"
+        assert forwards(other), "as it was before"
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
@@ -274,7 +247,7 @@ async def test_a_daemon_that_is_killed_at_any_stage_leaves_nothing_to_the_next(
         assert (await joined_for_good(network, "a.1")).address
         network.release("a.1")
     assert left(here, where) == []
-    assert here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "0"
+    assert not forwards(here)
 
 
 @asynchronous

@@ -20,27 +20,27 @@ from spinetta.model import Exit, Reason
 from spinetta.node.containers import open_containers
 from spinetta.node.networks import network_place, open_network
 from spinetta.runtime import netplace
+from spinetta.runtime.netplace import Place
 from spinetta.runtime.network import Network, NoNetwork
 from spinetta.runtime.protocol import Launch
 from spinetta.runtime.runc import RuncRuntime
 from tests.contract.containers import make_rootfs
 from tests.contract.nets import (
     MACHINE,
+    NETWORKS,
     OUTSIDE,
     World,
-    here,
+    forwards,
     ip,
     joined_for_good,
     left,
-    may_make_worlds,
     only_rules,
     opened,
 )
 from tests.contract.shims import asynchronous, clean_up, launch, runtime, until
 from tests.contract.test_runtimes import end_of, ran, start
 
-pytestmark = [pytest.mark.contract, pytest.mark.skipif(not may_make_worlds(), reason="only root makes networks")]
-_ = here  # a fixture
+pytestmark = NETWORKS
 METADATA = "169.254.169.254"
 
 
@@ -50,7 +50,6 @@ async def node(
 ) -> AsyncIterator[tuple[RuncRuntime, Network]]:
     """All that a daemon has of it, on the machine of `here`."""
     where = netplace.place_of(folder, folder / "run")
-    netplace.make(where)
     settings = Settings(name="n1", address="127.0.0.1:1", data_dir=str(folder), allow=(f"image:{image}", *allow))
     async with runtime(folder / "shim") as shim, open_containers(settings, folder, shim) as containers:
         pid = netplace.shim_pid(shim.state_dir)
@@ -65,14 +64,12 @@ async def node(
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path, where: Place) -> Iterator[Path]:
+    """A node's data directory; the place is there before its shim."""
+    assert where.folder.is_relative_to(tmp_path)
     tmp_path.chmod(0o755)
     yield tmp_path
     clean_up(tmp_path / "shim")
-    where = netplace.place_of(tmp_path, tmp_path / "run")
-    for key in where.names():
-        netplace.drop(where, key)
-    netplace.remove(where)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +87,8 @@ def bridged(image: Path, key: str, script: str) -> Any:
 
 @asynchronous
 async def test_a_container_reaches_the_outside_and_nothing_of_its_machine(
-    folder: Path, image: Path, here: World
+    folder: Path, image: Path, here: World, where: Place
 ) -> None:
-    where = netplace.place_of(folder, folder / "run")
     ip("-n", here.outside, "addr", "add", f"{METADATA}/32", "dev", "lan0")
     ip("-n", here.machine, "route", "add", METADATA, "dev", "uplink0")
     outside, metadata = here.serve(here.outside, OUTSIDE), here.serve(here.outside, METADATA)
@@ -135,14 +131,13 @@ async def test_a_container_reaches_the_outside_and_nothing_of_its_machine(
             await rt.forget(key)
         await until(lambda: only_rules(here, where))
     assert left(here, where) == []
-    assert here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip() == "0"
+    assert not forwards(here)
 
 
 @asynchronous
 async def test_a_container_keeps_its_network_from_one_daemon_to_the_next(
-    folder: Path, image: Path, here: World
+    folder: Path, image: Path, here: World, where: Place
 ) -> None:
-    where = netplace.place_of(folder, folder / "run")
     outside = here.serve(here.outside, OUTSIDE)
     script = f"until [ -e /work/go ]; do sleep 0.05; done; busybox nc -w 2 {OUTSIDE} {outside.port}"
     async with node(folder, image, here) as (rt, _):
@@ -159,8 +154,7 @@ async def test_a_container_keeps_its_network_from_one_daemon_to_the_next(
 
 
 @asynchronous
-async def test_what_is_not_started_has_no_network(folder: Path, image: Path, here: World) -> None:
-    where = netplace.place_of(folder, folder / "run")
+async def test_what_is_not_started_has_no_network(folder: Path, image: Path, here: World, where: Place) -> None:
     async with node(folder, image, here) as (rt, network):
         refused = await rt.prepare(replace(bridged(image, "bad.1", "true"), argv=("/bin/nothing-here",)))
         assert isinstance(refused, Exit)
@@ -184,9 +178,8 @@ async def test_what_is_not_started_has_no_network(folder: Path, image: Path, her
 
 @asynchronous
 async def test_a_start_without_an_answer_keeps_its_network_until_it_is_known_to_be_none(
-    folder: Path, image: Path, here: World, monkeypatch: pytest.MonkeyPatch
+    folder: Path, image: Path, here: World, where: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = netplace.place_of(folder, folder / "run")
     async with node(folder, image, here) as (rt, _):
         for key, runs in (("runs.1", True), ("lost.1", False)):
             prepared = await rt.prepare(bridged(image, key, "sleep 100"))

@@ -14,30 +14,32 @@ import pytest
 
 from spinetta import cni
 from spinetta import network as rules
-from spinetta.runtime import netplace
 from spinetta.runtime import network as networks
 from spinetta.runtime.netplace import Place
 from spinetta.runtime.network import Joined, Network, NetworkSettings
 from tests.contract.nets import (
     MACHINE,
+    NETWORKS,
     OUTSIDE,
+    THIRD,
+    TINY,
     World,
-    here,
+    answers,
+    caught,
+    forwards,
     ip,
     joined_for_good,
     left,
     made_in,
-    may_make_worlds,
     only_rules,
     opened,
-    where,
+    place,
+    third,
     world,
 )
 from tests.contract.shims import asynchronous, until
-from tests.contract.test_networks import TINY, answers, caught
 
-pytestmark = [pytest.mark.contract, pytest.mark.skipif(not may_make_worlds(), reason="only root makes networks")]
-_ = (here, where)  # fixtures
+pytestmark = NETWORKS
 SETTINGS = NetworkSettings("n1")
 HANGS = """#!/bin/sh
 [ "$CNI_COMMAND" = VERSION ] && echo '{"cniVersion": "1.0.0", "supportedVersions": ["1.0.0"]}' && exit
@@ -51,10 +53,6 @@ QUESTION = bytes(12) + b"\1a\0\0\1\0\1"
 def udp_of(joined: Joined) -> socket.socket:
     """A socket of a container's."""
     return made_in(os.path.relpath(joined.netns_path, "/run/netns"), socket.SOCK_DGRAM, "0.0.0.0")  # noqa: S104
-
-
-def forwards(here: World) -> str:
-    return here.on_machine("cat", "/proc/sys/net/ipv4/ip_forward").strip()
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ async def test_a_plugin_that_hangs_keeps_no_node_from_starting(
     began = time.monotonic()
     async with Network.open(where, SETTINGS, keep=(), prefix=here.prefix) as network:
         assert "not made and taken down within 2 s (ptp did not end)" in network.trouble
-        assert (left(here, where), forwards(here)) == ([], "0")
+        assert (left(here, where), forwards(here)) == ([], False)
     assert time.monotonic() - began < 2.0 + networks.CLEARED_S + 2.0
 
 
@@ -102,7 +100,7 @@ async def test_what_was_left_by_others_keeps_no_node_from_starting(
     async with opened(where, here, ("lives.1",)) as network:
         assert where.names() == ["lives.1"]
         network.release("lives.1")
-    assert (left(here, where), forwards(here)) == ([], "0")
+    assert (left(here, where), forwards(here)) == ([], False)
 
 
 @asynchronous
@@ -118,7 +116,7 @@ async def test_plugins_that_are_gone_leave_nothing(
         await until(lambda: where.names() == ["b.1"])
         network.release("b.1")
         await until(lambda: not where.names())
-    assert (left(here, where), forwards(here)) == ([], "0")
+    assert (left(here, where), forwards(here)) == ([], False)
 
 
 @asynchronous
@@ -286,17 +284,7 @@ async def test_where_clouds_tell_a_machine_its_secrets(here: World, where: Place
 async def test_a_machine_that_forwarded_for_some_does_so_again_and_for_no_others_meanwhile(
     here: World, where: Place, tmp_path: Path
 ) -> None:
-    third = f"{here.outside}x"
-    second = netplace.place_of(tmp_path / "second", tmp_path / "run")
-    netplace.make(second)
-    ip("netns", "add", third)
-    try:
-        ip("link", "add", "lab0", "netns", here.machine, "type", "veth", "peer", "name", "lan0", "netns", third)
-        for space, name, address in ((here.machine, "lab0", "203.0.113.2"), (third, "lan0", "203.0.113.1")):
-            ip("-n", space, "addr", "add", f"{address}/24", "dev", name)
-            ip("-n", space, "link", "set", name, "up")
-        ip("-n", third, "route", "add", "default", "via", "203.0.113.2")
-        ip("-n", here.outside, "route", "add", "203.0.113.0/24", "via", MACHINE)
+    with third(here, "lab0") as space, place(tmp_path / "second", tmp_path / "run") as second:
         settings = "cd /proc/sys/net/ipv4; echo 0 > conf/all/accept_redirects; echo 1 > conf/lab0/forwarding"
         here.on_machine("sh", "-c", settings)
         shown = ("sh", "-c", "cd /proc/sys/net/ipv4; grep . ip_forward conf/*/forwarding conf/*/accept_redirects")
@@ -306,16 +294,13 @@ async def test_a_machine_that_forwarded_for_some_does_so_again_and_for_no_others
                 pass
             joined = await joined_for_good(network, "a.1")
             assert caught(joined, OUTSIDE, here.serve(here.outside, OUTSIDE).port) == f"you are {MACHINE}"
-            assert not answers(here.outside, "203.0.113.1"), "what came in by the uplink was not forwarded, and is not"
-            with made_in(third, socket.SOCK_DGRAM, "203.0.113.1") as calling:
+            assert not answers(here.outside, THIRD), "what came in by the uplink was not forwarded, and is not"
+            with made_in(space, socket.SOCK_DGRAM, THIRD) as calling:
                 outside = here.serve(here.outside, OUTSIDE, udp=True)
                 calling.sendto(QUESTION, (OUTSIDE, outside.port))
                 await until(lambda: outside.heard)  # what came in by the other was
             network.release("a.1")
         assert here.on_machine(*shown) == before
-    finally:
-        netplace.remove(second)
-        ip("netns", "del", third, check=False)
 
 
 @asynchronous
@@ -330,4 +315,4 @@ async def test_a_full_subnet_turns_the_network_off_for_nobody(here: World, where
         assert (await joined_for_good(network, "new.1")).address
         for key in where.names():
             network.release(key)
-    assert (left(here, where), forwards(here)) == ([], "0")
+    assert (left(here, where), forwards(here)) == ([], False)
