@@ -290,7 +290,7 @@ class ProcessRuntime:
     @property
     def is_open(self) -> bool:
         """Connected at this moment."""
-        return self._client is not None
+        return self._client is not None and not self._client.broken.is_set()
 
     @property
     def hello(self) -> Hello:

@@ -12,7 +12,7 @@ from spinetta.errors import RuntimeUnavailable
 from spinetta.runtime import generations, recorded
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import code_of
-from spinetta.runtime.process import ATTACH_LIMIT_S, ProcessRuntime
+from spinetta.runtime.process import ATTACH_LIMIT_S, RETRY_FIRST_S, ProcessRuntime
 from spinetta.runtime.protocol import AttemptKey, Exited, Held, ShimLost
 
 log = logging.getLogger("spinetta.runtime")
@@ -62,9 +62,18 @@ class Member:
             self.silent, self.records = False, []
 
     async def meet(self) -> None:
-        """Wait for its first answer, and look. RuntimeUnavailable: it does not say; UserError: see `connect`."""
+        """Wait for its first answer, and look. RuntimeUnavailable: it does not say; UserError: see `connect`.
+
+        One that dies meanwhile is none that does not say: another comes up in its place, and is asked.
+        """
         await self.runtime.attached()
-        await self.look()
+        while True:
+            try:
+                return await self.look()
+            except RuntimeUnavailable:
+                if self.runtime.is_open:
+                    raise
+            await asyncio.sleep(RETRY_FIRST_S)
 
     async def read(self) -> None:
         """See what a silent one's records say. RuntimeUnavailable: they cannot be read, so that nothing is known."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from spinetta.errors import RuntimeUnavailable
+from spinetta.model import Reason
 from spinetta.runtime import generations
 from tests.contract.oldshims import (
     begin,
@@ -59,6 +60,20 @@ async def test_one_that_does_not_say_what_it_holds_is_not_taken_for_one_with_not
             patch.setattr(retiring.runtime, "held", unanswered)
             with pytest.raises(RuntimeUnavailable):
                 await rt.held()
+
+
+@asynchronous
+async def test_one_that_dies_while_a_daemon_begins_is_cleared_up_by_that_daemon(home: Path, tmp_path: Path) -> None:
+    """It has answered, and dies at the next question: another comes up in its place, and the daemon begins."""
+    code = copy_of_the_code(tmp_path / "code" / "shim")
+    held = "    def _held(self, connection: Connection, message: Message) -> None:\n"
+    text = (code / "server.py").read_text()
+    assert text.count(held) == 1
+    (code / "server.py").write_text(text.replace(held, f"{held}        os._exit(1)\n"))
+    await begin(code, home, "old.1")
+    async with shims(home) as rt:
+        assert (await ends(rt, "old.1"))["old.1"][-1].exit.reason is Reason.SHIM_LOST
+        assert await rt.start(shell("new.1", "true")) is None
 
 
 @asynchronous
