@@ -23,13 +23,12 @@ from pathlib import Path
 from spinetta.errors import Busy, InvariantViolation, RuntimeUnavailable, UserError
 from spinetta.runtime.launch import open_socket
 from spinetta.runtime.protocol import AttemptKey
-from spinetta.runtime.shim.wire import PROTOCOL_VERSION, BadMessage, Lines, Message, decode, encode
+from spinetta.runtime.shim.wire import PROTOCOL_VERSION, SIDE_MAX, BadMessage, Lines, Message, decode, encode
 
 READ_BYTES = 32 << 10  # of output at once: what a pipe gives is 64 KiB at most, a terminal 4 KiB
 ANSWER_LIMIT_S = 15.0
 DRAIN_S = 0.5  # after its end, when a process that it left behind holds a pipe open
 DRAIN_BYTES_MAX = 2 << 20  # the same, if that one goes on writing: two pipes hold no more
-SIDE_MAX = 1000  # rows or columns of a terminal; more no screen has
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +91,15 @@ class Command:
         if not self._has_terminal:
             self._fds.close(self._in)
 
-    def resize(self, size: Size) -> None:
-        """The user's window has changed."""
-        if self._has_terminal:
-            _set_size(self._in, size)
+    async def resize(self, size: Size) -> None:
+        """The user's window has changed. RuntimeUnavailable: the shim does not answer."""
+        if not self._has_terminal:
+            return
+        size = _within(size)
+        _set_size(self._in, size)
+        # In a container the command has another terminal, whose size an older shim leaves to the container's runtime.
+        with contextlib.suppress(UserError):
+            await self._shim.ask({"op": "exec_resize", "rows": size.rows, "columns": size.columns})
 
     async def signal(self, number: int) -> None:
         """To its process group. RuntimeUnavailable: the shim does not answer."""
@@ -168,6 +172,7 @@ class _Shim:
         self._ids = itertools.count(1)
         self._asking = asyncio.Lock()
         self._reading = asyncio.Lock()
+        self._taken_in = 0  # how often
         self._came: list[Message] = []
         self._ended: Message | None = None
 
@@ -205,16 +210,17 @@ class _Shim:
 
     async def _more(self) -> None:
         """Take in what comes next, or what another caller takes in meanwhile."""
-        if self._reading.locked():
-            async with self._reading:
-                return
+        taken_in = self._taken_in
         async with self._reading:
+            if self._taken_in != taken_in:  # while we waited for our turn, and our answer may be in it
+                return
             try:
                 data = await asyncio.get_running_loop().sock_recv(self._sock, 1 << 16)
             except OSError as error:
                 raise RuntimeUnavailable(f"the connection to the shim broke: {error}") from None
             if not data:
                 raise RuntimeUnavailable("the shim has gone, and the command with it")
+            self._taken_in += 1
             try:
                 for message in map(decode, self._lines.feed(data)):
                     if message.get("event") == "exec-ended":
@@ -280,7 +286,7 @@ def _streams(fds: _Descriptors, terminal: Size | None) -> tuple[list[int], list[
     if terminal is not None:
         master, slave = pty.openpty()
         fds |= {master, slave}
-        _set_size(master, terminal)
+        _set_size(master, _within(terminal))
         ours, theirs = [master], [slave]
     else:
         pipes = []
@@ -293,9 +299,12 @@ def _streams(fds: _Descriptors, terminal: Size | None) -> tuple[list[int], list[
     return ours, theirs
 
 
+def _within(size: Size) -> Size:
+    return Size(*(min(max(side, 0), SIDE_MAX) for side in (size.rows, size.columns)))
+
+
 def _set_size(fd: int, size: Size) -> None:
-    rows, columns = (min(max(side, 0), SIDE_MAX) for side in (size.rows, size.columns))
-    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("4H", size.rows, size.columns, 0, 0))
 
 
 def _refusal(code: str, text: str) -> Exception:

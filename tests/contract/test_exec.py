@@ -16,6 +16,7 @@ from spinetta.model import Reason
 from spinetta.runtime.execs import Command, Ended, NotRunning, Output, Size, open_command
 from spinetta.runtime.shim import proctable
 from spinetta.runtime.shim.wire import DESCRIPTORS_MAX, EXECS_PER_ATTEMPT_MAX, encode
+from tests.contract.oldshims import copy_of_the_code, installed
 from tests.contract.shims import (
     LIMIT_S,
     asynchronous,
@@ -115,7 +116,7 @@ async def test_with_a_terminal(state_dir: Path, isolate: bool) -> None:
         script = "trap 'stty size' WINCH; test -t 0 && tty; stty size; echo ready; while sleep 0.1; do :; done"
         async with open_command(state_dir, "t.1", ["sh", "-c", script], terminal=Size(24, 80)) as command:
             assert b"24 80" in await until_says(command, b"ready")
-            command.resize(Size(50, 132))
+            await command.resize(Size(50, 132))
             await until_says(command, b"50 132")
             await command.write(b"\x03")
             assert (await everything(command))[2] == Ended(0, signal.SIGINT)
@@ -124,6 +125,36 @@ async def test_with_a_terminal(state_dir: Path, isolate: bool) -> None:
             await until_says(command, b"typed\r\ntyped")
             await command.write(b"\x04")
             assert (await everything(command))[2] == Ended(0)
+
+
+@asynchronous
+async def test_a_terminal_of_a_shim_that_knows_of_no_sizes(state_dir: Path, tmp_path: Path) -> None:
+    code = copy_of_the_code(tmp_path / "shim")
+    server = code / "server.py"
+    line = '            "exec_resize": execs.resize,\n'
+    assert server.read_text().count(line) == 1
+    server.write_text(server.read_text().replace(line, ""))
+    with installed(code):
+        async with runtime(state_dir) as rt:
+            assert await rt.start(shell("t.1", "exec sleep 100")) is None
+            argv = ["sh", "-c", "read x; stty size"]
+            async with open_command(state_dir, "t.1", argv, terminal=Size(24, 80)) as command:
+                await command.resize(Size(50, 132))
+                await command.write(b"\n")
+                await until_says(command, b"50 132")
+
+
+@asynchronous
+async def test_requests_that_follow_each_other_at_once_are_all_answered(state_dir: Path) -> None:
+    """Whoever reads from the shim at the moment, what comes is for the one that it answers."""
+    async with runtime(state_dir) as rt:
+        assert await rt.start(shell("t.1", "exec sleep 100")) is None
+        for _n in range(60):
+            async with open_command(state_dir, "t.1", ["sleep", "100"]) as command:
+                for _m in range(6):
+                    await command.signal(signal.SIGCONT)
+                await command.signal(signal.SIGTERM)
+                assert (await everything(command))[2] == Ended(0, signal.SIGTERM)
 
 
 @asynchronous

@@ -11,6 +11,7 @@ import pytest
 
 from spinetta.model import Reason
 from spinetta.runtime.execs import Ended, Size, open_command
+from spinetta.runtime.protocol import Launch
 from tests.contract.containers import INSIDE, RUNC, rootfs, script, traces
 from tests.contract.shims import asynchronous, end_of, isolate, living, ran, runtime, state_dir, until
 from tests.contract.test_exec import everything, until_says
@@ -53,21 +54,25 @@ async def test_it_is_in_the_container(state_dir: Path, rootfs: Path, isolate: bo
         await until(lambda: not traces(state_dir, "t.1"))
 
 
+def with_terminals(attempt: Launch) -> Launch:
+    """As the node's own configuration has it; where the limits of containers are tried, none is needed."""
+    assert attempt.container is not None
+    options = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]
+    terminals = {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": options}
+    cast("Any", attempt.container.config["mounts"]).append(terminals)
+    return attempt
+
+
 @asynchronous
 async def test_with_a_terminal(state_dir: Path, rootfs: Path) -> None:
     marker = f"400{os.getpid()}"
     async with runtime(state_dir) as rt:
-        attempt = script(state_dir, rootfs, "t.1", "exec sleep 100")
-        assert attempt.container is not None
-        options = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]
-        terminals = {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": options}
-        cast("Any", attempt.container.config["mounts"]).append(terminals)
-        assert await rt.start(attempt) is None
+        assert await rt.start(with_terminals(script(state_dir, rootfs, "t.1", "exec sleep 100"))) is None
         async with open_command(state_dir, "t.1", ["sh"], terminal=Size(24, 80)) as command:
             await until_says(command, b"$ ")
             await command.write(b"/bin/busybox stty size; /bin/busybox tty\n")
             assert b"24 80" in await until_says(command, b"/dev/pts/0")
-            command.resize(Size(50, 132))
+            await command.resize(Size(50, 132))
             await command.write(b"/bin/busybox stty size\n")
             await until_says(command, b"50 132")
             await command.write(f"sleep {marker}\n".encode())
@@ -76,6 +81,15 @@ async def test_with_a_terminal(state_dir: Path, rootfs: Path) -> None:
             await until(lambda: not living(marker))
             await command.write(b"exit 5\n")
             assert (await everything(command))[2] == Ended(5)
+        words = "while sleep 0.1; do /bin/busybox stty size; done"
+        async with open_command(state_dir, "t.1", ["sh", "-c", words], terminal=Size(24, 80)) as command:
+            for rows in (30, 40, 50):  # before the command's terminal is there
+                await command.resize(Size(rows, 132))
+            await until_says(command, b"50 132")
+        async with open_command(state_dir, "t.1", ["sh", "-c", "cat; exit 6"]) as command:
+            await command.resize(Size(50, 132))  # of nothing
+            command.end_input()
+            assert (await everything(command))[2] == Ended(6)
 
 
 @asynchronous

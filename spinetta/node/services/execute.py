@@ -153,7 +153,7 @@ async def _feed(command: Command, requests: AsyncIterator[api.ExecRequest]) -> N
                 case "input_end":
                     command.end_input()
                 case "resize":
-                    command.resize(_size(request.resize))
+                    await command.resize(_size(request.resize))
                 case "signal" if 1 <= request.signal <= SIGNAL_MAX:
                     await command.signal(request.signal)
 

@@ -25,7 +25,8 @@ from .container import Container, complaint
 from .keeper import Keeper, Refused
 from .loop import READ, Loop
 from .spawn import TASK_OOM_SCORE_ADJ, Surroundings
-from .wire import EXECS_MAX, EXECS_PER_ATTEMPT_MAX, Message, integer, key, text, text_map, texts
+from .terminals import Sizes
+from .wire import EXECS_MAX, EXECS_PER_ATTEMPT_MAX, SIDE_MAX, Message, integer, key, text, text_map, texts
 
 HANGUP_WAIT_S = 2.0  # between HUP and KILL, for a shell to write its history
 KILL_AGAIN_S = 0.2
@@ -90,6 +91,7 @@ class Execs:
         self._around = keeper.around
         self._log = log
         self._all: dict[int, Exec] = {}  # by pid
+        self._sizes = Sizes(loop, log)
         keeper.ending.companions = lambda held: {one.pid for one in self._all.values() if one.held is held}
 
     def start(self, connection: Connection, message: Message) -> None:
@@ -113,6 +115,19 @@ class Execs:
             if one.connection is connection:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(one.pid, number)
+        connection.send({"id": message["id"], "ok": True})
+
+    def resize(self, connection: Connection, message: Message) -> None:
+        """The terminal of the command that belongs to this connection has another size, which the caller has set.
+
+        Answered at once; the runtime of a container may have to make the command's own terminal yet.
+        """
+        rows, columns = integer(message, "rows"), integer(message, "columns")
+        if max(rows, columns) > SIDE_MAX:
+            raise Refused("bad-request", f"a terminal has {SIDE_MAX} rows and columns at most")
+        for one in self._all.values():
+            if one.connection is connection and one.held.container is not None:
+                self._sizes.want(one.pid, one.pidfd, rows, columns)
         connection.send({"id": message["id"], "ok": True})
 
     def _start(self, connection: Connection, message: Message, fds: Sequence[int]) -> None:
@@ -243,6 +258,7 @@ class Execs:
         if result is None:
             return
         del self._all[one.pid]
+        self._sizes.forget(one.pid)
         self._keeper.ending.unreaped.discard(one.pid)
         self._loop.unwatch(one.pidfd)
         os.close(one.pidfd)

@@ -84,6 +84,7 @@ class Server:
             "shutdown": self._shutdown,
             "exec": execs.start,
             "exec_signal": execs.signal,
+            "exec_resize": execs.resize,
         }
         self.quiet_since_s: float | None = now_s()
         keeper.on_end = self._on_end

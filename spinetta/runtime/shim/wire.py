@@ -24,6 +24,7 @@ OUTPUT_BYTES_MAX = 8 << 20  # what a slow reader may owe us: all exits of a full
 EXECS_MAX = 64  # commands beside attempts, with a connection each
 EXECS_PER_ATTEMPT_MAX = 8  # they share its limits
 CONNECTIONS_MAX = 16 + EXECS_MAX  # a daemon, its successor, and people looking
+SIDE_MAX = 1000  # rows or columns of a terminal; more no screen has
 DESCRIPTORS_MAX = 3  # that come along with one message
 ATTEMPTS_MAX = 4096  # running or not yet forgotten; beyond it nothing more is started
 SERVICES_MAX = 16
