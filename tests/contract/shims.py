@@ -178,6 +178,22 @@ def groups_of(name: str) -> list[Path]:
     return sorted({Path(where) / name for mount in mounts for where, below, _ in os.walk(mount) if name in below})
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files, while some go and others come, as in the trash of a shim that runs; what is read may be gone."""
+    for where, _, names in os.walk(folder):
+        yield from (path for name in names if (path := Path(where) / name).is_file())
+
+
+def files_with(folder: Path, *needles: bytes) -> list[Path]:
+    """Files below a folder that hold one of these."""
+    found = []
+    for path in files_below(folder):
+        with contextlib.suppress(FileNotFoundError):
+            data = path.read_bytes()
+            found += [path] if any(needle in data for needle in needles) else []
+    return found
+
+
 def name_of(pid: int) -> str:
     """Of a process; empty when it is gone."""
     with contextlib.suppress(OSError):

@@ -6,7 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from tests.contract.shims import (
     asynchronous,
     boottime_s,
     end_of,
+    files_with,
     isolate,
     kill_shim,
     living,
@@ -51,12 +51,6 @@ async def gone(state_dir: Path, *keys: str) -> None:
     """Nothing is left of them: a dying process may keep its groups for a moment longer than it is told of."""
     for key in keys:
         await until(lambda key=key: not traces(state_dir, key))  # type: ignore[misc]
-
-
-def on_disk(folder: Path, needles: Sequence[bytes]) -> list[Path]:
-    """Files below a folder that hold one of these."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return [path for path in paths if any(needle in path.read_bytes() for needle in needles)]
 
 
 @asynchronous
@@ -148,11 +142,11 @@ async def test_secrets_command_and_environment_are_nowhere_on_disk(
         assert log.read_bytes().startswith(SECRET)
         log.write_text("")
         needles = [b"command-5e1a", b"value-77ab", SECRET]
-        assert on_disk(state_dir, needles) == []
+        assert files_with(state_dir, *needles) == []
         assert list((state_dir / "bundle").iterdir()) == []
         await rt.stop("x.1", Reason.CANCELLED)
         assert (await end_of(rt, "x.1")).reason is Reason.CANCELLED
-        assert on_disk(state_dir, needles) == []
+        assert files_with(state_dir, *needles) == []
 
 
 @asynchronous

@@ -168,7 +168,11 @@ def home() -> Iterator[Path]:
         (path / "lib" / "spinetta").mkdir(parents=True)
         for module in source.glob("*.py"):
             shutil.copy(module, path / "lib" / "spinetta" / module.name)
-        shutil.copytree(source / "runtime", path / "lib" / "spinetta" / "runtime")
+        shutil.copytree(
+            source / "runtime",
+            path / "lib" / "spinetta" / "runtime",
+            ignore=shutil.ignore_patterns("__pycache__"),  # others may be writing there
+        )
         subprocess.run(["chown", "-R", "65534:65534", folder], check=True)
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         try:

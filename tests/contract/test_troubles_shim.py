@@ -188,7 +188,8 @@ async def test_leftovers_are_found_without_any_file(state_dir: Path, isolate: bo
     assert folders
     kill_shim(state_dir)
     # Made by an earlier shim in groups that it was then killed before it could use, and by another node.
-    stranger = [folder.with_name("spinetta-n1-000000000000") for folder in folders]
+    strangers = f"spinetta-n1-{uuid.uuid4().hex[:12]}"
+    stranger = [folder.with_name(strangers) for folder in folders]
     for folder in stranger:
         folder.mkdir(exist_ok=True)
     try:
