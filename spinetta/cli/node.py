@@ -380,19 +380,22 @@ def _end_shim(directory: Path) -> bool:
 
     from spinetta.node.entry import note_shims_ended
     from spinetta.node.networks import clear
+    from spinetta.runtime import generations
     from spinetta.runtime.shims import end_all
 
     async def end() -> bool:
-        found = await end_all(directory / "shim")
-        await clear(directory)
-        return found
+        try:
+            found = await end_all(directory / "shim")
+            await clear(directory)
+            return found
+        finally:
+            await asyncio.to_thread(note_shims_ended, directory)
+            await generations.sweep(directory / "shim", generations.SWEEP_AT_END_S)
 
     try:
         return asyncio.run(end())
     except OSError as e:
         raise UserError(f"the shims of {directory} cannot be ended: {e}", field="data_dir") from None
-    finally:
-        note_shims_ended(directory)
 
 
 for _command in (drain.drain, drain.undrain, nodeloss.confirm_dead, *nodeaccess.COMMANDS):

@@ -6,15 +6,15 @@ socket, records and control groups; logs and kept scratch directories are common
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
-import subprocess
-import threading
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from spinetta.runtime import removing
 from spinetta.runtime.launch import open_socket
 from spinetta.runtime.shim.records import put_aside
 from spinetta.runtime.shim.remains import identity_of
@@ -22,6 +22,7 @@ from spinetta.runtime.shim.wire import SOCKET_NAME
 
 LATER = "generations"  # in the first one's directory: those of later ones, by number
 GENERATIONS_MAX = 4  # at once: 20 MiB each; more is an upgrade a week with tasks that run for a month
+SWEEP_AT_END_S = 5.0  # when there may be no next start; enough for what a task usually leaves
 LOCK_WAIT_S = 5.0  # for the process that wrote a shim's records to end after it
 GONE_MAX = 1000  # swept at once: a command line has room for so many
 _AGAIN_S = 0.05
@@ -117,33 +118,24 @@ def clean(folder: Path, home: Path) -> bool:
 
 
 def tidy(home: Path) -> None:
-    """Remove all that nobody needs."""
+    """Put all that nobody needs out of the way, for `sweep`."""
     with contextlib.suppress(OSError):  # the next start does
         occupied(home)
-    sweep(home)
 
 
-def sweep(home: Path) -> None:
-    """Begin to remove what was put out of the way; returns at once: tasks may have left millions of files.
+async def sweep(home: Path, limit_s: float = removing.REMOVE_S) -> None:
+    """Remove what was put out of the way; that may take long: tasks may have left millions of files.
 
-    What resists, or is left when the daemon ends, goes at the next start.
+    What resists, or is left when the time is over or this is cancelled, goes at the next start.
     """
-    with contextlib.suppress(OSError, RuntimeError):  # no thread can be started
-        if gone := [path for path in _children(home / LATER) if path.name.startswith(_GONE)]:
-            threading.Thread(target=_remove_all, args=(gone[:GONE_MAX],), name="spinetta-sweep", daemon=True).start()
+    with contextlib.suppress(OSError):
+        if gone := await asyncio.to_thread(_swept, home):
+            await removing.remove(*gone[:GONE_MAX], limit_s=limit_s)
+            (home / LATER).rmdir()  # if these were the last
 
 
-def _remove_all(paths: list[Path]) -> None:
-    with contextlib.suppress(OSError):
-        subprocess.run(  # a process of its own: not slowing us, and in no other file system that a task has mounted
-            ["rm", "-rf", "--one-file-system", "--", *map(str, paths)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-    with contextlib.suppress(OSError):
-        paths[0].parent.rmdir()  # if these were the last
+def _swept(home: Path) -> list[Path]:
+    return [path for path in _children(home / LATER) if path.name.startswith(_GONE)]
 
 
 def remove(folder: Path) -> bool:

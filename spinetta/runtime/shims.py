@@ -17,7 +17,7 @@ from typing import TypeVar
 from spinetta.errors import RuntimeUnavailable, SpinettaError
 from spinetta.model import Exit, Reason, ShimInfo, Usage
 from spinetta.runtime import generations
-from spinetta.runtime.client import Sample, cancelled
+from spinetta.runtime.client import Sample
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import IDLE_END_S
 from spinetta.runtime.process import LOST, ProcessRuntime, Service
@@ -45,7 +45,10 @@ class Shims:
         self._hub = hub
         self._gone: dict[AttemptKey, tuple[str, int]] = {}  # what shims that have ended had held
         self._look = asyncio.Event()
+        self._sweepings = asyncio.Event()
+        self._sweepings.set()  # an earlier daemon may have left some
         self._tending = asyncio.create_task(self._tend())
+        self._sweeping = asyncio.create_task(self._sweep())
 
     @classmethod
     @asynccontextmanager
@@ -71,14 +74,13 @@ class Shims:
         opened: list[Member] = []
         try:
             shims = cls(opening.home, await opening.open(opened), hub)
-            await asyncio.to_thread(generations.sweep, opening.home)
             for member in shims._retiring:
                 if not member.silent:
                     log.info("%s", member.told())
             try:
                 yield shims
             finally:
-                await shims._stop_tending()
+                await shims._stop_working()
         finally:
             for member in opened:
                 await member.opened.aclose()
@@ -246,10 +248,11 @@ class Shims:
 
     async def shutdown_shim(self, why: str = "released", wait_s: float = 10.0, limit_s: float = 60.0) -> None:
         """End all attempts, services and shims; see `ProcessRuntime.shutdown_shim`. One that fails keeps none other."""
-        await self._stop_tending()
+        await self._stop_working()
         await self._listen()
         await self._each(lambda runtime: runtime.shutdown_shim(why, wait_s, limit_s))
         await asyncio.to_thread(generations.tidy, self._home)
+        await generations.sweep(self._home, generations.SWEEP_AT_END_S)
         for member in self._retiring:
             if member.silent:
                 _asked(member)
@@ -314,16 +317,27 @@ class Shims:
         self._gone |= member.past
         try:
             await end(member, self._home)
-            await asyncio.to_thread(generations.sweep, self._home)
+            self._sweepings.set()
         except asyncio.CancelledError:
             if member.runtime.is_open:  # all are to be shut down, perhaps; a closed one could not be asked
                 self._retiring.append(member)
             raise
 
-    async def _stop_tending(self) -> None:
-        await cancelled(self._tending)
-        if not self._tending.cancelled() and (error := self._tending.exception()) is not None:
-            log.error("earlier shims have not been looked after: %r", error)  # all are ended all the same
+    async def _sweep(self) -> None:
+        """Remove what shims that have ended have left; nobody waits for that."""
+        while True:
+            await self._sweepings.wait()
+            self._sweepings.clear()
+            await generations.sweep(self._home)
+
+    async def _stop_working(self) -> None:
+        working = (self._tending, self._sweeping)
+        for task in working:
+            task.cancel()
+        await asyncio.wait(working)
+        for task in working:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("earlier shims have not been looked after: %r", error)  # all are ended all the same
 
 
 def _asked(member: Member) -> ProcessRuntime:

@@ -99,7 +99,7 @@ async def test_all_are_ended_whatever_became_of_looking_after_them(other: Path, 
         raise AssertionError("a bug")
 
     async with shims(home) as rt:
-        await rt._stop_tending()
+        await rt._stop_working()
         rt._tending = asyncio.create_task(dies())
         await until(rt._tending.done)
         await rt.shutdown_shim()
@@ -157,16 +157,21 @@ def test_what_cannot_be_seen_is_not_free(home: Path, unread: str) -> None:
     assert not generations.remove(folder) or unread != "shim.lock"
 
 
-@asynchronous
-async def test_nobody_waits_for_the_removal_of_what_tasks_left(
-    other: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Millions of files take longer than the grace of those that wait for renewals."""
-    (tmp_path / "rm").write_text(f'#!/bin/sh\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.05; done; exec /bin/rm "$@"\n')
+@pytest.fixture
+def slow(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Something to remove, as if it were millions of files: removing begins with the file `go` of this folder."""
+    waits = f"echo $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; until [ -e {tmp_path}/go ]"
+    (tmp_path / "rm").write_text(f'#!/bin/sh\n{waits}; do sleep 0.05; done; exec /bin/rm "$@"\n')
     (tmp_path / "rm").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    await begin(other, home, "old.1")
     (home / "generations" / ".gone-2-abcd" / "trash").mkdir(parents=True)
+    return tmp_path
+
+
+@asynchronous
+async def test_nobody_waits_for_the_removal_of_what_tasks_left(other: Path, home: Path, slow: Path) -> None:
+    """It takes longer than the grace of those that wait for renewals."""
+    await begin(other, home, "old.1")
     (home / "trash" / "t").mkdir()
     async with shims(home) as rt:
         assert (home / "generations" / ".gone-2-abcd").exists()
@@ -175,8 +180,28 @@ async def test_nobody_waits_for_the_removal_of_what_tasks_left(
         await rt.forget("old.1")
         await one_is_left(rt)
         await until(lambda: not (home / "trash").exists())
-        (tmp_path / "go").touch()
+        (slow / "go").touch()
         await until(lambda: not list((home / "generations").glob(".gone-*")))
+
+
+@pytest.mark.parametrize("for_good", [True, False])
+@asynchronous
+async def test_who_removes_ends_with_the_daemon_and_the_next_goes_on(
+    home: Path, slow: Path, monkeypatch: pytest.MonkeyPatch, for_good: bool
+) -> None:
+    monkeypatch.setattr(generations, "SWEEP_AT_END_S", 0.3)
+    async with shims(home) as rt:
+        await until((slow / "pid").exists)
+        if for_good:
+            await rt.shutdown_shim()
+    assert not alive(int((slow / "pid").read_text()))
+    assert (home / "generations" / ".gone-2-abcd").exists()
+    (slow / "go").touch()
+    async with shims(home) as rt:
+        if for_good:
+            await rt.shutdown_shim()
+            assert not (home / "generations").exists()
+        await until(lambda: not (home / "generations").exists())
 
 
 def test_damaged_records_of_a_later_one_are_kept(home: Path) -> None:

@@ -11,7 +11,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from spinetta.errors import Denied, InvariantViolation, NotFound, RuntimeUnavailable, UserError
@@ -125,31 +124,3 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         while await process.stdout.read(1 << 16):
             pass
     await process.wait()
-
-
-async def remove(path: Path, limit_s: float = 3600.0) -> bool:
-    """Remove a directory with all that strangers have put into it; False when something is left.
-
-    By rm: it follows no link, crosses into no mount, and is not stopped by any depth.
-    """
-    process = await asyncio.create_subprocess_exec(
-        "rm",
-        "-rf",
-        "--one-file-system",
-        "--",
-        str(path),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        async with asyncio.timeout(limit_s):
-            return await process.wait() == 0
-    except TimeoutError:
-        return False
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from pathlib import Path
 
-from spinetta.runtime.images import errands
+from spinetta.runtime import removing
 from spinetta.runtime.images.catalogue import Catalogue
 from spinetta.runtime.images.shelf import Shelf
 
@@ -67,7 +67,7 @@ class Sweeper:
                 if self.settled:
                     self._catalogue.evict(self._keep_bytes, self._keep_s)
                 for path in [p for p in await asyncio.to_thread(self._shelf.discarded) if p not in stuck]:
-                    if not await errands.remove(path) and await asyncio.to_thread(path.exists):
+                    if not await removing.remove(path) and await asyncio.to_thread(path.exists):
                         log.warning("%s cannot be removed whole; it is tried again when the node is restarted", path)
                         stuck.add(path)
                 if not self._wanted.is_set():  # else more has been thrown away meanwhile
