@@ -101,7 +101,7 @@ def test_a_task_with_a_network_from_its_submit_to_the_end_of_its_node(
     assert said == "hello\ntried\n"
     cluster.cli("cancel", task)
     eventually(lambda: not cables(first), within_s=30, what="its network is gone")
-    assert place.names() == []
+    eventually(lambda: not place.names(), within_s=30, what="and what is written down of it")
 
     assert "spinetta" in tables(first)
     cluster.cli(*bridged, "--", "sleep", "1000")

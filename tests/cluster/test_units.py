@@ -43,7 +43,7 @@ def said(client: Client, task: str) -> str:
 
 
 def open_gate(cluster: Cluster, task: str) -> None:
-    (scratch,) = (cluster.nodes[0].data_dir / "shim").rglob(f"scratch/{task}.*")
+    (scratch,) = (cluster.nodes[0].data_dir / "shim" / "scratch").glob(f"{task}.*")
     (scratch / ("work" if (scratch / "work").is_dir() else "") / "gate").touch()
 
 
@@ -67,10 +67,11 @@ def test_one_card_of_two_each(cluster: Cluster, image: Path) -> None:
         node.kill_daemon()
         node.start()
         cluster.wait_ready()
-        eventually(lambda: status(plain)["now"], within_s=30, what="it is known again")
+        eventually(lambda: status(plain)["now"] and status(contained)["now"], within_s=30, what="they are known again")
         assert (status(plain)["now"]["units"], status(contained)["now"]["units"]) == ({"gpu": ["1"]}, {"gpu": ["0"]})
         assert "Given:" in cluster.cli("status", plain).stdout
-        assert cluster.json("node", "show")["units_given"] == {"gpu": {"0": contained, "1": plain}}
+        given = {"gpu": {"0": contained, "1": plain}}
+        eventually(lambda: cluster.json("node", "show")["units_given"] == given, within_s=20, what="so it tells")
         assert f"gpu 0 ({contained[-6:]}), 1 ({plain[-6:]})" in cluster.cli("node", "show").stdout
         assert said(client, third) == ""
         open_gate(cluster, plain)  # the third takes its place

@@ -123,7 +123,11 @@ def test_tasks_go_on_over_an_upgrade(tmp_path: Path, earlier: Path) -> None:
             eventually(lambda: (second / "shim.sock").exists(), within_s=30, what="a shim beside the first")
             if is_killed:
                 node.kill_daemon()
-        newest, old = eventually(lambda: shims_of(client, node.name), within_s=READY_S, what="the node answers")
+        newest, old = eventually(
+            lambda: len(found := shims_of(client, node.name)) == 2 and found,
+            within_s=READY_S,
+            what="the node tells of both",
+        )
         assert (newest.retiring, newest.code != "") == (False, True)
         assert (old.retiring, old.attempts, old.services, old.code) == (True, 2, ("etcd",), "")
         assert json.loads((node.data_dir / "identity.json").read_text())["shims"] == "later"

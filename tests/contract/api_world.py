@@ -7,10 +7,8 @@ the project's own transactions.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -58,6 +56,7 @@ from spinetta.trust.dial import Dialer
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 from spinetta.v1 import record_pb2 as pb
+from tests.contract.etcds import free_port, loopback_host
 
 T = TypeVar("T")
 LIMIT_S = 60.0  # for a whole scenario
@@ -93,9 +92,9 @@ class Etcd:
     """A member of its own, in a directory of its own."""
 
     def __init__(self, directory: Path) -> None:
-        self.client, peer = _free_ports(2)
-        self.endpoint = f"http://127.0.0.1:{self.client}"
-        peer_url = f"http://127.0.0.1:{peer}"
+        host = loopback_host()  # where nobody's outgoing connection has one of the ports meanwhile
+        self.endpoint = f"http://{host}:{free_port(host)}"
+        peer_url = f"http://{host}:{free_port(host)}"
         self._log = (directory / "etcd.log").open("wb")
         self.process = subprocess.Popen(
             [
@@ -127,14 +126,6 @@ class Etcd:
         self.process.kill()
         self.process.wait()
         self._log.close()
-
-
-def _free_ports(n: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in socks]
 
 
 @pytest.fixture(scope="session")
