@@ -8,6 +8,8 @@ import stat
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
+from spinetta.names import is_below
+
 LINKS_MAX = 40  # as many as the kernel follows
 
 
@@ -85,6 +87,23 @@ def program_missing(rootfs: Path, program: str, search: str, mounted: Collection
             return ""
         refused = refused or f"not executable: {path}"
     return refused or f"program not found: {program}"
+
+
+def directory_missing(rootfs: Path, path: str, mounted: Collection[str]) -> str:
+    """In words, when it is certain that a container of this image has no such directory; else nothing.
+
+    runc would make one, as its root's, where it can; and where it cannot, it fails as if the machine had.
+    """
+    if any(is_below(path, top) or is_below(top, path) for top in mounted):
+        return ""  # only the container sees what is there; mount points that the image lacks are made
+    at_first_empty = next((top for top in ("/work", "/tmp") if path != top and is_below(path, top)), "")  # noqa: S108
+    if at_first_empty:
+        return f"working directory missing: {path} ({at_first_empty} is empty when a task starts)"
+    try:
+        _, found = find(rootfs, path)
+    except NotInImage:
+        return f"working directory missing: {path}"
+    return "" if stat.S_ISDIR(found.st_mode) else f"no directory to work in: {path}"
 
 
 def _outside(rootfs: Path, path: PurePosixPath) -> str:

@@ -30,7 +30,7 @@ from spinetta.errors import RuntimeUnavailable, UserError
 from spinetta.model import Exit, Reason, Usage
 from spinetta.runtime.images.errands import TRANSIENT
 from spinetta.runtime.images.store import ImageStore, PreparedImage
-from spinetta.runtime.lookup import NotInImage, kind_of, program_missing
+from spinetta.runtime.lookup import NotInImage, directory_missing, kind_of, program_missing
 from spinetta.runtime.network import Joined, Network, NoNetwork
 from spinetta.runtime.protocol import AttemptKey, ContainerLaunch, Exited, Held, Launch, ShimLost, ShimRuntime
 from spinetta.trust.backoff import Backoff
@@ -224,9 +224,12 @@ class RuncRuntime:
             )
         uid, gid = ocirequest.user_of(asked.user, image.user, site.task_user, root_inside=root_inside)
         env = environment(image.env, launch)
-        missing = program_missing(image.rootfs, launch.argv[0], env["PATH"], [m.target for m in mounts])
+        cwd, targets = launch.working_directory or ocirequest.SCRATCH, [m.target for m in mounts]
+        if missing := directory_missing(image.rootfs, cwd, targets):
+            raise UserError(f"{_told(missing, launch)} in the image {asked.image}")
+        missing = program_missing(image.rootfs, launch.argv[0], env["PATH"], targets)
         if missing and not asked.writable:
-            raise UserError(f"{missing} in the image {asked.image}")
+            raise UserError(f"{_told(missing, launch)} in the image {asked.image}")
         lower = [str(image.rootfs)]
         if (skeleton := self._skeleton(image.rootfs, mounts)) is not None:
             lower.insert(0, str(skeleton))
@@ -247,7 +250,7 @@ class RuncRuntime:
             groups=image.groups if (uid, gid) == image.user else (),
             uids=site.uids,
             gids=site.gids,
-            cwd=launch.working_directory or ocirequest.SCRATCH,
+            cwd=cwd,
             init_path=site.init,
             scratch_path=str(state / "scratch" / launch.key),
             secrets_path=str(state / "bundle" / "secrets") if launch.secrets else "",
@@ -268,7 +271,8 @@ class RuncRuntime:
             rules=replace(site.rules, root_inside=root_inside),
         )
         if problems := ocirequest.refusals(request):  # by what the image says: the rest was looked at when it came in
-            raise UserError(f"no container can be made of the image {asked.image}: {'; '.join(problems)}")
+            words = "(sealed)" if launch.private else "; ".join(problems)
+            raise UserError(f"no container can be made of the image {asked.image}: {words}")
         config = ociconfig.runtime_config(request)
         owner = (ocirequest.outside(site.uids, uid), ocirequest.outside(site.gids, gid))
         sources = tuple(mount.source for mount in mounts)
@@ -376,6 +380,11 @@ def _make_skeleton(folder: Path, lacking: Sequence[tuple[str, bool]], uid: int, 
         shutil.rmtree(new, ignore_errors=True)
         if not folder.is_dir():  # else somebody else was faster
             raise
+
+
+def _told(words: str, launch: Launch) -> str:
+    """Without the command's own words after the colon, if nobody else may know them."""
+    return f"{words.partition(':')[0]}: (sealed)" if launch.private else words
 
 
 def _if_there(path: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spinetta.runtime.lookup import NotInImage, find, kind_of, program_missing
+from spinetta.runtime.lookup import NotInImage, directory_missing, find, kind_of, program_missing
 
 PATH = "/usr/bin:/bin"
 
@@ -79,3 +79,27 @@ def test_programs(rootfs: Path, program: str, words: str) -> None:
 
 def test_a_program_that_may_be_in_a_mount_is_not_called_missing(rootfs: Path) -> None:
     assert program_missing(rootfs, "nothing", "/data/bin:/bin", ["/data"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/", ""),
+        ("/usr", ""),
+        ("/bin", ""),  # a link to one
+        ("/work", ""),
+        ("/data", ""),  # mounted
+        ("/data/below", ""),
+        ("/made", ""),  # above a mount: made with its mount point
+        ("/nothing", "working directory missing: /nothing"),
+        ("/usr/nothing", "working directory missing: /usr/nothing"),
+        ("/escape", "working directory missing: /escape"),
+        ("/round", "working directory missing: /round"),
+        ("/usr/bin/tool", "no directory to work in: /usr/bin/tool"),
+        ("/usr/bin/tool/x", "working directory missing: /usr/bin/tool/x"),
+        ("/work/x", "working directory missing: /work/x (/work is empty when a task starts)"),
+        ("/workshop", "working directory missing: /workshop"),
+    ],
+)
+def test_working_directories(rootfs: Path, path: str, words: str) -> None:
+    assert directory_missing(rootfs, path, ["/data", "/made/here"]) == words

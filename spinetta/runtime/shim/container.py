@@ -30,6 +30,7 @@ _MARKS_OF_THE_USERS_FAULT = (
     "executable file `",  # crun
     "open executable:",
     "chdir to cwd",
+    "chdir to `",  # crun
     "mkdir cwd",
     "invalid uid",
     "invalid gid",
@@ -40,6 +41,7 @@ _MARKS_OF_THE_USERS_FAULT = (
     "invalid sysctl",
     "setrlimits",
 )
+_MARKS_OF_THE_DISKS_FAULT = ("no space left", "quota exceeded", "input/output error", "cannot allocate memory")
 
 
 class Stage(enum.IntEnum):
@@ -299,4 +301,7 @@ def says_out_of_memory(message: str) -> bool:
 
 def is_the_users_fault(message: str) -> bool:
     """Whether no other node would do better with the same configuration."""
-    return any(mark in message for mark in _MARKS_OF_THE_USERS_FAULT)
+    if any(mark in message for mark in _MARKS_OF_THE_USERS_FAULT):
+        return True
+    # runc up to 1.1 makes the working directory, of which it says no more than that; all else has words before it.
+    return "container init: mkdir /" in message and not any(mark in message for mark in _MARKS_OF_THE_DISKS_FAULT)
