@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,21 @@ def test_what_is_no_log_is_left_alone(tmp_path: Path) -> None:
     assert cut_all(both, 1024) == "target and stderr were cut at the limit of 1KiB"
 
 
+def test_a_log_that_hoards_blocks_is_cut(tmp_path: Path) -> None:
+    log = tmp_path / "stdout"
+    log.write_bytes(b"hello\n")
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    with log.open("rb+") as file:
+        if fallocate(file.fileno(), 1, ctypes.c_long(0), ctypes.c_long(200 * MIB)):  # FALLOC_FL_KEEP_SIZE
+            pytest.skip("this file system reserves nothing")
+    assert (log.stat().st_size, log.stat().st_blocks * 512 >= 200 * MIB) == (6, True)
+    assert not cut(str(log), 100 * MIB)  # some do that of their own accord
+    assert cut(str(log), MIB)
+    assert log.stat().st_blocks * 512 <= 2 * MIB
+    assert log.read_bytes().startswith(b"hello\n")
+    assert log.read_bytes().endswith(marker(MIB))
+
+
 # How much room a directory takes --------------------------------------------------------------------------------------
 
 
@@ -209,7 +226,7 @@ def test_hard_links_count_once_and_symbolic_ones_as_themselves(tmp_path: Path, m
     assert abs(measured(root).used_bytes - whole) < 5
 
 
-def test_a_deep_tree_takes_one_descriptor(tmp_path: Path) -> None:
+def test_a_deep_tree_takes_few_descriptors(tmp_path: Path) -> None:
     depth, fd = 600, os.open(tmp_path, os.O_RDONLY)
     for _level in range(depth):
         os.mkdir("d" * 100, dir_fd=fd)
@@ -226,7 +243,45 @@ def test_a_deep_tree_takes_one_descriptor(tmp_path: Path) -> None:
         most = max(most, len(os.listdir("/proc/self/fd")))  # noqa: PTH208
     assert scan.whole
     assert scan.used_bytes >= 1_000_000 + blocks(tmp_path) * depth // 2
-    assert most <= before + 3  # listing one copies its descriptor
+    assert most <= before + usedspace.OPEN_FOLDERS_MAX + 3  # listing one copies its descriptor
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize("depth", [0, usedspace.OPEN_FOLDERS_MAX + 5])
+@pytest.mark.parametrize("away", ["moved", "removed"])
+def test_one_that_is_moved_while_it_is_looked_at_hides_nothing_but_its_neighbours(
+    tmp_path: Path, depth: int, away: str
+) -> None:
+    for name in "abcde":
+        (tmp_path / name).mkdir()
+    first, *_, last = os.listdir(tmp_path)  # noqa: PTH208 - in the order in which they are listed; looked at backwards
+    (tmp_path / first / "file").write_bytes(b"x" * 1_000_000)
+    trap = tmp_path.joinpath(last, *(["d"] * depth))
+    (trap / "in" / "deepest").mkdir(parents=True)
+    for number in range(usedspace.SLICE_ENTRIES):
+        (trap / "in" / "deepest" / str(number)).touch()
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    scan, moved = Scan(str(tmp_path)), False
+    while scan.step():
+        opened = {os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()}
+        if not moved and str(trap / "in/deepest") in opened:
+            moved = True
+            if away == "moved":
+                (trap / "in" / "deepest").rename(tmp_path / first / "deepest")
+            else:
+                shutil.rmtree(trap / "in" / "deepest")
+    assert moved
+    assert scan.whole == (depth == 0 or away == "removed")
+    assert scan.used_bytes >= 1_000_000
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_depth_is_no_way_to_fill_our_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usedspace, "DEPTH_MAX", 100)
+    tmp_path.joinpath(*(["d"] * 98)).mkdir(parents=True)
+    assert measured(tmp_path).whole
+    tmp_path.joinpath(*(["d"] * 102)).mkdir(parents=True)
+    assert not measured(tmp_path).whole
 
 
 def test_a_tree_that_changes_is_not_left(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MARKER_BEGINS = b"\n[spinetta: this log is cut here: its limit is "
+BLOCK_BYTES = 512  # of st_blocks, whatever the disk's
+ROOM_BYTES = 64 << 20  # that a log's blocks may take beyond twice its limit: file systems reserve some in advance
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 _MARKER = re.compile(re.escape(MARKER_BEGINS) + rb"(\d{1,19})(GiB|MiB|KiB| bytes)\]\n")
 MARKER_BYTES_MAX = len(MARKER_BEGINS) + 19 + len(b" bytes]\n")
@@ -53,7 +55,7 @@ def cut(path: str, bytes_max: int) -> bool:
             return False
         end = marker(bytes_max)
         kept = max(bytes_max - len(end), 0)
-        if found.st_size < kept + len(end):
+        if found.st_size < kept + len(end) and not hoards(found, bytes_max):
             return False
         if found.st_size == kept + len(end):
             return os.pread(fd, len(end), kept) == end
@@ -63,6 +65,11 @@ def cut(path: str, bytes_max: int) -> bool:
         return True
     finally:
         os.close(fd)
+
+
+def hoards(found: os.stat_result, bytes_max: int) -> bool:
+    """Whether it takes far more room than its length tells: who may write to it may also reserve blocks behind it."""
+    return found.st_blocks * BLOCK_BYTES > 2 * bytes_max + ROOM_BYTES
 
 
 def cut_all(paths: Sequence[str], bytes_max: int) -> str:

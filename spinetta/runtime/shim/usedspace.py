@@ -10,6 +10,8 @@ from collections.abc import Generator, Iterable
 
 SLICE_ENTRIES = 500  # between two looks at what else there is to do: about two milliseconds
 LINKS_MAX = 20_000  # files with several names that are remembered; of others each name counts its share
+OPEN_FOLDERS_MAX = 64  # above the one that is looked into; those further down are found again by "..", if at all
+DEPTH_MAX = 20_000  # of folders: about 3 MB
 FOLDERS_MAX = 100_000  # directories that wait to be looked into, about 10 MB
 BLOCK_BYTES = 512  # of st_blocks, whatever the disk's
 PROCESSES_MAX = 256  # of one attempt that are looked at for removed files, and
@@ -71,11 +73,15 @@ def _text(path: str) -> str:
         return file.read()
 
 
+_Folder = tuple[int, int, list[str]]
+"""Its descriptor, -1 if it was closed; its inode; what is still to be looked into there."""
+
+
 class Scan:
     """One measurement: of blocks, not of lengths; no link is followed, no other file system entered.
 
     Whoever owns the directory may change it meanwhile, and is not trusted: each step goes from an open directory to one
-    that is found in it, and back only to where it came from. One directory is open at a time, however deep.
+    that is found in it, and back only to where it came from. Few directories are open at a time, however deep.
 
     Attributes:
         used_bytes: found so far.
@@ -104,35 +110,62 @@ class Scan:
             fd = os.open(root, _FLAGS)
         except OSError:
             return
+        above: list[_Folder] = []
         try:
             here = os.fstat(fd)
             self.device = here.st_dev
             self._count(here)
-            above: list[tuple[int, list[str]]] = []  # inodes, and what is still to be looked into there
             folders = yield from self._list(fd)
             while folders or above:
-                if folders:
-                    self._waiting -= 1
-                    try:
-                        inner = os.open(folders.pop(), _FLAGS, dir_fd=fd)
-                    except OSError:  # gone, or not ours to read
-                        continue
-                    above.append((here.st_ino, folders))
-                    os.close(fd)
-                    fd, here = inner, os.fstat(inner)
-                    folders = (yield from self._list(fd)) if here.st_dev == self.device else []
+                if not folders:
+                    fd, here, folders = self._back(fd, above)
+                    continue
+                self._waiting -= 1
+                try:
+                    inner = os.open(folders.pop(), _FLAGS, dir_fd=fd)
+                except OSError:  # gone, or not ours to read
+                    continue
+                if len(above) < OPEN_FOLDERS_MAX:
+                    above.append((fd, here.st_ino, folders))
                 else:
-                    inode, folders = above.pop()
-                    outer = os.open("..", _FLAGS, dir_fd=fd)
+                    above.append((-1, here.st_ino, folders))
                     os.close(fd)
-                    fd, here = outer, os.fstat(outer)
-                    if (here.st_dev, here.st_ino) != (self.device, inode):
-                        self.whole = False  # it was moved under us
-                        return
+                fd, here, folders = inner, os.fstat(inner), []
+                if here.st_dev == self.device and len(above) < DEPTH_MAX:
+                    folders = yield from self._list(fd)
+                elif here.st_dev == self.device:
+                    self.whole = False
         except OSError:
             self.whole = False
         finally:
-            os.close(fd)
+            for each in (fd, *(outer for outer, _, _ in above if outer >= 0)):
+                os.close(each)
+
+    def _back(self, fd: int, above: list[_Folder]) -> tuple[int, os.stat_result, list[str]]:
+        """To the folder above, with what is still to be looked into there. OSError: it cannot be had."""
+        outer, inode, folders = above[-1]
+        if outer < 0 and (outer := self._outer(fd, inode)) < 0:
+            # It was moved or removed under us. What is beside it up there is not known; we go on where we still are.
+            self.whole = False
+            while above[-1][0] < 0:
+                self._waiting -= len(above.pop()[2])
+            outer, _, folders = above[-1]
+        found = os.fstat(outer)
+        above.pop()
+        os.close(fd)
+        return outer, found, folders
+
+    def _outer(self, fd: int, inode: int) -> int:
+        """A descriptor of the folder above, if it still is the one with that inode; else -1."""
+        try:
+            outer = os.open("..", _FLAGS, dir_fd=fd)
+        except OSError:
+            return -1
+        found = os.fstat(outer)
+        if (found.st_dev, found.st_ino) == (self.device, inode):
+            return outer
+        os.close(outer)
+        return -1
 
     def _list(self, fd: int) -> Generator[int, None, list[str]]:
         folders: list[str] = []

@@ -26,7 +26,7 @@ from . import sysapi
 from .attempt import Held
 from .bundle import UPPER
 from .cgroup import members
-from .logcap import cut
+from .logcap import cut, hoards
 from .loop import READ, WRITE, Loop, now_s
 from .usedspace import Scan, removed_bytes
 from .wire import BadMessage, Lines, Message, decode, encode
@@ -145,7 +145,8 @@ class _Watch:
             began_s, full = time.thread_time(), False
             for path in target.logs:
                 with contextlib.suppress(OSError):
-                    if os.stat(path, follow_symlinks=False).st_size >= target.log_bytes_max:  # noqa: PTH116 - often
+                    found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - often
+                    if found.st_size >= target.log_bytes_max or hoards(found, target.log_bytes_max):
                         full = cut(path, target.log_bytes_max) or full
             self._logs.add(key, time.monotonic() + (LOG_CUT_LOOK_S if full else LOG_LOOK_S))
             self._logs.paid(time.thread_time() - began_s)
