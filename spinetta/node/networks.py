@@ -15,7 +15,8 @@ from spinetta.container import BRIDGE, CONTAINER
 from spinetta.errors import RuntimeUnavailable, UserError
 from spinetta.node.lock import DirectoryLock
 from spinetta.runtime import netplace
-from spinetta.runtime.network import Network, NetworkSettings
+from spinetta.runtime.netgates import NetworkSettings
+from spinetta.runtime.network import Network
 from spinetta.runtime.protocol import ShimRuntime
 
 log = logging.getLogger("spinetta.node")

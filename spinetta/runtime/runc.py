@@ -31,7 +31,8 @@ from spinetta.model import Exit, Reason, Usage
 from spinetta.runtime.images.errands import TRANSIENT
 from spinetta.runtime.images.store import ImageStore, PreparedImage
 from spinetta.runtime.lookup import NotInImage, directory_missing, kind_of, program_missing
-from spinetta.runtime.network import Joined, Network, NoNetwork
+from spinetta.runtime.netattempts import Joined, NoNetwork
+from spinetta.runtime.network import Network
 from spinetta.runtime.protocol import AttemptKey, ContainerLaunch, Exited, Held, Launch, ShimLost, ShimRuntime
 from spinetta.trust.backoff import Backoff
 

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from spinetta.runtime import netplace
+from spinetta.runtime.netattempts import Joined
+from spinetta.runtime.netgates import NetworkSettings
 from spinetta.runtime.netplace import Place
-from spinetta.runtime.network import Joined, Network, NetworkSettings
+from spinetta.runtime.network import Network
 
 OUTSIDE, MACHINE = "198.51.100.1", "198.51.100.2"  # reserved for documents: nothing real is meant
 THIRD = "203.0.113.1"  # too

@@ -16,10 +16,12 @@ import pytest
 
 from spinetta import cni
 from spinetta import network as rules
-from spinetta.runtime import netcommands, netplace
+from spinetta.runtime import netattempts, netcommands, netplace
 from spinetta.runtime import network as networks
+from spinetta.runtime.netattempts import Joined, NoNetwork
+from spinetta.runtime.netgates import NetworkSettings
 from spinetta.runtime.netplace import Place
-from spinetta.runtime.network import Joined, Network, NetworkSettings, NoNetwork
+from spinetta.runtime.network import Network
 from tests.contract.nets import (
     MACHINE,
     NETWORKS,
@@ -92,7 +94,7 @@ async def test_addresses_that_are_used_up(here: World, where: Place, monkeypatch
         assert not waiting.done()
         network.release("t3.1")
         assert (await waiting).address
-        monkeypatch.setattr(networks, "ADDRESS_WAIT_S", 0.2)
+        monkeypatch.setattr(netattempts, "ADDRESS_WAIT_S", 0.2)
         with pytest.raises(NoNetwork, match=r"all 5 addresses .*10\.77\.0\.0/29.* in use.*network_subnet"):
             await joined_for_good(network, "never.1")
         assert len(where.names()) == 5
@@ -198,7 +200,8 @@ import asyncio, os, signal, sys
 from pathlib import Path
 from spinetta.node.networks import network_place, open_network
 from spinetta.runtime import netcommands, netplace
-from spinetta.runtime.network import Network, NetworkSettings
+from spinetta.runtime.netgates import NetworkSettings
+from spinetta.runtime.network import Network
 
 place, stage, moment, *prefix = sys.argv[1:]
 count = -1

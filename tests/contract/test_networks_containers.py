@@ -20,8 +20,9 @@ from spinetta.model import Exit, Reason
 from spinetta.node.containers import open_containers
 from spinetta.node.networks import network_place, open_network
 from spinetta.runtime import netplace
+from spinetta.runtime.netattempts import NoNetwork
 from spinetta.runtime.netplace import Place
-from spinetta.runtime.network import Network, NoNetwork
+from spinetta.runtime.network import Network
 from spinetta.runtime.protocol import Launch
 from spinetta.runtime.runc import RuncRuntime
 from tests.contract.containers import make_rootfs

@@ -14,9 +14,12 @@ import pytest
 
 from spinetta import cni
 from spinetta import network as rules
+from spinetta.runtime import netattempts
 from spinetta.runtime import network as networks
+from spinetta.runtime.netattempts import Joined
+from spinetta.runtime.netgates import NetworkSettings
 from spinetta.runtime.netplace import Place
-from spinetta.runtime.network import Joined, Network, NetworkSettings
+from spinetta.runtime.network import Network
 from tests.contract.nets import (
     MACHINE,
     NETWORKS,
@@ -123,12 +126,12 @@ async def test_plugins_that_are_gone_leave_nothing(
 async def test_a_plugin_that_refuses_to_delete_is_done_without(
     here: World, where: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(networks, "AGAIN_S", 0.05)
+    monkeypatch.setattr(netattempts, "AGAIN_S", 0.05)
     async with opened(where, here) as network:
         await joined_for_good(network, "a.1")
         (tmp_path / "ptp").write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / "ptp").chmod(0o755)
-        network._plugins = str(tmp_path)
+        network._attempts._plugins = str(tmp_path)
         network.release("a.1")
         await until(lambda: only_rules(here, where))
     assert left(here, where) == []

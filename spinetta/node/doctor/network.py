@@ -16,7 +16,8 @@ from spinetta.errors import UserError
 from spinetta.node.networks import is_wanted
 from spinetta.runtime import netcommands, netgates, netplace
 from spinetta.runtime.netcommands import CommandFailed, Commands
-from spinetta.runtime.network import Network, NetworkSettings
+from spinetta.runtime.netgates import NetworkSettings
+from spinetta.runtime.network import Network
 
 CHECK = "network"
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
