@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,13 @@ from spinetta.events import attempt_key
 from spinetta.model import TaskId
 from spinetta.node.services import limits
 from spinetta.runtime.process import ProcessRuntime
-from spinetta.runtime.shim import proctable
 from spinetta.trust.credentials import UserCredentials
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import api_pb2_grpc as rpc
 from spinetta.v1 import record_pb2 as pb
 from tests.contract.api_world import Etcd, Node, etcd, etcd_member, eventually, new_id, node, run, spec
 from tests.contract.rights_world import Pair, Secured, all_of, sealed, secured
-from tests.contract.shims import clean_up, end_of, name_of, runtime, shell
+from tests.contract.shims import clean_up, end_of, living, name_of, runtime, shell
 
 pytestmark = pytest.mark.contract
 _ = (etcd, etcd_member)  # fixtures
@@ -196,10 +196,11 @@ def test_a_caller_that_does_not_read_costs_little(etcd: Etcd, tmp_path: Path, sh
             AsyncClient(a.address) as client,
         ):
             task_id = await s.running(a, spec())
-            async with client.exec(task_id, ["cat", "/dev/zero"]) as execution:
+            much = str(10**12 + os.getpid())  # nobody else's
+            async with client.exec(task_id, ["head", "-c", much, "/dev/zero"]) as execution:
                 outputs = execution.outputs()
                 await anext(outputs)
-                pid = next(p.pid for p in proctable.read_all() if name_of(p.pid) == "cat" and p.state != "Z")
+                (pid,) = living(much)
                 written = Path(f"/proc/{pid}/io")
 
                 def count() -> int:

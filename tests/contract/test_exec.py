@@ -26,7 +26,6 @@ from tests.contract.shims import (
     isolate,
     kill_shim,
     living,
-    name_of,
     ran,
     runtime,
     shell,
@@ -249,16 +248,17 @@ async def test_so_many_and_no_more(state_dir: Path) -> None:
 async def test_a_slow_reader_holds_the_command_up(state_dir: Path) -> None:
     async with runtime(state_dir) as rt:
         assert await rt.start(shell("t.1", "exec sleep 100")) is None
-        async with open_command(state_dir, "t.1", ["head", "-c", "20000000", "/dev/zero"]) as command:
+        much = 20_000_000 + os.getpid()  # nobody else's
+        async with open_command(state_dir, "t.1", ["head", "-c", str(much), "/dev/zero"]) as command:
             outputs = aiter(command.outputs())
             first = await anext(outputs)
-            pid = next(p.pid for p in proctable.read_all() if name_of(p.pid) == "head")
+            (pid,) = living(str(much))
             await until(lambda: (p := proctable.read(pid)) is not None and p.state == "S")  # waits for room
             assert isinstance(first, Output)
             total = len(first.data)
             async for item in outputs:
                 total += len(item.data) if isinstance(item, Output) else 0
-            assert total == 20_000_000
+            assert total == much
 
 
 @asynchronous
