@@ -28,9 +28,10 @@ from spinetta.ocirequest import MOUNT_POINT_DIRECTORIES, MOUNT_POINT_FILES, Host
 HERE = Path(__file__).parent
 RUNC = shutil.which("runc", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 CRUN = shutil.which("crun")
-# It refuses machines with both versions of cgroups: show it the newer one only.
-WITH_CGROUP2 = ("unshare", "--mount", "sh", "-c", 'mount -t cgroup2 none /sys/fs/cgroup && exec "$@"', "sh")
 ONLY_V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+# It refuses machines with both versions of cgroups: show it the newer one only.
+_MOUNT_V2 = ("unshare", "--mount", "sh", "-c", 'mount -t cgroup2 none /sys/fs/cgroup && exec "$@"', "sh")
+WITH_CGROUP2 = () if ONLY_V2 else _MOUNT_V2
 TINI = shutil.which("tini-static")
 PYTHON_PREFIX = Path(os.path.realpath(sys.base_prefix))
 PYTHON = str(PYTHON_PREFIX / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
