@@ -185,8 +185,11 @@ def test_an_issuer_that_answers_for_ever_holds_nothing(first: bytes, monkeypatch
         began_s = time.monotonic()
         with pytest.raises(StoreUnavailable):
             _verify(_signed_by_nobody(url), issuer(url))
-        assert time.monotonic() - began_s < 4
-    assert threading.active_count() <= before
+        assert time.monotonic() - began_s < 20
+    end_s = time.monotonic() + 20
+    while threading.active_count() > before:
+        assert time.monotonic() < end_s, threading.enumerate()
+        time.sleep(0.01)  # polling with a limit
 
 
 def test_an_issuer_does_not_send_us_to_ourselves(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
