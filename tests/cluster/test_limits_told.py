@@ -13,8 +13,8 @@ import pytest
 from tests.cluster.harness import Cluster, free_base
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
-QUICK = ("--lease-ttl", "3s", "--grace", "30s", "--kill-margin", "2s", "--cpus", "8", "--memory", "2GiB")
-SETTINGS = (*QUICK, "--log-max", "64KiB", "--pids-max", "12", "--disk", "1GiB")
+CALM = ("--lease-ttl", "30s", "--grace", "60s", "--kill-margin", "2s", "--cpus", "8", "--memory", "2GiB")
+SETTINGS = (*CALM, "--log-max", "64KiB", "--pids-max", "12", "--disk", "1GiB")
 FORKS = "for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14; do sleep 100 & done; exit 5"
 FILLS = "head -c 8000000 /dev/zero > f; exec sleep 100"
 HOGS = "head -c 200000000 /dev/zero | tail -n 1; exit 3"

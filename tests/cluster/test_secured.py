@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not can_make_namespaces(), reason="network namespaces take root, ip(8) and nsenter(1)"),
 ]
 
-OPTIONS = ("--cpus", "2", "--memory", "1GiB", "--lease-ttl", "3s", "--kill-margin", "2s", "--grace", "15s")
+OPTIONS = ("--cpus", "2", "--memory", "1GiB", "--lease-ttl", "8s", "--kill-margin", "2s", "--grace", "15s")
 LABEL = "patients"
 CLI = (sys.executable, "-m", "spinetta.cli")
 SHORT_S = 30.0  # lifetime of the nodes' certificates: each is renewed several times meanwhile

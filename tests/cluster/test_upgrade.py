@@ -24,7 +24,7 @@ from tests.contract.shims import identity
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
-CALM = ("--lease-ttl", "10s", "--grace", "60s", "--kill-margin", "2s", "--cpus", "4", "--memory", "2GiB")
+CALM = ("--lease-ttl", "60s", "--grace", "120s", "--kill-margin", "2s", "--cpus", "4", "--memory", "2GiB")
 
 
 @pytest.fixture(scope="session")
