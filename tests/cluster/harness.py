@@ -122,7 +122,7 @@ class Node:
         self.kill_daemon()
         assert shim is not None, f"{self.name} has no shim"
         os.kill(shim, signal.SIGKILL)
-        eventually(lambda: not alive(shim), within_s=10, what=f"the shim of {self.name} dies")
+        eventually(lambda: not alive(shim), within_s=60, what=f"the shim of {self.name} dies")
 
     def stop(self) -> None:
         """End everything of this node."""

@@ -96,16 +96,16 @@ def test_a_task_with_a_network_from_its_submit_to_the_end_of_its_node(
     cluster.wait_ready()
     assert len(cables(first)) == 1, "it keeps its network"
     said = eventually(
-        lambda: "tried" in (log := cluster.cli("log", task).stdout) and log, within_s=30, what="all tried"
+        lambda: "tried" in (log := cluster.cli("log", task).stdout) and log, within_s=60, what="all tried"
     )
     assert said == "hello\ntried\n"
     cluster.cli("cancel", task)
-    eventually(lambda: not cables(first), within_s=30, what="its network is gone")
-    eventually(lambda: not place.names(), within_s=30, what="and what is written down of it")
+    eventually(lambda: not cables(first), within_s=60, what="its network is gone")
+    eventually(lambda: not place.names(), within_s=60, what="and what is written down of it")
 
     assert "spinetta" in tables(first)
     cluster.cli(*bridged, "--", "sleep", "1000")
-    eventually(lambda: cables(first), within_s=30, what="another runs")
+    eventually(lambda: cables(first), within_s=60, what="another runs")
     first.kill_daemon()
     stop = (sys.executable, "-m", "spinetta.cli", "node", "stop", "--data-dir", str(first.data_dir))
     subprocess.run([*first.prefix, *stop], timeout=60, check=True, capture_output=True)

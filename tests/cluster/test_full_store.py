@@ -233,7 +233,7 @@ def test_a_store_that_runs_full_is_emptied_and_nothing_is_lost(
         (("submit", "--", "true"), REFUSED, "nothing was submitted"),
     ):
         what = f"{command} ends with {code} and says {words!r}\n{story()}"
-        eventually(partial(answers, trio, command, code, words), within_s=20, what=what)
+        eventually(partial(answers, trio, command, code, words), within_s=60, what=what)
     trio.etcdctl("del", "--prefix", "/junk/")
     tell("junk is deleted")
     eventually(relieved, within_s=RELIEF_S, every_s=0.5, what=f"there is room again\n{story()}")

@@ -233,14 +233,14 @@ def test_a_stopped_node_leaves_nothing_running(tmp_path: Path) -> None:
         node = cluster.nodes[0]
         cluster.cli("submit", "--", "sleep", "1000")
         eventually(
-            lambda: cluster.json("list", "--limit", "0")["tasks"][0]["state"] == "running", within_s=15, what="it runs"
+            lambda: cluster.json("list", "--limit", "0")["tasks"][0]["state"] == "running", within_s=60, what="it runs"
         )
         shim = node.shim_pid()
         assert shim is not None
         assert node.process is not None
         os.kill(node.process.pid, signal.SIGINT)
         assert node.process.wait(40) == 0
-        eventually(lambda: not alive(shim), within_s=10, what="the shim ends")
+        eventually(lambda: not alive(shim), within_s=60, what="the shim ends")
         node.start()
         cluster.wait_ready()
         again = cluster.json("list", "--limit", "0")["tasks"][0]

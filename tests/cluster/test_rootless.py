@@ -103,4 +103,4 @@ def remove_groups(name: str) -> None:
         if (Path(mount) / name).is_dir():
             folders = sorted((p for p in (Path(mount) / name).rglob("*") if p.is_dir()), reverse=True)
             groups = Groups("v2", (), (), "", "", (*folders, Path(mount) / name))
-            eventually(lambda groups=groups: not groups.remove_trials(), within_s=10, what="its groups go")  # type: ignore[misc]
+            eventually(lambda groups=groups: not groups.remove_trials(), within_s=60, what="its groups go")  # type: ignore[misc]

@@ -56,7 +56,7 @@ def small_disks(directory: Path) -> Iterator[OnSmallDisks]:
 
 def gone(node: Node) -> bool:
     """Whether its shim ends; waits for it."""
-    return bool(eventually(lambda: node.shim_pid() is None, within_s=20, what=f"the shim of {node.name} is gone"))
+    return bool(eventually(lambda: node.shim_pid() is None, within_s=60, what=f"the shim of {node.name} is gone"))
 
 
 def fill(folder: Path) -> Path:
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_and_one_that_is_read_only(tmp_path: Path) -> None:
         filler.unlink()
         state_is(cluster, client, later, State.COMPLETE)
         log = n2.data_dir / "shim" / "logs" / f"{first}.1" / "stderr"
-        eventually(lambda: "the disk was full" in log.read_text(), within_s=30, what="the log says that it was cut")
+        eventually(lambda: "the disk was full" in log.read_text(), within_s=60, what="the log says that it was cut")
 
         # Read-only while it runs, and at its start.
         subprocess.run(["mount", "--bind", str(n2.data_dir), str(n2.data_dir)], check=True)
@@ -245,7 +245,7 @@ def test_a_shim_that_dies_under_load(alone: Alone, tmp_path: Path) -> None:
     assert node.process is not None
     assert node.process.poll() is None, "the daemon has outlived it"
     attempts = node.data_dir / "shim" / "attempts"
-    eventually(lambda: not list(attempts.iterdir()), within_s=20, what="nothing is left over")
+    eventually(lambda: not list(attempts.iterdir()), within_s=60, what="nothing is left over")
 
 
 def test_a_daemon_that_dies_at_any_of_its_effects(tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def test_one_card_of_two_each(cluster: Cluster, image: Path) -> None:
     with Client(node.address) as client:
         assert dict(client.nodes().nodes[0].record.capacity.countables) == {"gpu": 2}
         contained = client.submit(["sh", "-c", SHOWS], gpu=1, image=f"rootfs:{image}").id
-        eventually(lambda: said(client, contained), within_s=30, what=f"it runs\n{cluster.tails()}")
+        eventually(lambda: said(client, contained), within_s=60, what=f"it runs\n{cluster.tails()}")
         plain = client.submit(["sh", "-c", SHOWS], gpu=1).id
-        eventually(lambda: said(client, plain), within_s=30, what=f"it runs\n{cluster.tails()}")
+        eventually(lambda: said(client, plain), within_s=60, what=f"it runs\n{cluster.tails()}")
         assert (said(client, contained), said(client, plain)) == ("0 of 0\n", "1 of 1\n")
         third = client.submit(["sh", "-c", SHOWS], gpu=1).id
 
@@ -63,26 +63,26 @@ def test_one_card_of_two_each(cluster: Cluster, image: Path) -> None:
             return found
 
         busy = "busy: 1 gpu wanted, 0 there"  # as the node tells of itself, a moment later
-        eventually(lambda: busy in cluster.cli("status", third).stdout, within_s=20, what="it waits")
+        eventually(lambda: busy in cluster.cli("status", third).stdout, within_s=60, what="it waits")
         node.kill_daemon()
         node.start()
         cluster.wait_ready()
-        eventually(lambda: status(plain)["now"] and status(contained)["now"], within_s=30, what="they are known again")
+        eventually(lambda: status(plain)["now"] and status(contained)["now"], within_s=60, what="they are known again")
         assert (status(plain)["now"]["units"], status(contained)["now"]["units"]) == ({"gpu": ["1"]}, {"gpu": ["0"]})
         assert "Given:" in cluster.cli("status", plain).stdout
         given = {"gpu": {"0": contained, "1": plain}}
-        eventually(lambda: cluster.json("node", "show")["units_given"] == given, within_s=20, what="so it tells")
+        eventually(lambda: cluster.json("node", "show")["units_given"] == given, within_s=60, what="so it tells")
         assert f"gpu 0 ({contained[-6:]}), 1 ({plain[-6:]})" in cluster.cli("node", "show").stdout
         assert said(client, third) == ""
         open_gate(cluster, plain)  # the third takes its place
-        eventually(lambda: said(client, third), within_s=30, what=f"it runs\n{cluster.tails()}")
+        eventually(lambda: said(client, third), within_s=60, what=f"it runs\n{cluster.tails()}")
         assert said(client, third) == "1 of 1\n"
         for task in (contained, third):
             open_gate(cluster, task)
         done = client.wait([contained, plain, third], timeout_s=60).tasks
         assert [(i.task.outcome, i.task.attempts_started) for i in done] == [(Outcome.SUCCEEDED, 1)] * 3
         units = node.data_dir / "units"
-        eventually(lambda: not list(units.iterdir()), within_s=20, what="both are free again")
+        eventually(lambda: not list(units.iterdir()), within_s=60, what="both are free again")
 
 
 def test_no_card_is_with_two_at_once_while_daemons_die(cluster: Cluster, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_tasks_go_on_over_an_upgrade(tmp_path: Path, earlier: Path) -> None:
         assert parent(etcd) == first
         plain = client.submit(waiting(go))
         cell = client.submit(waiting(Path("go")), image=f"rootfs:{image}")
-        eventually(lambda: all("begun" in read(client, t.id) for t in (plain, cell)), within_s=30, what="both run")
+        eventually(lambda: all("begun" in read(client, t.id) for t in (plain, cell)), within_s=60, what="both run")
         log = subprocess.Popen(
             [sys.executable, "-m", "spinetta.cli", "log", "-f", plain.id],
             stdout=subprocess.PIPE, text=True, env={**os.environ, "SPINETTA_NODE": node.address},
@@ -120,7 +120,7 @@ def test_tasks_go_on_over_an_upgrade(tmp_path: Path, earlier: Path) -> None:
         node.kill_daemon()
         for is_killed in (True, False):  # in the midst of it
             node.start()
-            eventually(lambda: (second / "shim.sock").exists(), within_s=30, what="a shim beside the first")
+            eventually(lambda: (second / "shim.sock").exists(), within_s=60, what="a shim beside the first")
             if is_killed:
                 node.kill_daemon()
         newest, old = eventually(
@@ -151,7 +151,7 @@ def test_tasks_go_on_over_an_upgrade(tmp_path: Path, earlier: Path) -> None:
         out, _ = log.communicate(timeout=30)
         assert [line.split()[0] for line in out.splitlines()] == ["begun", "done"]
         eventually(lambda: not alive(first), within_s=40, what="the first shim has ended")
-        etcd = eventually(lambda: etcd_of(node), within_s=10, what="etcd runs")[0]
+        etcd = eventually(lambda: etcd_of(node), within_s=60, what="etcd runs")[0]
         assert parent(etcd) == identity(second)["pid"]
         eventually(lambda: len(shims_of(client, node.name)) == 1, within_s=READY_S, what="one shim is left")
         assert not list((home / "attempts").iterdir())
