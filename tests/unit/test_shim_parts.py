@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import spinetta.runtime.shim as package
 from spinetta.runtime.shim import child, proctable, wire
-from spinetta.runtime.shim.loop import Loop, now_s
+from spinetta.runtime.shim.loop import READ, Loop, now_s
 from spinetta.runtime.shim.records import Records, put_beside, put_file, read_records, seal, unseal
 
 SOURCES = sorted(Path(package.__file__).parent.glob("*.py"))
@@ -185,3 +185,34 @@ def test_timers_in_their_order_and_errors_that_do_not_end_the_loop() -> None:
     assert now_s() >= start + 0.03
     assert len(errors) == 1
     assert "ZeroDivisionError" in errors[0]
+
+
+def test_cancelled_timers_do_not_gather() -> None:
+    loop, seen = Loop(lambda _text: None), []
+    loop.call_in(3600, loop.stop)  # the earliest: what is behind it does not come to the top
+    kept = [loop.call_in(86400 + i, lambda: None) for i in range(1000)]
+    for _attempt in range(20_000):
+        loop.call_in(7 * 86400, lambda: None).cancel()
+    assert len(loop._timers) <= 4 * len(kept)
+    loop.call_in(0, lambda: seen.append(sum(1 for _due, _number, each in loop._timers if each.call is not None)))
+    loop.call_in(0.01, loop.stop)
+    loop.run()
+    assert seen == [len(kept) + 2]  # none was lost
+
+
+@pytest.mark.parametrize("due_s", [1e300, float("inf")])
+def test_what_is_never_due_ends_nothing(due_s: float) -> None:
+    loop, seen = Loop(lambda _text: None), []
+    loop.call_at(due_s, lambda: None)
+    receive, send = os.pipe()
+
+    def said(_mask: int) -> None:
+        seen.append(len(os.read(receive, 1)))
+        loop.call_in(0.01, loop.stop)
+
+    loop.watch(receive, READ, said)
+    os.write(send, b"x")
+    loop.run()
+    assert seen == [1]
+    os.close(receive)
+    os.close(send)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 from . import sysapi
 
+TIMERS_MIN = 256  # that are kept before cancelled ones are looked for: a wall time is days away when its task has ended
+FAR_S = float(1 << 32)  # a century: the kernel takes no infinite time
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 
@@ -48,6 +50,7 @@ class Loop:
         self._epoll = select.epoll()
         self._calls: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
+        self._timers_most = TIMERS_MIN
         self._sequence = itertools.count()
         self._on_error = on_error
         self._running = True
@@ -73,6 +76,10 @@ class Loop:
     def call_at(self, due_s: float, call: Callable[[], None]) -> Timer:
         """Call once when CLOCK_BOOTTIME reaches `due_s`."""
         timer = Timer(due_s, call)
+        if len(self._timers) >= self._timers_most:
+            self._timers = [each for each in self._timers if each[2].call is not None]
+            heapq.heapify(self._timers)
+            self._timers_most = max(2 * len(self._timers), TIMERS_MIN)
         heapq.heappush(self._timers, (due_s, next(self._sequence), timer))
         return timer
 
@@ -105,9 +112,9 @@ class Loop:
             for fd, mask in self._epoll.poll():
                 call = self._calls.get(fd)
                 if call is not None:
-                    self._guarded(lambda call=call, mask=mask: call(mask))  # type: ignore[misc]  # defaults bind now
+                    self.guarded(lambda call=call, mask=mask: call(mask))  # type: ignore[misc]  # defaults bind now
             self._run_due()
-            self._guarded(self.on_turn)
+            self.guarded(self.on_turn)
 
     def _run_due(self) -> None:
         now = now_s()
@@ -115,14 +122,14 @@ class Loop:
             _, _, timer = heapq.heappop(self._timers)
             if timer.call is not None:
                 call, timer.call = timer.call, None
-                self._guarded(call)
+                self.guarded(call)
 
     def _arm(self) -> None:
         while self._timers and self._timers[0][2].call is None:
             heapq.heappop(self._timers)
         due_s = self._timers[0][0] if self._timers else None
         if due_s != self._armed_s:
-            sysapi.timerfd_set(self._timerfd, due_s)
+            sysapi.timerfd_set(self._timerfd, None if due_s is None else min(due_s, FAR_S))
             self._armed_s = due_s
 
     def _drain_timerfd(self, _mask: int) -> None:
@@ -130,7 +137,8 @@ class Loop:
             os.read(self._timerfd, 8)
         self._armed_s = None
 
-    def _guarded(self, call: Callable[[], None]) -> None:
+    def guarded(self, call: Callable[[], None]) -> None:
+        """Call it; an error is told to `on_error`."""
         try:
             call()
         except Exception:  # noqa: BLE001 - see the class: dying would kill every task

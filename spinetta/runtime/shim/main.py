@@ -249,8 +249,8 @@ class Shim:
             else:
                 self._restart_writer()
             return
-        for ack, error in answers:
-            ack(error)
+        for ack, error in answers:  # one that fails is not to keep what was answered to others
+            self._loop.guarded(lambda ack=ack, error=error: ack(error))  # type: ignore[misc]  # defaults bind now
 
     def _restart_writer(self) -> None:
         """Until it works: what is to be written waits, and all else goes on."""

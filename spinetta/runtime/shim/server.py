@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -30,6 +29,7 @@ from .wire import (
     text,
 )
 
+ACCEPT_AGAIN_S = 0.5  # where one could not be let in; a client waits for 5 s
 REASONS = ("cancelled", "released", "fenced", "walltime", "node-lost")
 
 
@@ -88,7 +88,7 @@ class Server:
         }
         self.quiet_since_s: float | None = now_s()
         keeper.on_end = self._on_end
-        loop.watch(sock.fileno(), READ, self._accept)
+        self._listen()
 
     def watch(self, connection: Connection, mask: int) -> None:
         """Wait for a connection's socket."""
@@ -130,23 +130,34 @@ class Server:
             connection.closing = True
             connection.flush()
 
+    def _listen(self) -> None:
+        if self._sock.fileno() >= 0:  # else we are about to end
+            self._loop.watch(self._sock.fileno(), READ, self._accept)
+
     # Connections -------------------------------------------------------------------------------------------------
 
     def _accept(self, _mask: int) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             sock, _ = self._sock.accept()
-            sock.setblocking(False)
-            peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            _, uid, _ = struct.unpack("3i", peer)
-            connection = Connection(self, sock)
-            if uid not in (os.geteuid(), 0):
-                self._refuse(connection, "forbidden", f"user {uid} may not talk to this shim")
-            elif len(self._connections) >= CONNECTIONS_MAX:
-                self._refuse(connection, "full", f"{CONNECTIONS_MAX} clients are connected already")
-            else:
-                self._connections.add(connection)
-                self.quiet_since_s = None
-                self.watch(connection, READ)
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # no descriptor is left, or no memory: it would be ready again at once, and again
+            self._log(f"nobody can be let in now: {error.strerror}")
+            self._loop.unwatch(self._sock.fileno())
+            self._loop.call_in(ACCEPT_AGAIN_S, self._listen)
+            return
+        sock.setblocking(False)
+        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", peer)
+        connection = Connection(self, sock)
+        if uid not in (os.geteuid(), 0):
+            self._refuse(connection, "forbidden", f"user {uid} may not talk to this shim")
+        elif len(self._connections) >= CONNECTIONS_MAX:
+            self._refuse(connection, "full", f"{CONNECTIONS_MAX} clients are connected already")
+        else:
+            self._connections.add(connection)
+            self.quiet_since_s = None
+            self.watch(connection, READ)
 
     def _refuse(self, connection: Connection, code: str, message: str) -> None:
         connection.send({"id": 0, "error": code, "message": message})

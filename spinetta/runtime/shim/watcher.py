@@ -276,7 +276,11 @@ class Watcher:
         if self._sock is not None or not self._watched:
             return
         self._started_s = now_s()
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # no descriptor is left
+            self._start_soon()
+            return
         try:
             pid = os.fork()
         except OSError:
