@@ -231,7 +231,7 @@ async def _filled(port: HandNode, address: str, store: Store, channel: grpc.aio.
         return known if known is not None and len(known.latest.wraps) == 3 else None
 
     # Then the keeper of labels rests, and what changes is the caller's doing.
-    key = await eventually(members, within_s=20, what="all nodes have the key of what is for members")
+    key = await eventually(members, within_s=40, what="all nodes have the key of what is for members")
     public = LabelPublicKey(MEMBERS, key.latest.number, key.latest.public_key)
     tasks = {}
     for owner in ("ann", "bob"):

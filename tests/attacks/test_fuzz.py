@@ -246,7 +246,7 @@ async def _rested(tasks: int) -> None:
     def rest() -> bool:
         return len(asyncio.all_tasks()) <= tasks + FEED_TASKS_MAX
 
-    await eventually(rest, within_s=15, what="the calls leave no task behind")
+    await eventually(rest, within_s=40, what="the calls leave no task behind")
 
 
 async def _still_answers(f: Fortress) -> str:

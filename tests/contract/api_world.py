@@ -72,7 +72,7 @@ def run(scenario: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(limited())
 
 
-async def eventually(condition: Callable[[], Any], *, within_s: float = 10.0, what: str = "") -> Any:
+async def eventually(condition: Callable[[], Any], *, within_s: float = 30.0, what: str = "") -> Any:
     """Wait for a condition with a limit; its value when it is true. The condition may be async."""
     end_s = time.monotonic() + within_s
     while True:

@@ -230,7 +230,7 @@ def _judge(told: Told, lines: list[str]) -> None:
 
 
 async def _nothing_left(state_dir: Path, name: str, marker: str, stale: set[str]) -> None:
-    await until(lambda: not living(marker), 10)
+    await until(lambda: not living(marker))
     left = set(leftovers(state_dir, name)) - stale
     assert not left, f"left over: {left}"
 

@@ -69,7 +69,7 @@ def left_over(directory: Path) -> list[str]:
     return [p.name for part in ("staging", "unpacked") for p in (images / part).iterdir()]
 
 
-async def until(condition: Callable[[], Any], what: str, within_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> None:
     """Wait for a condition, with a limit."""
     end_s = time.monotonic() + within_s
     while not condition():

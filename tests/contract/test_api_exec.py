@@ -211,7 +211,7 @@ def test_a_caller_that_does_not_read_costs_little(etcd: Etcd, tmp_path: Path, sh
                     await asyncio.sleep(0.3)  # nothing happens: that takes time to see
                     return count() == before
 
-                await eventually(rests, within_s=20, what="the command waits")
+                await eventually(rests, within_s=40, what="the command waits")
                 assert count() < 32 << 20, "two connections hold a few MiB each"
                 await outputs.aclose()
             await eventually(lambda: not name_of(pid), what="it ended with its caller")

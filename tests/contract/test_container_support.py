@@ -132,7 +132,7 @@ def look_into_a_container(here: Machine, found: dict[str, Any], *, ids: bool) ->
             assert line, (bundle / "errors").read_text()
             pid = int(line)
             command = Path(f"/proc/{pid}/cmdline")
-            eventually(lambda: "sleep" in command.read_text(), within_s=10, what="the container's command runs")
+            eventually(lambda: "sleep" in command.read_text(), within_s=40, what="the container's command runs")
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
             groups = Path(f"/proc/{pid}/cgroup").read_text()
         finally:
@@ -191,7 +191,7 @@ def test_a_trial_that_is_broken_off_leaves_nothing_running(tmp_path: Path, numbe
             process.send_signal(number)
             process.wait(LIMIT_S)
         part = f"spinetta-trial-{process.pid}-"
-        eventually(lambda: not commands_with(mark, part), within_s=10, what="all of it is dead")
+        eventually(lambda: not commands_with(mark, part), within_s=40, what="all of it is dead")
         if number == signal.SIGINT:
             assert list((here.home / "data").iterdir()) == []
             assert list((here.home / "tmp").iterdir()) == []

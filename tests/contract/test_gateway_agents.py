@@ -226,7 +226,7 @@ def test_cancel_drain_restart_and_leave() -> None:
                 task = builders.queued(n, resources=builders.cpus(1))
                 task = replace(task, spec=replace(task.spec, command=("endless",)))
                 assert isinstance(await world.etcd.commit(lives.submit(task)), Committed)
-            await eventually(lambda: len(one.runtime.running) + len(two.runtime.running) == 6, within_s=20)
+            await eventually(lambda: len(one.runtime.running) + len(two.runtime.running) == 6, within_s=40)
             # A request to cancel, from a voter.
             victim = next(iter(one.runtime.running.values()))
             number = int(victim.key[:8], 16)
@@ -299,7 +299,7 @@ def test_a_worker_that_falls_silent_is_given_up_and_what_it_held_runs_elsewhere(
             silent = nodes[1]
             silent.runtime.endless = True
             await submit(world, *range(1, 40), resources=builders.cpus(0.5), grace_s=4.0)
-            await eventually(lambda: len(silent.runtime.running) > 0, within_s=20)
+            await eventually(lambda: len(silent.runtime.running) > 0, within_s=40)
             await silent.stop()
             held = {int(key[:8], 16) for key in silent.runtime.running}
             done = await complete(world, *range(1, 40))
@@ -345,7 +345,7 @@ def test_a_late_finish_of_a_fenced_worker_is_lost() -> None:
             _, worker, other = nodes
             worker.runtime.endless = other.runtime.endless = True
             await submit(world, *range(1, 10), resources=builders.cpus(0.5))  # one more than one of them has room for
-            await eventually(lambda: len(worker.runtime.running) > 0, within_s=20)
+            await eventually(lambda: len(worker.runtime.running) > 0, within_s=40)
             other.runtime.finish()
             key = next(iter(worker.runtime.running))
             number = int(key[:8], 16)

@@ -40,7 +40,7 @@ def test_one_watch_at_etcd_serves_all_workers_each_with_what_it_may_see() -> Non
             for n, queue in enumerate(queues):  # that something is gone is told of what was hidden, too
                 expected = [q1, q2, q4, q1, q3] if n % 2 else [q1, q4, q1, q3]
                 await queue.shows(expected)
-            await eventually(lambda: mine[4].keys == [keys.running(NodeId("w4"), builders.task_id(1))], within_s=10)
+            await eventually(lambda: mine[4].keys == [keys.running(NodeId("w4"), builders.task_id(1))], within_s=40)
             assert not any(each.keys for n, each in enumerate(mine) if n != 4)
             feeds = world.gates[0].service.fanout._feeds
             assert set(feeds) == {keys.QUEUED, keys.RUNNING}
@@ -60,19 +60,19 @@ def test_a_watch_begins_in_the_recent_past_or_not_at_all(monkeypatch: pytest.Mon
             start = (await world.etcd.read([])).revision + 1
             first = await Follower(worker.store, keys.QUEUED, start).stands()
             await submit(world, *range(1, 6))
-            await eventually(lambda: len(first.keys) == 5, within_s=10)
+            await eventually(lambda: len(first.keys) == 5, within_s=40)
             again = await Follower(worker.store, keys.QUEUED, start).stands()
-            await eventually(lambda: again.keys == first.keys, within_s=10)
+            await eventually(lambda: again.keys == first.keys, within_s=40)
             middle = await Follower(worker.store, keys.QUEUED, start + 3).stands()
-            await eventually(lambda: middle.keys == first.keys[3:], within_s=10)
+            await eventually(lambda: middle.keys == first.keys[3:], within_s=40)
             await submit(world, *range(6, 20))
-            await eventually(lambda: len(first.keys) == 19, within_s=10)
+            await eventually(lambda: len(first.keys) == 19, within_s=40)
             assert first.keys == again.keys == [keys.queued(builders.task_id(n)) for n in range(1, 20)]
             late = await Follower(worker.store, keys.QUEUED, start).stands()
             assert isinstance(late.error, Compacted)
             future = await Follower(worker.store, keys.QUEUED, start + 20).stands()
             await submit(world, 20, 21, 22, 23)
-            await eventually(lambda: len(future.keys) == 3, within_s=10)
+            await eventually(lambda: len(future.keys) == 3, within_s=40)
             for each in (first, again, middle, future):
                 await each.stop()
 
@@ -92,7 +92,7 @@ def test_one_who_asks_for_all_of_history_does_not_spoil_it_for_others(monkeypatc
             far = await Follower(greedy.store, keys.QUEUED, 1 << 40).stands()
             second = await Follower(worker.store, keys.QUEUED, start).stands()
             await submit(world, 20)
-            await eventually(lambda: second.keys == [keys.queued(builders.task_id(20))], within_s=10)
+            await eventually(lambda: second.keys == [keys.queued(builders.task_id(20))], within_s=40)
             await far.stop()
             await second.stop()
 
@@ -115,7 +115,7 @@ def test_a_quiet_watch_is_told_that_it_still_stands(monkeypatch: pytest.MonkeyPa
             await asyncio.sleep(3)  # not for something to happen, but for nothing to
             assert [f.error for f in followers] == [None, None]
             monkeypatch.setattr(watches, "BEAT_S", 60)
-            await eventually(lambda: all(f.error is not None for f in followers), within_s=10)
+            await eventually(lambda: all(f.error is not None for f in followers), within_s=40)
             assert all("fallen silent" in str(f.error) for f in followers)
 
     run(scenario())

@@ -391,7 +391,7 @@ def test_an_authority_is_exchanged_under_traffic(etcd: Etcd, tmp_path: Path, kin
                 found = await authorities(w, kind)
                 return found.generation >= 4 and not under_way(found)
 
-            await eventually(over, within_s=20, what="the rotation ends")
+            await eventually(over, within_s=40, what="the rotation ends")
             new = await authorities(w, kind)
             assert new.active.certificate_pem != old.active.certificate_pem
             if kind == "cluster":

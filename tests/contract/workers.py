@@ -156,7 +156,7 @@ class Follower:
         return [event.key for changes in self.seen for event in changes.events]
 
     async def stands(self) -> Follower:
-        await eventually(lambda: bool(self.seen) or self.error is not None, within_s=10)
+        await eventually(lambda: bool(self.seen) or self.error is not None, within_s=40)
         return self
 
     async def shows(self, keys: list[str]) -> None:
