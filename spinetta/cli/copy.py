@@ -63,7 +63,10 @@ def copy(
     """
     task_id, colon, path = source.partition(":")
     if not colon or not task_id:
-        raise UserError(f"{source!r} names no task and file", field="source", hint="ID:PATH, e.g. 0190b6d3:result.csv")
+        hint = "ID:PATH, e.g. 0190b6d3:result.csv"
+        if ":" in target:
+            hint += f"; into a task: spinetta exec -i {target.partition(':')[0]} -- sh -c 'cat > FILE' < {source}"
+        raise UserError(f"{source!r} names no task and file", field="source", hint=hint)
     if target == "-" and as_json:
         raise UserError("--json and standard output as target", field="json", hint="give a LOCAL file")
     shows = sys.stderr.isatty() and not quiet and not as_json
@@ -144,8 +147,10 @@ async def _receive(
     except BrokenPipeError:
         raise
     except OSError as e:
-        where = e.filename or target
-        raise UserError(f"{where} cannot be written: {e.strerror}", field="target", hint="give another LOCAL") from e
+        where = "standard output" if target == "-" else e.filename if entry.is_directory else copied.path
+        part = "; what is there is only a part" if entry.is_directory and copied.bytes else ""
+        words = f"{where or target} cannot be written: {e.strerror}{part}"
+        raise UserError(words, field="target", hint="give another LOCAL") from e
     except StoreUnavailable as e:
         raise OutcomeUnknown(f"only a part was copied: {e}", hint="copy it again") from e
     return copied

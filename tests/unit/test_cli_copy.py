@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
+import re
+import sys
 import tarfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from spinetta.cli import copy
 from spinetta.client.execs import CopiedEntry, CopySkipped
@@ -79,13 +84,34 @@ def test_a_copy_that_broke_off_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutcomeUnknown, match="only a part"):
         received([entry("a"), b"half", StoreUnavailable("it went away")], tmp_path)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "before")]
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'no/place'))} cannot be written: No such file"):
         received([entry("a"), b"x"], tmp_path / "no" / "place")
     half = archive(("file", tarfile.REGTYPE, "x" * 100_000))[:50_000]
     with pytest.raises(OutcomeUnknown, match="only a part"):
         received([entry("d", is_directory=True), half], tmp_path)
     with pytest.raises(OutcomeUnknown, match="only a part"):
         received([entry("e", is_directory=True), half, StoreUnavailable("it went away")], tmp_path)
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", SimpleNamespace(buffer=full))
+        with pytest.raises(UserError, match=r"^standard output cannot be written: No space left on device$"):
+            received([entry("a"), b"x" * 100_000], Path("-"))
+
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", none_left)
+    half = archive(("file", tarfile.REGTYPE, "x"))
+    with pytest.raises(UserError, match="d cannot be written: No space left on device; what is there is only a part"):
+        received([entry("d", is_directory=True), half], tmp_path / "d")
+
+
+def test_into_a_task() -> None:
+    done = CliRunner().invoke(copy.copy, ["a.csv", "0190b6d3:a.csv"], standalone_mode=False)
+    assert isinstance(done.exception, UserError)
+    assert "spinetta exec -i 0190b6d3 -- sh -c 'cat > FILE' < a.csv" in done.exception.hint
 
 
 def test_a_directory(tmp_path: Path) -> None:
