@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 SIGNALS_MAX = 16  # that were not passed on yet
 READ_BYTES = 32 << 10
+MESSAGE_BYTES = 1000  # of a runtime's complaint; the shim cuts it sooner
 END_OF_INPUT = b"\x04"  # as a user of a terminal types it
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)  # to the command, once; the second ends us
 
 
-@click.command("exec", epilog=exits.HELP)
+@click.command("exec", epilog=exits.HELP_EXEC)
 @click.argument("task_id", metavar="ID")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--interactive", "-i", is_flag=True, help="Pass our standard input on; implied by a terminal.")
@@ -56,8 +57,6 @@ def exec_(
     Write -- before the command. It ends when the task does, or when we do; the task goes on. It shares what the task
     may use: if memory runs out, the task may be ended.
 
-    Exits as the command does; 128+N: signal N ended it, 126: it could not be started, 125: Spinetta failed.
-
     \b
     Examples:
       spinetta exec ID -- bash
@@ -77,13 +76,13 @@ def exec_(
     async def work(client: AsyncClient) -> int:
         async with client.exec(task_id, command, **options) as execution:
             with _raw_terminal() if with_terminal else contextlib.nullcontext():
-                await _attend(execution, options, as_json=as_json)
+                last = await _attend(execution, options, as_json=as_json)
             end = execution.end
         assert end is not None  # noqa: S101 - outputs has come to its end
         if as_json:
             output.put_json_line({"exit_code": end.exit_code, "signal": end.signal, "message": end.message})
         elif end.message:
-            output.tell(f"exec: {end.message}")
+            output.tell(f"exec: {_not_twice(end.message, last)}")
         return exits.SIGNAL_BASE + end.signal if end.signal else end.exit_code
 
     try:
@@ -95,8 +94,15 @@ def exec_(
         raise Finished(exits.NOT_STARTED) from None
 
 
-async def _attend(execution: Execution, options: dict[str, Any], *, as_json: bool) -> None:
-    """Pass everything on, both ways, until the command has ended."""
+def _not_twice(message: str, last: bytes) -> str:
+    """Without what a container's runtime has said already, as if the command had."""
+    said = output.printable(last.decode(errors="replace").strip())
+    return message.removesuffix(said).rstrip(": ") or message
+
+
+async def _attend(execution: Execution, options: dict[str, Any], *, as_json: bool) -> bytes:
+    """Pass everything on, both ways, until the command has ended; the end of what it wrote."""
+    last = b""
     with_terminal = options["terminal"] is not None
     async with asyncio.TaskGroup() as group:
         helpers = [group.create_task(_pass_signals(execution, with_terminal=with_terminal))]
@@ -104,8 +110,10 @@ async def _attend(execution: Execution, options: dict[str, Any], *, as_json: boo
             helpers.append(group.create_task(_pass_input(execution, with_terminal=with_terminal)))
         async for part in execution.outputs():
             _show(part, as_json=as_json)
+            last = (last + part.data)[-MESSAGE_BYTES:]
         for helper in helpers:
             helper.cancel()
+    return last
 
 
 def _show(part: ExecOutput, *, as_json: bool) -> None:

@@ -58,6 +58,14 @@ Exit codes:
   128+N  signal N ended it (137: out of memory; 153: more than --disk in its scratch directory)
 """
 
+HELP_EXEC = """\b
+Exit codes:
+  the command's own, and else:
+  125    Spinetta failed: wrong usage, no such task, no answer, no right; the message says which
+  126    the command could not be started
+  128+N  signal N ended it
+"""
+
 
 def code_of(error: SpinettaError) -> int:
     """The exit code that an error means."""
