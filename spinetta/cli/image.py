@@ -261,8 +261,8 @@ def remove(
 ) -> None:
     """Remove images from a node.
 
-    IMAGE is a name, a digest, or the beginning of one. Of an image with several names only the one given is removed;
-    its digest, or --force, removes it with all of them.
+    IMAGE is a name, a digest, or the beginning of one (6 characters or more). Of an image with several names only the
+    one given is removed; its digest, or --force, removes it with all of them.
 
     \b
     Examples:

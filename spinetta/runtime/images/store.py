@@ -204,7 +204,9 @@ class ImageStore:
         if uses or catalogue.held(record.digest).handles:
             if not force:
                 raise UserError(
-                    f"image {text} is in use by {uses} attempts" if uses else f"image {text} is being verified",
+                    f"image {text} is in use by {uses} attempt{'s' * (uses > 1)}"
+                    if uses
+                    else f"image {text} is being verified",
                     field="image",
                     reason="in-use",
                     hint="--force has it removed when they have ended",

@@ -24,6 +24,7 @@ _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _MOUNT_ATTR_RDONLY = 1
 _PR_SET_PDEATHSIG = 1
 _FATAL = re.compile(r'level=(?:fatal|error) msg="((?:[^"\\]|\\.)*)"')
+_OTHER_ARCHIVE = re.compile(r"index\.json: no such file|manifest\.json: file does not exist")
 _PASSED_ON = (
     "HOME", "XDG_RUNTIME_DIR", "REGISTRY_AUTH_FILE", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
@@ -176,6 +177,12 @@ def understood(program: str, said: str, code: int) -> Refused:
         return Refused("a file of the image is too large", reason="too-large", hint="data belongs in a mount")
     if any(w in low for w in ("did not match", "digest mismatch", "does not match expected", "verification error")):
         return Refused(f"the image is damaged: {words}", reason="damaged", hint="get it again")
+    if _OTHER_ARCHIVE.search(low):
+        return Refused(
+            f"that is no archive of this kind: {words}",
+            hint="docker-archive: what docker save writes; oci-archive: a packed OCI layout; rootfs: what docker export"
+            " writes; or the path alone, and it is found out",
+        )
     if any(w in low for w in ("manifest unknown", "name unknown", "not found: ", "no such file or directory")):
         return Refused(f"there is no such image: {words}", reason="not-found", hint="check its name and tag")
     if any(w in low for w in ("unauthorized", "denied", "authentication required")):

@@ -125,7 +125,8 @@ def _tls(told: Told, of: str) -> list[str]:
 def _room(directory: Path, limits: Limits, wanted: int) -> None:
     free = tools.free_bytes(directory)
     if free < wanted + limits.free_min_bytes:
-        raise no_space(f"{wanted} bytes, with {free} free and {limits.free_min_bytes} to be left" if wanted else "")
+        needs = f"{wanted >> 20} MiB" if wanted else "more"
+        raise no_space(f"{needs}: {free >> 20} MiB are free, and {limits.free_min_bytes >> 20} MiB are left for others")
 
 
 def unpack(told: Told, progress: Progress) -> object:
