@@ -79,7 +79,7 @@ async def test_a_plugin_that_hangs_keeps_no_node_from_starting(
     async with Network.open(where, SETTINGS, keep=(), prefix=here.prefix) as network:
         assert "not made and taken down within 2 s (ptp did not end)" in network.trouble
         assert (left(here, where), forwards(here)) == ([], False)
-    assert time.monotonic() - began < 2.0 + networks.CLEARED_S + 2.0
+    assert time.monotonic() - began < 2.0 + networks.CLEARED_S + 10.0
 
 
 @asynchronous
