@@ -7,9 +7,6 @@ import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import PurePosixPath
 
-import grpc
-import grpc.aio
-
 from spinetta.errors import NotFound, UserError
 from spinetta.events import attempt_key
 from spinetta.node import scratch
@@ -18,6 +15,7 @@ from spinetta.node.port import NodePort
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.errors import busy
+from spinetta.node.services.forwarding import asked_of_holder
 from spinetta.node.services.holder import Found, find
 from spinetta.node.services.peers import FORWARDED, Peers
 from spinetta.node.threads import in_thread
@@ -122,17 +120,9 @@ class Copying:
         )
         call = (await self._peers.stub(found.peer)).CopyOut(ask, metadata=(FORWARDED,))
         try:
-            async for item in call:
-                yield item
-        except grpc.aio.AioRpcError as e:
-            if e.code() is not grpc.StatusCode.UNAVAILABLE or e.trailing_metadata():
-                raise
-            raise UserError(
-                f"node {found.peer.name}, which has the files, does not answer ({e.details()})",
-                field="id",
-                reason="node-unreachable",
-                hint="it may be restarting: try again",
-            ) from e
+            with asked_of_holder(f"node {found.peer.name}, which has the files,"):
+                async for item in call:
+                    yield item
         finally:
             call.cancel()
 

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError
 
 from spinetta import validate
@@ -19,7 +17,8 @@ from spinetta.node.port import NodePort
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked
 from spinetta.node.services.errors import busy
-from spinetta.node.services.holder import Found, check_passed_on, find
+from spinetta.node.services.forwarding import asked_of_holder, check_passed_on
+from spinetta.node.services.holder import Found, find
 from spinetta.node.services.peers import FORWARDED, Peers
 from spinetta.rights import Call, CallerKind
 from spinetta.runtime.execs import Command, Ended, NotRunning, Output, Size, open_command
@@ -107,21 +106,16 @@ class Execute:
                 yield request
 
         has_begun = False
+
+        def so() -> str:
+            return "; the command was ended, the task goes on" if has_begun else ""
+
         call = (await self._peers.stub(found.peer)).Exec(forward(), metadata=(FORWARDED,))
         try:
-            async for item in call:
-                has_begun = True
-                yield item
-        except grpc.aio.AioRpcError as e:
-            if e.code() is not grpc.StatusCode.UNAVAILABLE or e.trailing_metadata():
-                raise
-            ended = "; the command was ended, the task goes on" if has_begun else ""
-            raise UserError(
-                f"node {found.peer.name} does not answer ({e.details()}){ended}",
-                field="id",
-                reason="node-unreachable",
-                hint="it may be restarting: try again",
-            ) from e
+            with asked_of_holder(f"node {found.peer.name}", so):
+                async for item in call:
+                    has_begun = True
+                    yield item
         finally:
             call.cancel()
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from spinetta import codec, keys, validate
 from spinetta.access import NodeRole
-from spinetta.errors import AskElsewhere, Denied, NotFound, UserError
+from spinetta.errors import AskElsewhere, NotFound, UserError
 from spinetta.match import uncleared
 from spinetta.model import Attempt, NodeRecord, State, Task
 from spinetta.node.port import NodePort
 from spinetta.node.services import lookup
 from spinetta.node.services.desk import Asked, ask_a_voter
+from spinetta.node.services.forwarding import check_passed_on
 from spinetta.node.services.peers import Peers
-from spinetta.rights import CallerKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +23,6 @@ class Found:
     task: Task
     attempt: Attempt
     peer: NodeRecord | None
-
-
-def check_passed_on(asked: Asked, *, local_only: bool) -> None:
-    """A node asks for nothing of its own accord.
-
-    Raises:
-        Denied: it does, or wants it passed on further.
-    """
-    if asked.caller.kind is CallerKind.NODE and not (asked.is_forwarded and local_only):
-        raise Denied(f"{asked.caller.title} may only pass on what a person has asked for")
 
 
 async def find(

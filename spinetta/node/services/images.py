@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 import grpc.aio
 
 from spinetta import imageref, names
-from spinetta.errors import Denied, UserError
+from spinetta.errors import UserError
 from spinetta.model import NodeId
 from spinetta.node.hub import closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked, Desk
-from spinetta.node.services.nodes import passed_on
+from spinetta.node.services.forwarding import is_for, passed_on
 from spinetta.node.services.peers import FORWARDED, Peers
-from spinetta.rights import Call, CallerKind
+from spinetta.rights import Call
 from spinetta.runtime.images.catalogue import ImageInfo
 from spinetta.runtime.images.errands import Step, Tell
 from spinetta.runtime.images.records import ImageRecord
@@ -43,7 +43,7 @@ class Images:
         Raises:
             UserError, NotFound: it cannot be had.
         """
-        is_me = self._is_me(request.node, asked)
+        is_me = is_for(self._port.name, request.node, asked)
         ref = imageref.parse(request.reference, "reference")
         name = str(imageref.parse_name(request.name, "name")) if request.name else ""
         if not is_me:
@@ -70,7 +70,7 @@ class Images:
             NotFound: no such image.
             UserError: it cannot be said.
         """
-        if not self._is_me(request.node, asked):
+        if not is_for(self._port.name, request.node, asked):
             async with closing(
                 self._remote(request, lambda stub: stub.VerifyImage(request, metadata=(FORWARDED,)))
             ) as steps:
@@ -92,7 +92,7 @@ class Images:
 
     async def list(self, request: api.ListImagesRequest, asked: Asked) -> api.ListImagesResponse:
         """The images of a node."""
-        if not self._is_me(request.node, asked):
+        if not is_for(self._port.name, request.node, asked):
             stub = await self._other(request.node)
             with passed_on(request.node):
                 return await stub.ListImages(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
@@ -111,7 +111,7 @@ class Images:
             NotFound: no such image.
             UserError: it is in use or pinned, and `force` is not given.
         """
-        if not self._is_me(request.node, asked):
+        if not is_for(self._port.name, request.node, asked):
             stub = await self._other(request.node)
             with passed_on(request.node):
                 return await stub.RemoveImage(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
@@ -125,7 +125,7 @@ class Images:
         Raises:
             NotFound: no such image.
         """
-        if not self._is_me(request.node, asked):
+        if not is_for(self._port.name, request.node, asked):
             stub = await self._other(request.node)
             with passed_on(request.node):
                 return await stub.PinImage(request, timeout=limits.FORWARD_TIMEOUT_S, metadata=(FORWARDED,))
@@ -144,17 +144,6 @@ class Images:
                 hint="see why: spinetta doctor",
             )
         return self._port.images
-
-    def _is_me(self, name: str, asked: Asked) -> bool:
-        if asked.caller.kind is CallerKind.NODE and not asked.is_forwarded:
-            raise Denied(f"{asked.caller.title} may only pass on what a person has asked for")
-        if name in ("", self._port.name):
-            return True
-        if asked.is_forwarded:
-            raise UserError(
-                f"this is node {self._port.name}, not {name}", field="node", reason="node-unreachable", hint="try again"
-            )
-        return False
 
     async def _other(self, name: str) -> rpc.SpinettaAsyncStub:
         names.check_node_name(name, "node")

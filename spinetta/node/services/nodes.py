@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from uuid import uuid4
-
-import grpc
-import grpc.aio
 
 from spinetta import codec, keys, names, txn, validate
 from spinetta.errors import Denied, NotFound, OutcomeUnknown, StoreUnavailable, UserError
@@ -20,9 +17,9 @@ from spinetta.node.hub import closing
 from spinetta.node.port import NodePort
 from spinetta.node.services import limits
 from spinetta.node.services.desk import Asked
+from spinetta.node.services.forwarding import is_for, passed_on
 from spinetta.node.services.peers import FORWARDED, Peers
 from spinetta.node.trouble import TROUBLE
-from spinetta.rights import CallerKind
 from spinetta.store.protocol import KeyValue
 from spinetta.trust.backoff import Backoff
 from spinetta.v1 import api_pb2 as api
@@ -146,7 +143,7 @@ class Nodes:
         if request.force and not request.release:
             raise UserError("force is for tasks that are given back", field="force", hint="with release only")
         name = request.node
-        if self._is_me(name, asked):
+        if is_for(self._port.name, name, asked):
             await self._port.set_draining(True, release=request.release, force=request.force)
             return
         stub = await self._other(name)
@@ -155,7 +152,7 @@ class Nodes:
 
     async def undrain(self, name: str, asked: Asked) -> None:
         """Let a node take tasks again."""
-        if self._is_me(name, asked):
+        if is_for(self._port.name, name, asked):
             await self._port.set_draining(False)
             return
         stub = await self._other(name)
@@ -169,7 +166,7 @@ class Nodes:
             raise UserError(
                 f"{request.timeout_s:g} s is out of range", field="timeout_s", hint=f"0 to {LEAVE_TIMEOUT_MAX_S:g} s"
             )
-        if self._is_me(request.node, asked):
+        if is_for(self._port.name, request.node, asked):
             timeout_s = request.timeout_s if request.HasField("timeout_s") else None
             async with closing(self._port.leave(timeout_s)) as steps:
                 async for step in steps:
@@ -309,17 +306,6 @@ class Nodes:
                 answer.generation = codec.decode_generation(found.value) if found is not None else ""
         return answer
 
-    def _is_me(self, name: str, asked: Asked) -> bool:
-        if asked.caller.kind is CallerKind.NODE and not asked.is_forwarded:
-            raise Denied(f"{asked.caller.title} may only pass on what a person has asked for")
-        if name in ("", self._port.name):
-            return True
-        if asked.is_forwarded:  # the address it was sent to was that of another node until lately
-            raise UserError(
-                f"this is node {self._port.name}, not {name}", field="node", reason="node-unreachable", hint="try again"
-            )
-        return False
-
     async def _other(self, name: str) -> rpc.SpinettaAsyncStub:
         names.check_node_name(name, "node")
         try:
@@ -335,26 +321,6 @@ class Nodes:
                 hint=f"start it again; or, if it will not come back: spinetta node confirm-dead {name}",
             ) from None
         return await self._peers.stub(record)
-
-
-@contextlib.contextmanager
-def passed_on(name: str) -> Iterator[None]:
-    """A call to another node. Its own errors go through; its silence must not look like that of the node asked."""
-    try:
-        yield
-    except grpc.aio.AioRpcError as e:
-        if e.code() is grpc.StatusCode.UNAVAILABLE and not e.trailing_metadata():
-            if (e.details() or "").startswith("failed to connect"):
-                raise UserError(
-                    f"node {name} does not answer",
-                    field="node",
-                    reason="node-unreachable",
-                    hint="is it running? See `spinetta node list`, in which it stays until its lease has run out",
-                ) from e
-            raise OutcomeUnknown(f"node {name} went away during the call") from e
-        if e.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not e.trailing_metadata():
-            raise OutcomeUnknown(f"node {name} did not answer in time") from e
-        raise
 
 
 def seat_notices(views: list[api.NodeView], membership: Membership) -> list[str]:
