@@ -51,6 +51,7 @@ class Ending:
         self.passed: Callable[[Held, tuple[bool, int]], tuple[bool, int] | None] = lambda _held, status: status
         self.clear_container: Callable[[Held], None] = lambda _held: None
         self._marks = 0
+        self._emptying: dict[tuple[bool, str], Held] = {}  # by what a group is called, those whose group resists
 
     def noticed(self, held: Held) -> bool:
         """Look whether the main process has ended; if so set its end going. True when it has."""
@@ -179,7 +180,15 @@ class Ending:
             used=counters,
         )
 
+    def begins(self, held: Held) -> None:
+        """Another of its name that has ended leaves it the groups, whatever is in them: they are this one's now."""
+        self._emptying.pop((held.service, held.key), None)
+
     def _remove_group(self, held: Held, tries: int) -> None:
+        name = held.service, held.key
+        if tries and self._emptying.get(name) is not held:
+            return  # what is in it now belongs to another
+        self._emptying.pop(name, None)
         if held.group is None or held.group.remove():
             return
         if tries >= REMOVE_TRIES_MAX:
@@ -187,6 +196,7 @@ class Ending:
             return
         # Something is in it that was not seen before: a process that had moved, or one that takes its time to die.
         held.group.kill()
+        self._emptying[name] = held
         delay_s = _DELAYS_S[min(tries, len(_DELAYS_S) - 1)]
         self._loop.call_in(delay_s, lambda: self._remove_group(held, tries + 1))
 

@@ -237,6 +237,7 @@ class Keeper:
         self.ending.finish(held)
 
     def _spawn(self, held: Held) -> None:
+        self.ending.begins(held)
         try:
             name = f"service@{held.key}" if held.service else held.key
             # With version 2 alone the runtime is in the group itself: it is not to fail for the task's limit.
