@@ -248,6 +248,7 @@ def rules(
         f"    oifgroup {group} ct state new reject with icmpx admin-prohibited",
         "  }",
         "  chain out { ",
+        "    ct state invalid drop",  # it would leave as it is: what belongs to no connection is not translated
         f"    ct state new add @flows {{ ip saddr ct count over {FLOWS_MAX} }} reject with icmpx admin-prohibited",
         f"    oifgroup {group} reject with icmpx admin-prohibited",
         "    ip daddr @refused reject with icmpx admin-prohibited",

@@ -115,7 +115,7 @@ def answer_to(question: bytes) -> bytes:
     return question[:2] + b"\x81\x80\0\x01" + count + b"\0\0\0\0" + question[12:end] + (found if is_ipv4 else b"")
 
 
-def made_in(space: str, kind: int, address: str) -> socket.socket:
+def made_in(space: str, kind: int, address: str, protocol: int = 0) -> socket.socket:
     """A socket of a namespace: it stays there, whoever uses it."""
     made: list[socket.socket] = []
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -125,7 +125,7 @@ def made_in(space: str, kind: int, address: str) -> socket.socket:
 
         with open(f"/run/netns/{space}") as there:  # noqa: PTH123
             assert ctypes.CDLL(None, use_errno=True).setns(there.fileno(), 0x4000_0000) == 0
-        made.append(socket.socket(family, kind))
+        made.append(socket.socket(family, kind, protocol))
 
     thread = threading.Thread(target=make)
     thread.start()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,6 +264,35 @@ async def test_nobody_sends_with_anothers_address_where_paths_are_not_checked(he
             assert outside.recv(100) == b"its own"
         for key in ("a.1", "b.1"):
             network.release(key)
+
+
+@asynchronous
+async def test_what_belongs_to_no_connection_does_not_leave_under_its_own_address(here: World, where: Place) -> None:
+    """A packet that nobody can put down to a connection is not translated, so it is not to leave at all."""
+    async with opened(where, here) as network:
+        joined = await joined_for_good(network, "a.1")
+        space = os.path.relpath(joined.netns_path, "/run/netns")
+        with (
+            made_in(here.outside, socket.SOCK_RAW, OUTSIDE, socket.IPPROTO_TCP) as outside,
+            made_in(space, socket.SOCK_RAW, joined.address, socket.IPPROTO_TCP) as calling,
+        ):
+            outside.settimeout(5)
+            for number in range(3):  # the end of a connection that there never was
+                calling.sendto(tcp_header(joined.address, 1000 + number, flags=0x04), (OUTSIDE, 0))
+            assert caught(joined, OUTSIDE, here.serve(here.outside, OUTSIDE).port) == f"you are {MACHINE}"
+            seen = {socket.inet_ntoa(outside.recv(2000)[12:16]) for _packet in range(4)}
+        assert seen == {MACHINE}
+        network.release("a.1")
+
+
+def tcp_header(source: str, port: int, *, flags: int) -> bytes:
+    """One without anything behind it, to the world outside."""
+    header = struct.pack("!HHIIBBHHH", port, 80, 1, 0, 5 << 4, flags, 1024, 0, 0)
+    pseudo = socket.inet_aton(source) + socket.inet_aton(OUTSIDE) + struct.pack("!HH", socket.IPPROTO_TCP, len(header))
+    total = sum(struct.unpack(f"!{(len(pseudo) + len(header)) // 2}H", pseudo + header))
+    total = (total & 0xFFFF) + (total >> 16)
+    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    return header[:16] + struct.pack("!H", checksum) + header[18:]
 
 
 @asynchronous
