@@ -56,7 +56,12 @@ QUESTION = bytes(12) + b"\1a\0\0\1\0\1"
 
 def udp_of(joined: Joined) -> socket.socket:
     """A socket of a container's."""
-    return made_in(os.path.relpath(joined.netns_path, "/run/netns"), socket.SOCK_DGRAM, "0.0.0.0")  # noqa: S104
+    return made_in(space_of(joined), socket.SOCK_DGRAM, "0.0.0.0")  # noqa: S104
+
+
+def space_of(joined: Joined) -> str:
+    """A container's network namespace, as `made_in` finds it."""
+    return os.path.relpath(joined.netns_path, "/run/netns")
 
 
 @pytest.fixture
@@ -271,10 +276,9 @@ async def test_what_belongs_to_no_connection_does_not_leave_under_its_own_addres
     """A packet that nobody can put down to a connection is not translated, so it is not to leave at all."""
     async with opened(where, here) as network:
         joined = await joined_for_good(network, "a.1")
-        space = os.path.relpath(joined.netns_path, "/run/netns")
         with (
             made_in(here.outside, socket.SOCK_RAW, OUTSIDE, socket.IPPROTO_TCP) as outside,
-            made_in(space, socket.SOCK_RAW, joined.address, socket.IPPROTO_TCP) as calling,
+            made_in(space_of(joined), socket.SOCK_RAW, joined.address, socket.IPPROTO_TCP) as calling,
         ):
             outside.settimeout(5)
             for number in range(3):  # the end of a connection that there never was
