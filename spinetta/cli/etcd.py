@@ -16,7 +16,7 @@ import click
 
 from spinetta.cli import output
 from spinetta.cli.base import P, T, client_options, json_option, with_client
-from spinetta.errors import NotFound, StoreUnavailable, UserError
+from spinetta.errors import CorruptRecord, NotFound, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient
@@ -178,7 +178,6 @@ def decode(
 
 def _decoded(key_or_type: str, value: bytes) -> dict[str, Any]:
     from spinetta.cli.plain import to_dict
-    from spinetta.codec import CorruptRecord
 
     if not value.strip(b"\n"):
         return {}

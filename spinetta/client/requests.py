@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from spinetta import codec, names, validate
+from spinetta import messages, names, validate
 from spinetta.errors import UserError
 from spinetta.model import TaskSpec
 from spinetta.v1 import api_pb2 as api
@@ -52,7 +52,7 @@ def submit_requests(specs: Sequence[TaskSpec]) -> Iterator[api.SubmitRequest]:
     """Requests that hold the tasks in order, each within the limits of number and size."""
     request, size = api.SubmitRequest(), 0
     for spec in specs:
-        m = codec.spec_to_pb(spec)
+        m = messages.spec_to_pb(spec)
         bytes_ = m.ByteSize() + 8
         if request.tasks and (
             len(request.tasks) == validate.SUBMIT_TASKS_MAX or size + bytes_ > validate.SUBMIT_BYTES_TARGET

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from spinetta import codec
+from spinetta import messages
 from spinetta.model import NodeRecord, Outcome, State, Task, TaskId
 from spinetta.v1 import api_pb2 as api
 from spinetta.v1 import record_pb2 as pb
@@ -243,12 +243,14 @@ def task_info(m: api.TaskView) -> TaskInfo:
     """From the wire."""
     units = tuple(sorted((name, tuple(labels.split(","))) for name, labels in m.now.units.items()))
     now = UsageNow(m.now.memory_bytes, m.now.pids, units) if m.HasField("now") else None
-    return TaskInfo(codec.task_from_pb(m.task), m.node, m.revision, m.cancel_requested, m.spec_omitted, m.withheld, now)
+    return TaskInfo(
+        messages.task_from_pb(m.task), m.node, m.revision, m.cancel_requested, m.spec_omitted, m.withheld, now
+    )
 
 
 def node_info(m: api.NodeView) -> NodeInfo:
     """From the wire."""
-    return NodeInfo(codec.node_from_pb(m.node), m.voter, m.leader, m.etcd_leader, m.status, m.beat_age_ms)
+    return NodeInfo(messages.node_from_pb(m.node), m.voter, m.leader, m.etcd_leader, m.status, m.beat_age_ms)
 
 
 def cluster_info(m: api.DescribeClusterResponse, address: str) -> ClusterInfo:

@@ -21,7 +21,7 @@ import grpc.aio
 import pytest
 import uuid6
 
-from spinetta import codec, keys, lifecycle, txn
+from spinetta import codec, keys, lifecycle, messages, txn
 from spinetta.errors import InvariantViolation
 from spinetta.model import (
     Exit,
@@ -360,7 +360,7 @@ def spec(task_id: str = "", command: Sequence[str] = ("/bin/true",), **fields: A
 
 def plain(message: pb.TaskSpec) -> TaskSpec:
     """The same as a model value."""
-    return codec.spec_from_pb(message)
+    return messages.spec_from_pb(message)
 
 
 class Failed:

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from spinetta import codec, keys, txn
+from spinetta import codec, keys, messages, txn
 from spinetta.access import NodeRole, UserRole
 from spinetta.agent import Agent
 from spinetta.client import AsyncClient
@@ -57,7 +57,7 @@ def finished(
     at: str, *, task_id: str = "", owner: str = "", outcome: Outcome = Outcome.SUCCEEDED, **more: Any
 ) -> bytes:
     """The record of a task that ended on a node."""
-    task = codec.task_from_pb(
+    task = messages.task_from_pb(
         pb.Task(
             spec=spec(task_id, owner=owner, **more),
             state=pb.COMPLETE,

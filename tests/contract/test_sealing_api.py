@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from spinetta import access, codec, confidential, keys, payload, trustcodec
+from spinetta import access, codec, confidential, keys, messages, payload, trustcodec
 from spinetta.access import MEMBERS, NodeRole, SecretRecord, UserAcl, UserRole
 from spinetta.client import make_spec
 from spinetta.client.aio import AsyncClient
@@ -231,11 +231,13 @@ def test_a_clear_payload_is_sealed_by_a_cleared_node_and_refused_by_others(play:
         who = await s.person("ann", "phi", "pci")
         stub = await s.stub(who)
         spec = marked(clearance="phi")
-        await stub.Submit(api.SubmitRequest(tasks=[codec.spec_to_pb(spec)]))
+        await stub.Submit(api.SubmitRequest(tasks=[messages.spec_to_pb(spec)]))
         assert MARK.encode() not in await s.everything()
         assert (await s.vault.open_task(codec.decode_task(await s.stored(spec.id)).spec)).spec.name == MARK
         for labels, reason in ((["pci"], "unsealed"), (["pci", "phi"], "unsealed")):
-            failed = await failure(stub.Submit(api.SubmitRequest(tasks=[codec.spec_to_pb(marked(clearance=labels))])))
+            failed = await failure(
+                stub.Submit(api.SubmitRequest(tasks=[messages.spec_to_pb(marked(clearance=labels))]))
+            )
             assert failed.detail.reason == reason
             assert failed.detail.field == "tasks[0].clearance"
             assert MARK not in repr(failed)
@@ -251,7 +253,7 @@ def test_what_is_not_sealed_right_is_refused(play: Stage) -> None:
         await s.keeper.look()
         who = await s.person("ann", "phi", "pci")
         stub, ann = await s.stub(who), await s.client(who)
-        good = codec.spec_to_pb((await ann._sealer.seal([marked(clearance="phi")]))[0])
+        good = messages.spec_to_pb((await ann._sealer.seal([marked(clearance="phi")]))[0])
 
         async def refused(reason: str = "", **changes: Any) -> None:
             bad = type(good).FromString(good.SerializeToString())
@@ -289,7 +291,7 @@ def test_who_is_not_cleared_may_neither_seal_nor_submit(play: Stage) -> None:
             with pytest.raises(Denied):
                 await client.submit(marked(clearance="phi"))
             stub = await s.stub(await s.person(name + "2", role=role))
-            failed = await failure(stub.Submit(api.SubmitRequest(tasks=[codec.spec_to_pb(marked(clearance="phi"))])))
+            failed = await failure(stub.Submit(api.SubmitRequest(tasks=[messages.spec_to_pb(marked(clearance="phi"))])))
             assert failed.code is grpc.StatusCode.PERMISSION_DENIED
         viewer = await s.client(await s.person("eve", "phi", role=UserRole.VIEWER))
         with pytest.raises(Denied):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinetta import codec, confidential, keys, names, validate
+from spinetta import codec, confidential, keys, messages, names, validate
 from spinetta.access import (
     MEMBERS,
     Envelope,
@@ -190,7 +190,7 @@ def test_good() -> None:
     validate.check_spec(SEALED, "")
     validate.check_spec(spec(clearance=("a",)), "", to_be_sealed=True)
     validate.check_spec(spec(secrets=(("token", "token"), ("token", "other"))), "")
-    assert codec.spec_from_pb(codec.spec_to_pb(SEALED)) == SEALED
+    assert messages.spec_from_pb(messages.spec_to_pb(SEALED)) == SEALED
 
 
 @pytest.mark.parametrize(

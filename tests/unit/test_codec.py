@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinetta import codec
+from spinetta import codec, messages
+from spinetta.errors import CorruptRecord
 from spinetta.model import (
     Attempt,
     Holding,
@@ -149,17 +150,17 @@ def test_equal_tasks_are_equal_bytes(task: Task) -> None:
 
 
 def test_an_absent_wish_to_restart_means_yes() -> None:
-    message = codec.spec_to_pb(spec(1, restart_on_node_failure=False))
-    assert codec.spec_from_pb(message).restart_on_node_failure is False
+    message = messages.spec_to_pb(spec(1, restart_on_node_failure=False))
+    assert messages.spec_from_pb(message).restart_on_node_failure is False
     message.ClearField("restart_on_node_failure")
-    assert codec.spec_from_pb(message).restart_on_node_failure is True
+    assert messages.spec_from_pb(message).restart_on_node_failure is True
 
 
 def test_exit_code_zero_is_not_absent() -> None:
     zero = Attempt(1, NodeId("n"), IncarnationId("i"), exit_code=0)
-    assert codec.attempt_from_pb(codec.attempt_to_pb(zero)).exit_code == 0
+    assert messages.attempt_from_pb(messages.attempt_to_pb(zero)).exit_code == 0
     none = Attempt(1, NodeId("n"), IncarnationId("i"))
-    assert codec.attempt_from_pb(codec.attempt_to_pb(none)).exit_code is None
+    assert messages.attempt_from_pb(messages.attempt_to_pb(none)).exit_code is None
 
 
 def test_an_empty_or_unreadable_hint_is_none() -> None:
@@ -182,12 +183,12 @@ BROKEN = b"\xff\xff\xff"
     ],
 )
 def test_what_is_broken_says_so(decode: Any) -> None:
-    with pytest.raises(codec.CorruptRecord, match="cannot be read"):
+    with pytest.raises(CorruptRecord, match="cannot be read"):
         decode(BROKEN)
 
 
 def test_a_record_without_a_state_is_broken() -> None:
-    with pytest.raises(codec.CorruptRecord, match="no state"):
+    with pytest.raises(CorruptRecord, match="no state"):
         codec.decode_task(b"")
-    with pytest.raises(codec.CorruptRecord, match="no state"):
+    with pytest.raises(CorruptRecord, match="no state"):
         codec.decode_incarnation(b"")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinetta import codec, container, validate
+from spinetta import codec, container, messages, validate
 from spinetta.container import (
     CAPABILITIES,
     MOUNTS_MAX,
@@ -262,7 +262,7 @@ WHOLE = ContainerSpec(
 
 @pytest.mark.parametrize("asked", [None, IMAGE, WHOLE])
 def test_it_survives_the_record(asked: ContainerSpec | None) -> None:
-    there = codec.spec_from_pb(codec.spec_to_pb(spec(1, container=asked, keep_scratch_s=60.0)))
+    there = messages.spec_from_pb(messages.spec_to_pb(spec(1, container=asked, keep_scratch_s=60.0)))
     assert (there.container, there.keep_scratch_s) == (asked, 60.0)
 
 
@@ -281,12 +281,12 @@ def test_no_hint_is_large() -> None:
 
 
 def test_records_are_read_in_normal_form() -> None:
-    m = codec.container_to_pb(WHOLE)
+    m = messages.container_to_pb(WHOLE)
     del m.capabilities[:], m.mounts[:]
     m.capabilities.extend(("KILL", "CHOWN", "KILL"))
-    m.mounts.extend(codec.container_to_pb(mounted("/b:/x:rw")).mounts)
-    m.mounts.extend(codec.container_to_pb(mounted("/a")).mounts)
-    assert codec.container_from_pb(m) == WHOLE
+    m.mounts.extend(messages.container_to_pb(mounted("/b:/x:rw")).mounts)
+    m.mounts.extend(messages.container_to_pb(mounted("/a")).mounts)
+    assert messages.container_from_pb(m) == WHOLE
 
 
 def test_match_says_what_is_missing() -> None:

@@ -133,9 +133,9 @@ def test_the_largest_lawful_task_fits_far_below_a_request_of_etcd() -> None:
         labels=tuple((f"k{i:0127}", "é" * 256) for i in range(64)),
     )
     validate.check_spec(spec, "")
-    from spinetta import codec
+    from spinetta import messages
 
-    assert len(codec.spec_to_pb(spec).SerializeToString()) < 512 << 10
+    assert len(messages.spec_to_pb(spec).SerializeToString()) < 512 << 10
 
 
 @pytest.mark.parametrize("text", ["0189", "01890A5D", " 01890a5d-ac96 ", ID, "9a8057", "b302099a8057", ID.upper()])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import grpc.aio
 
-from spinetta import codec, validate
+from spinetta import messages, validate
 from spinetta.errors import StoreUnavailable, UserError
 from spinetta.model import NodeId, TaskId
 from spinetta.node.port import NodePort
@@ -43,7 +43,7 @@ class OwnUsage:
             if sample is not None:
                 given = {name: ",".join(labels) for name, labels in sample.units}
                 now = api.RunningUsage(memory_bytes=sample.memory_bytes, pids=sample.pids, units=given)
-                usage = codec.usage_to_pb(sample.usage)
+                usage = messages.usage_to_pb(sample.usage)
                 found.append(api.Sampled(id=task_id, attempt=sample.attempt, usage=usage, now=now))
         return found
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from uuid import uuid4
 
-from spinetta import codec, keys, names, txn, validate
+from spinetta import codec, keys, messages, names, txn, validate
 from spinetta.errors import Denied, NotFound, OutcomeUnknown, StoreUnavailable, UserError
 from spinetta.model import Incarnation, IncarnationId, Life, Membership, NodeId, Revision
 from spinetta.node.health import StoreHealth
@@ -112,7 +112,7 @@ class Nodes:
         leader: NodeId | None,
     ) -> api.NodeView:
         said = codec.readable(codec.decode_node, record.value) if record is not None else None
-        node = codec.node_to_pb(said) if said is not None else pb.Node(name=name)
+        node = messages.node_to_pb(said) if said is not None else pb.Node(name=name)
         incarnation = codec.readable(codec.decode_incarnation, life.value) if life is not None else None
         if incarnation is not None:
             node.incarnation = incarnation.id

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spinetta import codec, keys, lifecycle, names, payload, txn, validate
+from spinetta import codec, keys, lifecycle, messages, names, payload, txn, validate
 from spinetta.errors import AlreadyExists, Denied, InvariantViolation, OutcomeUnknown, StoreUnavailable
 from spinetta.model import QueueHint, Task, TaskSpec
 from spinetta.node.health import SAME_IDS, StoreHealth
@@ -93,7 +93,7 @@ class Submitter:
     async def _entries(self, request: api.SubmitRequest, asked: Asked) -> list[_Entry]:
         specs: list[TaskSpec] = []
         for i, message in enumerate(request.tasks[: validate.SUBMIT_TASKS_MAX + 1]):
-            spec = codec.spec_from_pb(message)
+            spec = messages.spec_from_pb(message)
             if not spec.owner and asked.caller.kind is CallerKind.USER:
                 spec = dataclasses.replace(spec, owner=asked.caller.name)
             specs.append(spec)

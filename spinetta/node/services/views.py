@@ -9,8 +9,7 @@ from typing import Literal
 from google.protobuf.message import DecodeError
 
 from spinetta import validate
-from spinetta.codec import CorruptRecord
-from spinetta.errors import UserError
+from spinetta.errors import CorruptRecord, UserError
 from spinetta.node.services import limits
 from spinetta.store.protocol import KeyValue
 from spinetta.v1 import api_pb2 as api
