@@ -254,6 +254,7 @@ async def _unpack(data: AsyncIterator[bytes], target: Path, entry: CopiedEntry, 
             with contextlib.suppress(queue.Full):
                 feed.pieces.put_nowait(b"")
             await asyncio.wait([working], timeout=0.005)
+        working.exception()  # looked at: where what comes breaks off, that is told, and not what came of it
     working.result()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import io
 import os
 import re
@@ -79,7 +80,7 @@ def test_a_name_that_leads_elsewhere_is_not_used(tmp_path: Path, name: str) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["inner"]
 
 
-def test_a_copy_that_broke_off_leaves_nothing(tmp_path: Path) -> None:
+def test_a_copy_that_broke_off_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a").write_text("before")
     with pytest.raises(OutcomeUnknown, match="only a part"):
         received([entry("a"), b"half", StoreUnavailable("it went away")], tmp_path)
@@ -91,6 +92,8 @@ def test_a_copy_that_broke_off_leaves_nothing(tmp_path: Path) -> None:
         received([entry("d", is_directory=True), half], tmp_path)
     with pytest.raises(OutcomeUnknown, match="only a part"):
         received([entry("e", is_directory=True), half, StoreUnavailable("it went away")], tmp_path)
+    gc.collect()
+    assert not caplog.records, "a traceback, of the thread that unpacked"
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
