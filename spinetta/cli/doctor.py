@@ -16,6 +16,8 @@ from spinetta.cli.node import resolved_node, setting_options
 from spinetta.errors import UserError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from spinetta.checkup import Finding
     from spinetta.config import Resolved, Settings
 
@@ -25,8 +27,26 @@ LINE_MIN = 40  # of text beside the names; narrower terminals wrap by themselves
 PLURALS = {"note": "notes", "warning": "warnings", "problem": "problems"}
 
 
+def complete_checks(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of checks, after what stands before the last comma."""
+    from click.shell_completion import CompletionItem
+
+    from spinetta.node.doctor.examine import CHECKS
+
+    before, comma, begun = incomplete.rpartition(",")
+    given = before.split(",")
+    return [CompletionItem(f"{before}{comma}{name}") for name in CHECKS if name.startswith(begun) and name not in given]
+
+
 @click.command()
-@click.option("--only", "only", metavar="NAME,…", multiple=True, help="These checks only; --only list names all.")
+@click.option(
+    "--only",
+    "only",
+    metavar="NAME,…",
+    multiple=True,
+    shell_complete=complete_checks,
+    help="These checks only; --only list names all.",
+)
 @json_option
 @setting_options
 @config_option

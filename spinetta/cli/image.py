@@ -11,7 +11,7 @@ import click
 from spinetta.cli import exits, output
 from spinetta.cli.base import Finished, client_options, json_option, waiting_client_options, with_client
 from spinetta.cli.imageprogress import with_progress
-from spinetta.cli.who import done
+from spinetta.cli.who import complete_running_node, done
 from spinetta.errors import SpinettaError, UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 DIGEST_SHOWN = 12  # characters of hexadecimal: among 10,000 images two alike are one in five million
 NAMES_SHOWN = 3
 
-on_option = click.option("--on", "on", default="", metavar="NODE", help="Which node (the one that is asked).")
+on_option = click.option(
+    "--on",
+    "on",
+    default="",
+    metavar="NODE",
+    shell_complete=complete_running_node,
+    help="Which node (the one that is asked).",
+)
 
 
 @click.group(epilog=exits.HELP)

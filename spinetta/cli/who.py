@@ -14,12 +14,13 @@ from spinetta.cli import output
 from spinetta.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from click.shell_completion import CompletionItem
 
     from spinetta.access import GroupMapping, UserAcl
     from spinetta.client.admin import Access
+    from spinetta.client.aio import AsyncClient
 
 E = TypeVar("E", bound=enum.IntEnum)
 
@@ -117,16 +118,35 @@ def tell_unreadable(those: Sequence[str]) -> None:
 
 def _completing(pick: Callable[[Access], Iterable[str]], incomplete: str) -> list[CompletionItem]:
     """Names that begin so, asked of the cluster; nothing when it does not answer at once."""
+
+    async def names(client: AsyncClient) -> Iterable[str]:
+        return pick(await client.admin.members())
+
+    return _completing_by(names, incomplete)
+
+
+def _completing_by(
+    names: Callable[[AsyncClient], Coroutine[Any, Any, Iterable[str]]], incomplete: str
+) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
     from spinetta.cli.base import with_client
     from spinetta.errors import SpinettaError
 
     try:
-        found = with_client(lambda client: client.admin.members(), None, COMPLETION_LIMIT_S, None)
+        found = with_client(names, None, COMPLETION_LIMIT_S, None)
     except SpinettaError:
         return []
-    return [CompletionItem(name) for name in pick(found) if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in found if name.startswith(incomplete)]
+
+
+def complete_running_node(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Nodes that `spinetta node list` shows."""
+
+    async def names(client: AsyncClient) -> Iterable[str]:
+        return [info.record.name for info in (await client.nodes()).nodes]
+
+    return _completing_by(names, incomplete)
 
 
 def complete_node(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from spinetta.cli import exits
+from spinetta.cli import doctor, exits
 from spinetta.cli.app import COMMANDS, root, run
 from spinetta.cli.taskfile import read_specs
 from spinetta.errors import RuntimeUnavailable, SpinettaError, StoreUnavailable, UserError
@@ -193,6 +194,15 @@ def test_completion_completes() -> None:
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert "submit" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("begun", "names"),
+    [("net", ["network"]), ("runtime,cg", ["runtime,cgroups"]), ("disk,disk", ["disk,disk-speed"]), ("x", [])],
+)
+def test_completion_of_checks(begun: str, names: list[str]) -> None:
+    found = doctor.complete_checks(click.Context(doctor.doctor), doctor.doctor.params[0], begun)
+    assert [item.value for item in found] == names
 
 
 def test_config_show(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
