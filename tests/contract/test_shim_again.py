@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from spinetta.errors import RuntimeUnavailable
 from spinetta.runtime.shim.cgroup import DEPTH_MAX
-from tests.contract.shims import ENV, asynchronous, groups_of, isolate, runtime, state_dir, until
+from tests.contract.shims import ENV, asynchronous, groups_of, isolate, ran, runtime, shell, state_dir, until
 
 pytestmark = pytest.mark.contract
 _ = (isolate, state_dir)  # fixtures
@@ -48,3 +49,18 @@ async def test_what_is_left_of_a_service_does_not_take_the_next_one_with_it(stat
                         os.rmdir(where)  # noqa: PTH106
         await rt.stop_service(name)
         await until(lambda: not groups_of(f"service@{name}"))
+
+
+@asynchronous
+async def test_the_end_of_another_attempt_of_the_same_name_is_not_told_as_its_own(state_dir: Path) -> None:
+    """When a store is restored from a backup, numbers of attempts come again."""
+    async with runtime(state_dir) as rt:
+        assert (await ran(rt, shell("a.1", "exit 3"))).exit_code == 3
+        for other in (shell("a.1", "exit 4", token=8), shell("a.1", "exit 4", incarnation="i2")):
+            with pytest.raises(RuntimeUnavailable, match="not forgotten yet"):
+                await rt.start(other)
+        again = await rt.start(shell("a.1", "exit 4"))  # the very same
+        assert again is not None
+        assert again.exit_code == 3
+        await rt.forget("a.1")
+        assert (await ran(rt, shell("a.1", "exit 4", token=8))).exit_code == 4

@@ -86,6 +86,10 @@ class Keeper:
     def start(self, request: Held, done: Callable[[ExitDict | None], None]) -> None:
         """Start an attempt; `done` gets None when it runs, else how it ended. The same key again changes nothing."""
         held = self.attempts.get(request.key)
+        if held is not None and held.token and _name(held) != _name(request):
+            # Of a store that was restored since: its end is not this one's. (Of a damaged record, without a token,
+            # nobody knows whose it is.)
+            raise Refused("full", f"another attempt that was called {request.key} is not forgotten yet")
         if held is None and (old := self._forgotten.get(_name(request))) is not None:
             done(old)
             return
