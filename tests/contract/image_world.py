@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import time
@@ -89,14 +90,20 @@ def children_of(word: str) -> list[str]:
     return found
 
 
+def quiet_port() -> int:
+    """A free one of the machine's own address, below those that outgoing connections get meanwhile."""
+    for _ in range(100):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+            return int(sock.getsockname()[1])
+    raise AssertionError("no free port")
+
+
 class Registry:
     """Debian's docker-registry on a free port."""
 
     def __init__(self, directory: Path) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        self.host = f"127.0.0.1:{port}"
+        self.host = f"127.0.0.1:{quiet_port()}"
         self.requests = directory / "registry.log"
         config = directory / "registry.yml"
         config.write_text(
