@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spinetta.runtime.shim as package
-from spinetta.runtime.shim import child, proctable, wire
+from spinetta.runtime.shim import child, proctable, sysapi, wire
 from spinetta.runtime.shim.loop import READ, Loop, now_s
 from spinetta.runtime.shim.records import Records, put_beside, put_file, read_records, seal, unseal
 
@@ -216,3 +216,14 @@ def test_what_is_never_due_ends_nothing(due_s: float) -> None:
     assert seen == [1]
     os.close(receive)
     os.close(send)
+
+
+def test_memory_is_locked_only_where_nothing_will_be_refused_for_it() -> None:
+    ordinary = "Name:\tx\nVmSize:\t   40000 kB\nCapEff:\t0000000000000000\n"
+    privileged = ordinary.replace("CapEff:\t0000000000000000", "CapEff:\t000001fffeffffff")
+    assert sysapi.may_lock(-1, ordinary)
+    assert sysapi.may_lock(8 << 20, privileged)
+    # More than it has now, but not more than it may come to have: it would start, and die of its first large message.
+    assert not sysapi.may_lock(64 << 20, ordinary)
+    assert sysapi.may_lock(1 << 30, ordinary)
+    assert sysapi.may_lock(1 << 30, Path("/proc/self/status").read_text())

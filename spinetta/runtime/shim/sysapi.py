@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import resource
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWPID = 0x2000_0000
 CLOCK_BOOTTIME = 7
+GROWTH_BYTES = 256 << 20  # a full shim, and what the largest messages take while they are read
+_CAP_IPC_LOCK = 14
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
 _MS_BIND, _MS_REC, _MS_SLAVE = 4096, 16384, 1 << 19
@@ -127,9 +132,26 @@ def set_name(name: str) -> None:
 def lock_memory() -> None:
     """Keep every page that we ever touched in memory, now and later.
 
-    On fault only: locking the whole of libpython and libc would triple our resident memory.
+    On fault only: locking the whole of libpython and libc would triple our resident memory. Not under a limit that we
+    might come to: from then on we would be given no memory at all, and to die of that would kill every task.
     """
+    if not may_lock(
+        resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], Path("/proc/self/status").read_text("ascii", "replace")
+    ):
+        raise OSError(errno.ENOMEM, "the limit on locked memory is too low")
     _check(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT), "mlockall")
+
+
+def may_lock(limit_bytes: int, status: str) -> bool:
+    """Whether a process may lock all that it will ever have. `limit_bytes` counts address space; -1: there is none.
+
+    `status`: of the process, as /proc tells it.
+    """
+    told = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    if limit_bytes < 0 or int(told.get("CapEff", "0"), 16) >> _CAP_IPC_LOCK & 1:
+        return True
+    size_kib = (told.get("VmSize", "").split() or ["0"])[0]
+    return limit_bytes >= int(size_kib) * 1024 + GROWTH_BYTES
 
 
 def timerfd() -> int:
