@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from spinetta.cli.node import _end_shim as end_without_a_daemon
 from spinetta.errors import RuntimeUnavailable
 from spinetta.node.entry import IDENTITY_FILE, note_shims_ended
 from spinetta.node.lock import DirectoryLock
@@ -32,7 +33,7 @@ from tests.contract.oldshims import (
     second,
     shims,
 )
-from tests.contract.shims import asynchronous, boottime_s, kill_shim, shell, until
+from tests.contract.shims import asynchronous, boottime_s, kill_shim, living, shell, until
 
 pytestmark = pytest.mark.contract
 _ = (home, other)  # fixtures
@@ -258,3 +259,15 @@ def test_what_was_scattered_and_is_not_any_more_is_noted(home: Path) -> None:
     note_shims_ended(home.parent)
     assert identities.load(path) == Identity(node="n1")
     assert not folder.exists()
+
+
+def test_a_stop_without_a_daemon_removes_what_is_left_for_a_while(
+    home: Path, slow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generations, "SWEEP_AT_END_S", 0.3)
+    assert not end_without_a_daemon(home.parent)
+    assert not living(str(home / "generations"))
+    assert (home / "generations" / ".gone-2-abcd").exists()
+    (slow / "go").touch()
+    assert not end_without_a_daemon(home.parent)
+    assert not (home / "generations").exists()
