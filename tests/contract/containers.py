@@ -16,7 +16,7 @@ import pytest
 
 from spinetta.runtime.protocol import ContainerLaunch, Launch
 from spinetta.runtime.shim import remains
-from tests.contract.shims import groups_of, launch
+from tests.contract.shims import groups_of, launch, until
 
 RUNC, CRUN = "/usr/sbin/runc", "/usr/bin/crun"
 PROGRAM = os.environ.get("SPINETTA_TEST_CONTAINER_PROGRAM", RUNC)  # tests/machines runs the same over others
@@ -127,6 +127,12 @@ def traces(state_dir: Path, key: str = "") -> list[str]:
         if (state_dir / folder).is_dir():
             left += map(str, (state_dir / folder).iterdir())
     return left
+
+
+async def gone(state_dir: Path, *keys: str) -> None:
+    """Nothing is left of them: a dying process may keep its groups for a moment longer than it is told of."""
+    for key in keys:
+        await until(lambda key=key: not traces(state_dir, key))  # type: ignore[misc]
 
 
 def standing_in(folder: Path, prelude: str, program: str = PROGRAM) -> str:

@@ -111,6 +111,11 @@ class Held:
         """A process of it may be running."""
         return Phase.SPAWNING <= self.phase <= Phase.RUNNING
 
+    @property
+    def made_beside(self) -> bool:
+        """A container's runtime still runs, whose child the main process is: not ours to wait for yet."""
+        return self.container is not None and self.container.maker_fd >= 0
+
     def intent(self) -> dict[str, Any]:
         """The record written before the fork."""
         keep = {"keep_scratch_s": self.keep_scratch_s, "keep_part": self.keep_part} if self.keep_scratch_s else {}
@@ -143,12 +148,12 @@ class Held:
     def close(self) -> None:
         """Close what is open; no timer fires any more."""
         self.cancel_timer(*list(self.timers))
-        fifo_fd = -1 if self.container is None else self.container.fifo_fd
-        for fd in (self.pidfd, self.report_fd, fifo_fd):
+        made = self.container
+        for fd in (self.pidfd, self.report_fd, *((made.fifo_fd, made.maker_fd) if made else ())):
             if fd >= 0:
                 os.close(fd)
-        if self.container is not None:
-            self.container.fifo_fd = -1
+        if made is not None:
+            made.fifo_fd = made.maker_fd = -1
         self.pidfd = self.report_fd = -1
 
 

@@ -268,6 +268,11 @@ class Cgroups:
         """Our groups' common parents, one in each hierarchy."""
         return list(dict.fromkeys(([self._v2] if self._v2 else []) + list(self._v1.values())))
 
+    @property
+    def has_bare_v2(self) -> bool:
+        """There is version 2 without controllers: to find processes by, while limits are version 1's."""
+        return self._v2 is not None and not self._v2_controllers
+
     def group(self, key: str) -> Group:
         """The groups of one attempt; not made yet."""
         v1 = {controller: path / key for controller, path in self._v1.items()}
@@ -276,12 +281,27 @@ class Cgroups:
     def create(self, key: str, limits: Limits) -> Group:
         """Make an attempt's groups with their limits. OSError when one is refused; nothing is left then."""
         group = self.group(key)
+        self.complete(group, limits)
+        return group
+
+    def begin(self, key: str) -> Group:
+        """Make the one of version 2 only: `complete` makes the others. OSError: it cannot be made.
+
+        For a process that is to begin there while the limits are set, and is in the other groups later.
+        """
+        group = self.group(key)
+        if group.v2:
+            with contextlib.suppress(FileExistsError):
+                self._make_dir(group.v2)
+        return group
+
+    def complete(self, group: Group, limits: Limits) -> None:
+        """Make what there is not of it yet, and set the limits. OSError when one is refused; nothing is left then."""
         try:
             group.create(limits, self._make_dir)
         except OSError:
             group.remove()
             raise
-        return group
 
     def _prepare_v2(self, tree: Hierarchy) -> None:
         base, controllers, problems = base_v2(tree)

@@ -57,7 +57,7 @@ class Ending:
         """Look whether the main process has ended; if so set its end going. True when it has."""
         if held.phase >= Phase.ENDING:
             return True
-        if held.pidfd < 0:
+        if held.pidfd < 0 or held.made_beside:
             return False
         # WNOWAIT: it stays a zombie until its exit is on disk.
         result = os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -101,6 +101,9 @@ class Ending:
         if held.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(held.pidfd, signal.SIGKILL)
+        if held.container is not None and held.made_beside:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(held.container.maker_fd, signal.SIGKILL)
         # Not reaped yet, so neither the group's nor the session's number can be another's.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(held.pid, signal.SIGKILL)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from . import child, proctable, secretfiles
 from .attempt import ExitDict, Held, Phase, make_exit, now_ms
-from .cgroup import Cgroups
+from .cgroup import Cgroups, Limits
 from .deadman import DeadMansSwitch
 from .disk import Layout, Writer
 from .ending import Ending
@@ -245,9 +245,11 @@ class Keeper:
         try:
             name = f"service@{held.key}" if held.service else held.key
             # With version 2 alone the runtime is in the group itself: it is not to fail for the task's limit.
-            later = held.container is not None and self.containers.place.pure_v2 is not None
-            limits = replace(held.limits, pids_max=0) if later else held.limits
-            held.group = self._cgroups.create(name, limits)
+            inside = held.container is not None and self.containers.place.pure_v2 is not None
+            limits = replace(held.limits, pids_max=0) if inside else held.limits
+            # A container's runtime begins in the group of version 2, and takes long to come to where the limits are.
+            later = held.container is not None and self._cgroups.has_bare_v2
+            held.group = self._cgroups.begin(name) if later else self._cgroups.create(name, limits)
         except OSError as error:
             self._not_started(held, UNFIT, f"cannot set the limits: {error}")
             return
@@ -273,6 +275,17 @@ class Keeper:
         if not self._around.isolated and not held.container:
             self._note_pid(held)
         self.watcher.watch(held)
+        if later:
+            self._limit(held, limits)
+
+    def _limit(self, held: Held, limits: Limits) -> None:
+        """Of a container that is being made: it is not let go before."""
+        if held.group is None:
+            return
+        try:
+            self._cgroups.complete(held.group, limits)
+        except OSError as error:
+            self.containers.give_up(held, f"cannot set the limits: {error}")
 
     def _note_pid(self, held: Held) -> None:
         """Without a pid namespace a later shim may have to find it: pid and start time name it for ever."""

@@ -13,11 +13,11 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 
-from . import child, proctable
+from . import child, proctable, sysapi
 from .attempt import Held, Phase
-from .bundle import pid_file
+from .bundle import PID_FILE, pid_file
 from .cgroup import Group
-from .container import PIDS_FOR_START, Place, Stage, complaint, is_the_users_fault, says_out_of_memory
+from .container import PIDS_FOR_START, Container, Place, Stage, complaint, is_the_users_fault, says_out_of_memory
 from .loop import READ, Loop
 from .spawn import TASK_OOM_SCORE_ADJ, drain_report
 
@@ -48,16 +48,19 @@ class Containers:
         self.kill: Callable[[Held], None] = lambda _held: None
         self.may_start: Callable[[Held], bool] = lambda _held: False
         self.running: Callable[[Held], None] = lambda _held: None
+        self._creating: dict[str, Held] = {}
+        self._watch_pid_files()
 
     def begun(self, held: Held) -> None:
         """The runtime is at it: it is given so long and no longer."""
         why = f"the container was not made within {CREATE_LIMIT_S:g} s"
-        held.set_timer("create", self._loop.call_in(CREATE_LIMIT_S, lambda: self._give_up(held, why)))
+        held.set_timer("create", self._loop.call_in(CREATE_LIMIT_S, lambda: self.give_up(held, why)))
+        self._creating[held.key] = held
 
     def noted(self, held: Held, error: str) -> None:
         """The record that it is being started is on disk, or cannot be: it may go on, or may not."""
         if error:
-            self._give_up(held, error)
+            self.give_up(held, error)
         elif held.container is not None:
             held.container.noted = True
             self._begin(held)
@@ -77,6 +80,7 @@ class Containers:
             held.spawn_error = held.spawn_error or "its first process was killed before its command was started"
             return status
         held.cancel_timer("create")
+        self._creating.pop(held.key, None)
         if held.stop_why and held.signalled:
             return status
         if status != (True, 0):
@@ -84,20 +88,13 @@ class Containers:
                 _explain(held, lines, status)
             return status
         # Reaped now, so that its place can be taken; its end is no secret.
-        self._loop.unwatch(held.pidfd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG)
-        os.close(held.pidfd)
-        self.unreaped.discard(held.pid)
+        self._reap(held.pidfd, held.pid)
         held.pidfd, held.outer_pid = -1, 0
-        made.stage = Stage.CREATED
-        pid = self._first_process(held)
-        if pid == 0:
+        if not self._takes_over(held, made):
+            made.stage = Stage.CREATED
             held.spawn_unfit = True
             held.spawn_error = "its first process was killed before its command was started"
             return False, int(signal.SIGKILL)
-        held.pid, made.waiting_as = pid, proctable.name_of(pid)
-        self.unreaped.add(pid)
         self._loop.watch(held.pidfd, READ, lambda _mask: self.on_pidfd(held))
         # Not here: whoever is just looking whether it has ended may be about to stop it.
         held.set_timer("begin", self._loop.call_in(0, lambda: self._begin(held)))
@@ -139,6 +136,59 @@ class Containers:
 
     # Letting it go -----------------------------------------------------------------------------------------------
 
+    def _watch_pid_files(self) -> None:
+        """Hear when a container is made: its runtime writes the first process's number down, then it only ends.
+
+        That takes it a few milliseconds, in which the command can begin. Not with version 2 alone: the runtime is in
+        the attempt's group there, and would be counted to the command's limit of processes.
+        """
+        if self.place.why or self.place.pure_v2:
+            return
+        with contextlib.suppress(OSError):  # we go on when the runtime has ended
+            fd = sysapi.renames_into(self.place.state)
+            self._loop.watch(fd, READ, lambda _mask: self._look_at_pid_files(fd))
+
+    def _look_at_pid_files(self, fd: int) -> None:
+        for name in sysapi.renamed(fd):
+            held = self._creating.pop(name.removeprefix(PID_FILE), None) if name.startswith(PID_FILE) else None
+            if held is not None:
+                self._is_made(held)
+
+    def _is_made(self, held: Held) -> None:
+        """Its first process takes the place of the runtime's, which is about to end."""
+        made = held.container
+        if made is None or made.stage is not Stage.CREATING or held.phase is not Phase.SPAWNING or held.signalled:
+            return
+        maker_fd, maker = held.pidfd, held.pid
+        if not self._takes_over(held, made):
+            return
+        made.maker_fd, held.outer_pid = maker_fd, 0
+        self._loop.watch(maker_fd, READ, lambda _mask: self._maker_ended(held, made, maker))
+        self._begin(held)
+
+    def _maker_ended(self, held: Held, made: Container, maker: int) -> None:
+        self._reap(made.maker_fd, maker)
+        made.maker_fd = -1
+        held.cancel_timer("create")
+        self._loop.watch(held.pidfd, READ, lambda _mask: self.on_pidfd(held))
+
+    def _reap(self, pidfd: int, pid: int) -> None:
+        self._loop.unwatch(pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        os.close(pidfd)
+        self.unreaped.discard(pid)
+
+    def _takes_over(self, held: Held, made: Container) -> bool:
+        """Make the container's first process the main one; False when it is gone already."""
+        pid = self._first_process(held)
+        if pid == 0:
+            return False
+        made.stage = Stage.CREATED
+        held.pid, made.waiting_as = pid, proctable.name_of(pid)
+        self.unreaped.add(pid)
+        return True
+
     def _first_process(self, held: Held) -> int:
         """Of the container that was made, with its pidfd; 0 when it is gone already."""
         try:
@@ -168,7 +218,7 @@ class Containers:
             try:
                 held.group.limit_pids(held.limits.pids_max)
             except OSError as error:
-                self._give_up(held, f"cannot set the limits: {error}")
+                self.give_up(held, f"cannot set the limits: {error}")
                 return
         try:
             path = f"{self.place.state}/{held.key}/exec.fifo"
@@ -218,11 +268,11 @@ class Containers:
             if code == 0:
                 self._started(held)
             else:
-                self._give_up(held, "the container was made and could not be started")
+                self.give_up(held, "the container was made and could not be started")
 
         self._help(held, ["start", held.key], done, _join_files(held.group))
         why = f"the container was made and not started within {START_LIMIT_S:g} s"
-        held.set_timer("begin", self._loop.call_in(START_LIMIT_S, lambda: self._give_up(held, why)))
+        held.set_timer("begin", self._loop.call_in(START_LIMIT_S, lambda: self.give_up(held, why)))
 
     def _started(self, held: Held) -> None:
         if held.container is None or held.phase is not Phase.SPAWNING:
@@ -233,10 +283,14 @@ class Containers:
             os.unlink(f"{self.place.state}/{held.key}/exec.fifo")  # noqa: PTH108 - as text, like above
         self.running(held)
 
-    def _give_up(self, held: Held, why: str) -> None:
+    def give_up(self, held: Held, why: str) -> None:
+        """The node cannot run it: kill what there is of it, unless it runs already."""
         if held.phase is Phase.SPAWNING:
             held.spawn_error, held.spawn_unfit = held.spawn_error or why, True
             self.kill(held)
+        elif held.container is not None and held.made_beside:
+            # The command runs, and the runtime, with nothing left to do, does not end.
+            signal.pidfd_send_signal(held.container.maker_fd, signal.SIGKILL)
 
     # The runtime's own commands ----------------------------------------------------------------------------------
 
