@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import resource
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import pytest
 
 from spinetta.model import Reason
 from spinetta.runtime.launch import open_socket
+from spinetta.runtime.shim.wire import encode
+from tests.contract.containers import rootfs, script
 from tests.contract.shims import asynchronous, end_of, isolate, ran, runtime, shell, state_dir, until
 
 pytestmark = pytest.mark.contract
-_ = (isolate, state_dir)  # fixtures
+_ = (isolate, rootfs, state_dir)  # fixtures
 MIB = 1 << 20
 
 
@@ -64,3 +68,22 @@ async def test_a_limit_counts_though_nobody_could_be_made_to_watch_at_once(state
             assert await rt.start(fills) is None
         ended = await end_of(rt, "a.1")
         assert ended.reason is Reason.DISK_LIMIT, ended
+
+
+@asynchronous
+async def test_what_cannot_be_had_is_answered_and_what_came_behind_it_too(state_dir: Path, rootfs: Path) -> None:
+    async with runtime(state_dir) as rt:
+        assert await rt.start(script(state_dir, rootfs, "a.1", "sleep 1000")) is None
+        with await open_socket(state_dir) as sock, Path("/dev/null").open("rb") as null:
+            sock.setblocking(True)
+            sock.settimeout(10)
+            asked = [
+                {"id": 1, "op": "hello", "version": 2, "kill_margin_s": 1},
+                {"id": 2, "op": "exec", "key": "a.1", "argv": ["true"], "env": {}},  # with a terminal that is none
+                {"id": 3, "op": "services"},
+            ]
+            socket.send_fds(sock, [b"".join(map(encode, asked))], [null.fileno()])
+            with sock.makefile("rb") as answers:
+                said = [json.loads(await asyncio.to_thread(answers.readline)) for _request in asked]
+        assert [(one["id"], one.get("error", "")) for one in said] == [(1, ""), (2, "full"), (3, "")]
+        assert "ioctl" in said[1]["message"], said

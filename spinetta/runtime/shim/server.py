@@ -121,6 +121,9 @@ class Server:
             operation(connection, message)
         except Refused as refused:
             connection.send({"id": request_id, "error": refused.code, "message": str(refused)})
+        except OSError as error:  # no descriptor is left, for one: what came behind it is to be heard all the same
+            self._log(f"{name}: {error}")
+            connection.send({"id": request_id, "error": "full", "message": f"{name}: {error.strerror or error}"})
 
     def close(self) -> None:
         """Stop listening; connections are closed when they have been told all."""
