@@ -74,7 +74,7 @@ async def test_a_limit_counts_though_nobody_could_be_made_to_watch_at_once(state
 async def test_what_cannot_be_had_is_answered_and_what_came_behind_it_too(state_dir: Path, rootfs: Path) -> None:
     async with runtime(state_dir) as rt:
         assert await rt.start(script(state_dir, rootfs, "a.1", "sleep 1000")) is None
-        with await open_socket(state_dir) as sock, Path("/dev/null").open("rb") as null:
+        with await open_socket(state_dir) as sock:
             sock.setblocking(True)
             sock.settimeout(10)
             asked = [
@@ -82,7 +82,7 @@ async def test_what_cannot_be_had_is_answered_and_what_came_behind_it_too(state_
                 {"id": 2, "op": "exec", "key": "a.1", "argv": ["true"], "env": {}},  # with a terminal that is none
                 {"id": 3, "op": "services"},
             ]
-            socket.send_fds(sock, [b"".join(map(encode, asked))], [null.fileno()])
+            socket.send_fds(sock, [b"".join(map(encode, asked))], [sock.fileno()])
             with sock.makefile("rb") as answers:
                 said = [json.loads(await asyncio.to_thread(answers.readline)) for _request in asked]
         assert [(one["id"], one.get("error", "")) for one in said] == [(1, ""), (2, "full"), (3, "")]
