@@ -102,8 +102,14 @@ def directory_missing(rootfs: Path, path: str, mounted: Collection[str]) -> str:
     try:
         _, found = find(rootfs, path)
     except NotInImage:
-        return f"working directory missing: {path}"
+        return "" if mounted and _has_link(rootfs, path) else f"working directory missing: {path}"
     return "" if stat.S_ISDIR(found.st_mode) else f"no directory to work in: {path}"
+
+
+def _has_link(rootfs: Path, path: str) -> bool:
+    """Whether a link is on the way, which may lead into a mount. From the top: behind one we would be elsewhere."""
+    places = PurePosixPath(path)
+    return any(Path(_outside(rootfs, place)).is_symlink() for place in (*reversed(places.parents), places))
 
 
 def _outside(rootfs: Path, path: PurePosixPath) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from spinetta.container import ContainerSpec, Mount
 from spinetta.model import Exit, Reason
+from tests.contract.containers import make_rootfs
 from tests.contract.oldshims import home
 from tests.contract.shims import asynchronous
 from tests.contract.test_runtimes import World, image, ran
@@ -46,6 +47,19 @@ async def test_one_that_only_the_container_sees(home: Path, image: Path, writabl
             assert path.removesuffix("/x") in ended.message
         ended = await ran(rt, world.shell("there.1", "exit 5", working_directory="/data/bin", wants=wants, env={}))
         assert ended.exit_code == 5, ended
+
+
+@asynchronous
+async def test_a_link_of_the_image_into_a_mount(home: Path, tmp_path: Path) -> None:
+    made = make_rootfs(tmp_path / "linked", 0)
+    (made / "home").symlink_to("/data/bin")
+    wants = ContainerSpec(f"rootfs:{made}", mounts=(Mount("/usr", "/data"),))
+    world = World("runc", home, made)
+    async with world.connect() as rt:
+        ended = await ran(
+            rt, world.shell("link.1", "test -e tini-static", working_directory="/home", wants=wants, env={})
+        )
+        assert ended.exit_code == 0, ended
 
 
 @asynchronous
