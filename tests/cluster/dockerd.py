@@ -124,6 +124,8 @@ def _clean_up(top: Path, name: str) -> None:
     for pid in processes_naming(f"{top}/"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    # Its groups and mounts are busy until it has died.
+    eventually(lambda: not processes_naming(f"{top}/"), within_s=STOP_S, what="what dockerd left is dead")
     mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for path in sorted((p for p in mounted if p.startswith(f"{top}/")), reverse=True):
         subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
