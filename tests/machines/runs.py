@@ -106,8 +106,11 @@ _ALL = tuple(
     f"{_CONTRACT}{name}.py"
     for name in ("runtime", "runtime_limits", "limits", "limits_containers", "containers", "exec_containers", "exec")
 )
+_WITH_CONTAINERS = tuple(f"{_CONTRACT}{name}.py" for name in ("limits_containers", "containers", "exec_containers"))
 # Of these the limits of time are for quicker machines.
 _TIMED = "not test_a_container_does_not_outlive_its_deadline and not test_looking_costs_a_small_share"
+ESCAPES = ("tests/attacks/test_escapes.py", "tests/attacks/test_cells_hold.py")  # by runc, and by crun
+_NOT_THERE = ("no /dev/fuse to grant", "this machine has no network", "this kernel takes all ways for one")
 _ONE_VERSION = "this machine has one version only"
 RUNS = (
     Chosen("version 1", V1, (f"{INNER}version_1", *LIMITS, *CONTAINERS), passing=9),
@@ -121,11 +124,17 @@ RUNS = (
     Chosen("version 2, delegated to root", DELEGATED, CONTAINERS, passing=4, program=CRUN, usual=False),
     Chosen("the runtimes on version 1", V1, (f"{_CONTRACT}runtimes.py",), passing=40, limit_s=1200, usual=False),
     Chosen("the runtimes on version 2", V2, (f"{_CONTRACT}runtimes.py",), passing=40, limit_s=1200, usual=False),
+    Chosen("ways out, on version 1", V1, ESCAPES, passing=88, limit_s=1200, skipped=_NOT_THERE, usual=False),
+    Chosen("ways out, on version 2", V2, ESCAPES, passing=88, limit_s=1200, skipped=_NOT_THERE, usual=False),
     Chosen(
         "all on version 1", V1, (*_ALL, "-k", _TIMED), passing=100, limit_s=1800, skipped=(_ONE_VERSION,), usual=False
     ),
     Chosen(
         "all on version 2 with crun", V2, (*_ALL, "-k", _TIMED), passing=100, limit_s=1800,
         program=CRUN, skipped=(_ONE_VERSION,), usual=False,
+    ),
+    Chosen(
+        "containers on version 2 with runc", V2, (*_WITH_CONTAINERS, "-k", _TIMED), passing=30, limit_s=1200,
+        program=RUNC, skipped=(_ONE_VERSION,), usual=False,
     ),
 )  # fmt: skip
