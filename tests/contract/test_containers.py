@@ -375,3 +375,31 @@ def test_control_groups_of_version_2_only(rootfs: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["runs", "stops", "dies", "clean"]
+
+
+REAPS = """#!/usr/bin/python3
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans become ours
+code = subprocess.run(["PROGRAM", *sys.argv[1:]], close_fds=False).returncode
+if "create" in sys.argv and not code:
+    with open(sys.argv[sys.argv.index("--pid-file") + 1]) as file:
+        pid = int(file.read())
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+sys.exit(code)
+"""
+
+
+@asynchronous
+async def test_a_runtime_that_waits_itself_for_what_it_has_made_keeps_no_end_back(
+    state_dir: Path, rootfs: Path, tmp_path: Path, isolate: bool
+) -> None:
+    """As one may that fails after all, when the container's first process is known already."""
+    program = tmp_path / "reaps"
+    program.write_text(REAPS.replace("PROGRAM", PROGRAM))
+    program.chmod(0o755)
+    async with runtime(state_dir, isolate=isolate) as rt:
+        ended = await ran(rt, script(state_dir, rootfs, "r.1", "echo started; sleep 1000", program=str(program)))
+        assert ended.signal == 9 or ended.reason is Reason.NODE_UNFIT, ended
+        await gone(state_dir, "r.1")
+        assert "Traceback" not in (state_dir / "shim.log").read_text()

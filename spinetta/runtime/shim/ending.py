@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -59,11 +60,20 @@ class Ending:
             return True
         if held.pidfd < 0 or held.made_beside:
             return False
-        # WNOWAIT: it stays a zombie until its exit is on disk.
-        result = os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if result is None:
-            return False
-        status = self.passed(held, (result.si_code == os.CLD_EXITED, result.si_status))
+        try:
+            # WNOWAIT: it stays a zombie until its exit is on disk.
+            result = os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            # Its container's runtime, which had made it, has failed after all and waited for it. How it ended nobody
+            # will say; to look again, which its descriptor has us do at once and for ever, would not help.
+            if not _is_over(held.pidfd):
+                return False
+            seen = False, int(signal.SIGKILL)
+        else:
+            if result is None:
+                return False
+            seen = result.si_code == os.CLD_EXITED, result.si_status
+        status = self.passed(held, seen)
         if status is None:
             return False
         held.status = status
@@ -265,3 +275,9 @@ class Ending:
                 os.waitid(os.P_PIDFD, held.pidfd, os.WEXITED | os.WNOHANG)
             self.unreaped.discard(held.pid)
         held.close()
+
+
+def _is_over(pidfd: int) -> bool:
+    look = select.poll()
+    look.register(pidfd, select.POLLIN)
+    return bool(look.poll(0))
