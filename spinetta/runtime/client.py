@@ -56,15 +56,26 @@ def parse_exit(value: Any) -> Exit | None:
     """An exit as it is sent; None stays None."""
     if value is None:
         return None
+    reason, message = _reason(value)
     return Exit(
-        reason=Reason(value["reason"]),
+        reason=reason,
         exit_code=value["exit_code"],
         signal=value["signal"],
-        message=value["message"],
+        message=message,
         started_ms=value["started_ms"],
         ended_ms=value["ended_ms"],
         usage=parse_usage(value),
     )
+
+
+def _reason(value: Any) -> tuple[Reason, str]:
+    """Why, and in words. A shim of a later version may know a reason that we do not: its name goes before the words."""
+    name, message = value["reason"], value["message"]
+    try:
+        return Reason(name), message
+    except ValueError:
+        nearest = Reason.SIGNAL if value["exit_code"] is None else Reason.EXIT
+        return nearest, f"{name}: {message}" if message else str(name)
 
 
 def parse_usage(value: Any) -> Usage:
