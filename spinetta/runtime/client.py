@@ -74,7 +74,7 @@ def _reason(value: Any) -> tuple[Reason, str]:
     try:
         return Reason(name), message
     except ValueError:
-        nearest = Reason.SIGNAL if value["exit_code"] is None else Reason.EXIT
+        nearest = Reason.EXIT if value["exit_code"] else Reason.SIGNAL  # whatever it is, it is no success
         return nearest, f"{name}: {message}" if message else str(name)
 
 

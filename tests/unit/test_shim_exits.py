@@ -20,7 +20,7 @@ def test_every_reason_is_read_as_it_is() -> None:
     ("exit_code", "message", "reason", "said"),
     [
         (137, "too hot", Reason.EXIT, "heat-limit: too hot"),
-        (0, "", Reason.EXIT, "heat-limit"),
+        (0, "", Reason.SIGNAL, "heat-limit"),
         (None, "too hot", Reason.SIGNAL, "heat-limit: too hot"),
     ],
 )
