@@ -160,7 +160,9 @@ async def test_orphans_of_a_killed_shim_are_found_wherever_they_hide(state_dir: 
             async with runtime(beside, isolate=False) as other:
                 assert [held.exit for held in await other.held()] == [None]
     finally:
-        user.kill()
+        for pid in living(foreign):  # out of every group: nobody else ends them
+            for each in (*(child.pid for child in children(pid)), pid):
+                os.kill(each, signal.SIGKILL)
         await user.wait()
 
 
