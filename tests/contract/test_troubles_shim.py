@@ -161,8 +161,8 @@ async def test_orphans_of_a_killed_shim_are_found_wherever_they_hide(state_dir: 
                 assert [held.exit for held in await other.held()] == [None]
     finally:
         for pid in living(foreign):  # out of every group: nobody else ends them
-            for each in (*(child.pid for child in children(pid)), pid):
-                os.kill(each, signal.SIGKILL)
+            for one in (*(child.pid for child in children(pid)), pid):
+                os.kill(one, signal.SIGKILL)
         await user.wait()
 
 
