@@ -354,8 +354,10 @@ def _end(pid: int, number: signal.Signals, limit_s: float) -> None:
     """Signal a process and wait for its end, by a descriptor: the number might be used again."""
     import select
 
+    from spinetta.runtime.processes import open_process
+
     try:
-        fd = os.pidfd_open(pid)
+        fd = open_process(pid)
     except ProcessLookupError:
         return
     try:

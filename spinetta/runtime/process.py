@@ -27,6 +27,7 @@ from spinetta.runtime.client import (
 )
 from spinetta.runtime.feed import Hub
 from spinetta.runtime.launch import IDLE_END_S, launch
+from spinetta.runtime.processes import open_process
 from spinetta.runtime.protocol import AttemptKey, Exited, Held, Launch, ShimLost
 from spinetta.runtime.shim.wire import KEY, Message
 
@@ -315,7 +316,7 @@ class ProcessRuntime:
         is_asked, self._closing = self._closing, True
         try:
             async with asyncio.timeout(limit_s):
-                pidfd = os.pidfd_open(self.shim_pid())
+                pidfd = open_process(self.shim_pid())
                 try:
                     try:
                         await self._ask("shutdown", limit_s, why=str(why), wait_s=wait_s)

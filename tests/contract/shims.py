@@ -20,6 +20,7 @@ import pytest
 
 from spinetta.model import Exit
 from spinetta.runtime.process import ProcessRuntime
+from spinetta.runtime.processes import open_process
 from spinetta.runtime.protocol import Exited, Launch
 from spinetta.runtime.shim import proctable
 from spinetta.runtime.shim.cgroup import sweep
@@ -76,7 +77,7 @@ def kill_shim(state_dir: Path) -> None:
 
 def _pidfd(opened: contextlib.ExitStack, pid: int) -> int | None:
     try:
-        fd = os.pidfd_open(pid)
+        fd = open_process(pid)
     except ProcessLookupError:
         return None
     opened.callback(os.close, fd)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from spinetta.checkup import Level
 from spinetta.runtime.detect import ContainerSupport, container_support
+from spinetta.runtime.processes import open_process
 from spinetta.runtime.shim.hierarchy import LEAF
 
 LIMITS = {"cpu", "memory", "pids"}
@@ -39,6 +44,21 @@ def test_version_2(tmp_path: Path) -> None:
         here = found(tmp_path, program)
         assert (here.cgroup_mode, here.works, here.kind, here.joins_groups) == ("v2", True, kind, True), here
         assert set(here.limits) >= LIMITS
+
+
+def test_a_process_that_has_gone_while_its_session_goes_on() -> None:
+    script = "import os, sys, time; pid = os.fork(); pid and os._exit(0); print(flush=True); sys.stdin.read()"
+    leader = subprocess.Popen(
+        [sys.executable, "-S", "-c", script], start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with leader:
+        assert leader.stdout is not None
+        assert leader.stdin is not None
+        leader.stdout.readline()
+        leader.wait(30)
+        with pytest.raises(ProcessLookupError):
+            open_process(leader.pid)
+        leader.stdin.close()
 
 
 def test_both_versions(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ CONTAINERS = (
 )
 TERMINAL = f"{_CONTRACT}exec_containers.py::test_with_a_terminal"  # of a crun that does not pass its size on
 INNER = "tests/machines/inner.py::test_"
+GONE = f"{INNER}a_process_that_has_gone_while_its_session_goes_on"
 V1, V2, HYBRID = Machine("v1"), Machine("v2"), Machine("hybrid")
 DELEGATED = Machine("v2", delegated=True)
 USER = Machine("v2", delegated=True, user=True)
@@ -115,7 +116,7 @@ _ONE_VERSION = "this machine has one version only"
 RUNS = (
     Chosen("version 1", V1, (f"{INNER}version_1", *LIMITS, *CONTAINERS), passing=9),
     Chosen("version 2, crun", V2, (f"{INNER}version_2", *LIMITS, *CONTAINERS, TERMINAL), passing=10, program=CRUN),
-    Chosen("version 2, runc", V2, CONTAINERS[:1], passing=1, program=RUNC),
+    Chosen("version 2, runc", V2, (*CONTAINERS[:1], GONE), passing=2, program=RUNC),
     Chosen("version 2, delegated to a user", USER, (f"{INNER}a_user_with_a_delegated_group", *LIMITS[1:]), passing=4),
     Chosen("version 2, a node without root", V2, ("tests/cluster/test_rootless.py",), passing=1),
     Chosen("version 1, a user", Machine("v1", user=True), (f"{INNER}a_user_with_nothing_delegated",), 1, usual=False),
