@@ -309,8 +309,8 @@ async def test_a_task_that_leaves_its_group_is_found(state_dir: Path) -> None:
     marker = uuid.uuid4().hex
     async with runtime(state_dir) as rt:
         roots = {Path(folder).parent for folder in identity(state_dir)["cgroups"]}
-        moves = "; ".join(f"echo 0 > {root}/cgroup.procs" for root in sorted(roots)[1:])
-        script = f"setsid sh -c '{moves}; echo away; sleep 1000; : {marker}' & while ! grep -q . $OUT; do :; done"
+        moves = "".join(f"echo 0 > {root}/cgroup.procs; " for root in sorted(roots)[1:])
+        script = f"setsid sh -c '{moves}echo away; sleep 1000; : {marker}' & while ! grep -q . $OUT; do :; done"
         out = str(rt.log_path("away.1", "stdout"))
         await ran(rt, shell("away.1", script, env={**ENV, "OUT": out}))
         await until(lambda: not living(marker))
