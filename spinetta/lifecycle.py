@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from spinetta.model import (
 )
 
 UNFIT_DELAY_S = 5.0  # a task that an unfit node gave back: time for another to take it
+UNFIT_DELAY_MAX_S = 80.0  # it doubles up to this: it may be the task that no node can start, and each rests after it
 RETRY_DELAY_MAX_S = 3600.0  # back-off doubles up to an hour: longer waits look like a hang
 
 
@@ -153,7 +155,7 @@ def ended(
     ran = exit_.started_ms or exit_.signal or exit_.exit_code is not None
     never_ran = exit_.reason is Reason.FENCED and not ran
     if never_ran or exit_.reason is Reason.NODE_UNFIT:  # neither the task's failure nor a loss
-        return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms, UNFIT_DELAY_S)
+        return _again(task, Event.RELEASE, Outcome.LOST, exit_, token, now_ms, _unfit_delay_s(task))
     if exit_.reason in _LOSSES and _is_excused(task, reached):
         preparing = task.losses_preparing + (reached is Reached.PREPARING)
         task = replace(task, losses_excused=task.losses_excused + 1, losses_preparing=preparing)
@@ -173,6 +175,12 @@ def ended(
         delay_s = min(task.spec.retry_backoff_s * 2.0 ** (task.failures - 1), RETRY_DELAY_MAX_S)
         return _again(task, Event.RETRY, Outcome.FAILED, exit_, token, now_ms, delay_s)
     return _over(task, Event.FINISH, Outcome.FAILED, exit_, token, now_ms)
+
+
+def _unfit_delay_s(task: Task) -> float:
+    """The wait after an attempt that its node could not start, by how many before it in a row could not be either."""
+    before = itertools.takewhile(lambda a: a.reason == Reason.NODE_UNFIT.value, reversed(task.attempts[:-1]))
+    return min(UNFIT_DELAY_S * 2.0 ** sum(1 for _ in before), UNFIT_DELAY_MAX_S)
 
 
 def _is_excused(task: Task, reached: Reached) -> bool:

@@ -38,7 +38,7 @@ def work_limit_s(plan: Plan) -> float:
     """Until every task has ended: one after the other, each with all its tries and with what delays a claim."""
     attempts = sum(spec.retries + 1 for _, spec in plan.submits)
     each_s = LONGEST_S + steal.WAIT_MAX_S + holdings.RETRY_S + claims.RETRY_S
-    once_s = claims.HOLD_OFF_S + lifecycle.UNFIT_DELAY_S + processes.STOP_AGAIN_S + steal.STARVED_AFTER_S
+    once_s = claims.HOLD_OFF_S + lifecycle.UNFIT_DELAY_MAX_S + processes.STOP_AGAIN_S + steal.STARVED_AFTER_S
     return (attempts * each_s + once_s + plan.reconcile_s) / slowest(plan)
 
 

@@ -94,6 +94,18 @@ def test_old_attempts_are_dropped_from_the_record_but_counted() -> None:
     assert task.attempts[-1].number == task.attempts_started
 
 
+def test_a_task_that_node_after_node_cannot_start_waits_longer_each_time() -> None:
+    """Each node rests after such a start: a task that none can start must not keep all of them from the others."""
+    task, delays_s = queued(), []
+    for reason in (*[Reason.NODE_UNFIT] * 6, Reason.RELEASED, Reason.NODE_UNFIT):
+        ended = end(lifecycle.claimed(task, ME, LIFE, now_ms=1), Exit(reason))
+        task = ended.task
+        delays_s.append(ended.delay_s)
+    assert delays_s == [5.0, 10.0, 20.0, 40.0, 80.0, 80.0, 0.0, 5.0]
+    assert task.state is State.QUEUED
+    assert (task.failures, task.losses) == (0, 0)
+
+
 # --- how an attempt's end becomes its task's -----------------------------------------------------------------------
 
 # exit, retries, restart, cancel requested -> event, outcome of the attempt, state, outcome of the task, reason
