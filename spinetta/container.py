@@ -247,3 +247,21 @@ def check_allowance(word: str, field: str = "") -> str:
         check_path(what, field)
         return word
     raise UserError(f"not an allowance: {names.quoted(word)}", field=field, hint=hint)
+
+
+def check_allowances(words: Collection[str], field: str = "") -> None:
+    """Raise UserError where tasks may write to what others may name as their image, or to the way there.
+
+    An image's path is judged, then unpacked by root: a link put there meanwhile would make any of the node's
+    directories an image.
+    """
+    writable = [word.partition(":")[2] for word in sorted(words) if word.startswith("mount-rw:")]
+    for image in imageref.local_prefixes(sorted(words)):
+        for path in writable:
+            if names.is_below(image, path) or names.is_below(path, image):
+                raise UserError(
+                    f"tasks may write to {path}, and name what is in {image} as their image: one could make an image of"
+                    " any directory of this node",
+                    field=field,
+                    hint="keep images where no task may write, or import them by name",
+                )

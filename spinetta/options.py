@@ -114,6 +114,8 @@ def _allow(value: Any, where: str) -> tuple[str, ...]:
     if size > container.ALLOWS_BYTES_MAX:
         hint = f"at most {container.ALLOWS_BYTES_MAX}; allow a directory above"
         raise UserError(f"{size} bytes of allowances", field=where, hint=hint, reason="too-large")
+    container.check_allowances(words, where)
+    container.check_allowances(words, where)
     return tuple(words)
 
 

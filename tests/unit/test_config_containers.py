@@ -90,6 +90,7 @@ def test_ids(first: int) -> None:
         ({"allow": "mount:/data/../etc"}, "not a plain absolute path: '/data/../etc'"),
         ({"allow": "mount:/"}, "not a plain absolute path: '/'"),
         ({"allow": "mount-rw:"}, "not a plain absolute path: ''"),
+        ({"allow": "mount-rw:/srv,image:/srv"}, "tasks may write to /srv"),
         ({"allow": ",".join(f"mount:/d{i}" for i in range(ALLOWS_MAX + 1))}, f"{ALLOWS_MAX + 1} items, at most"),
         ({"allow": ",".join(f"mount:/{'x' * 1000}{i}" for i in range(9))}, "9072 bytes of allowances"),
         ({"container_program": "docker"}, "no program for containers: 'docker'"),

@@ -17,6 +17,7 @@ from spinetta.container import (
     ContainerSpec,
     Mount,
     check_allowance,
+    check_allowances,
     check_container,
     check_path,
     needs,
@@ -245,6 +246,20 @@ def test_what_is_taken_for_an_allowance_grants_itself(word: str) -> None:
     except UserError:
         return
     assert refusals(("container", word), ("container", word)) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "writable"),
+    [("/srv", "/srv"), ("/srv/images", "/srv"), ("/srv", "/srv/images/new"), ("/srv/a.tar", "/srv")],
+)
+def test_no_task_may_write_where_others_name_images(image: str, writable: str) -> None:
+    words = [f"image:{image}", "mount:/srv", f"mount-rw:{writable}", "mount-rw:/out"]
+    with pytest.raises(UserError, match=f"tasks may write to {writable}, and name what is in {image}"):
+        check_allowances(words, "here")
+
+
+def test_images_beside_what_tasks_may_write_to_are_fine() -> None:
+    check_allowances(["image:/srv/images", "image:docker://r.example/srv", "mount:/srv", "mount-rw:/srv/images2"])
 
 
 # --- on the way ------------------------------------------------------------------------------------------------------
