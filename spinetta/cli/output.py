@@ -40,11 +40,6 @@ def tell(text: str) -> None:
     sys.stderr.flush()
 
 
-def tell_waiting(ids: Sequence[str]) -> None:
-    """What is waited for; on standard error, as standard output has the results."""
-    tell(f"waiting for task {ids[0]}" if len(ids) == 1 else f"waiting for {len(ids)} tasks")
-
-
 def put_json(document: object) -> None:
     """One JSON document, on a line of its own when piped, indented for people."""
     indent = 2 if sys.stdout.isatty() else None

@@ -340,9 +340,20 @@ def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
     A task that could start somewhere says so: it waits for its back-off, or for a node to get to it. What a lost node
     offers is not known, so it never counts as one that could not run it.
     """
+    lines, hopeless = _reasons(info, nodes)
+    return ["no node of the cluster can ever run it:", *lines] if hopeless else lines
+
+
+def why_never_runs(info: TaskInfo, nodes: NodeList) -> list[str]:
+    """The same where no node of the cluster can ever run it; else empty."""
+    lines, hopeless = _reasons(info, nodes)
+    return lines if hopeless else []
+
+
+def _reasons(info: TaskInfo, nodes: NodeList) -> tuple[list[str], bool]:
     t = info.task
     if t.state is not State.QUEUED:
-        return []
+        return [], False
     hint = QueueHint.of(t.spec)
     found: dict[str, list[str]] = {}
     hopeless = True
@@ -367,7 +378,7 @@ def why_waiting(info: TaskInfo, nodes: NodeList) -> list[str]:
             reason = _could_start(t)
         found.setdefault(reason, []).append(r.name)
     lines = [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
-    return ["no node of the cluster can ever run it:", *lines] if hopeless and lines else lines
+    return lines, hopeless and bool(lines)
 
 
 def _could_start(t: Task) -> str:

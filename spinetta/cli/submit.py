@@ -307,9 +307,9 @@ def _submit(
             if not as_json and info.task.outcome.name != "SUCCEEDED":
                 _tell_end(info)
             return exit_code_of(info)
-        if not as_json:
-            output.tell_waiting([s.id for s in done])
-        found = (await client.wait([s.id for s in done])).tasks
+        from spinetta.cli.waiting import wait_for_end
+
+        found = (await wait_for_end(client, [s.id for s in done], tells=not as_json)).tasks
         return _report(found, as_json=as_json)
 
     try:

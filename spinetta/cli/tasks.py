@@ -416,14 +416,13 @@ def wait(
       spinetta submit --file tasks.yaml | xargs spinetta wait
     """
     from spinetta.cli import show
+    from spinetta.cli.waiting import wait_for_end
     from spinetta.units import parse_duration
 
     limit_s = parse_duration(limit, "timeout") if limit is not None else None
 
     async def work(client: AsyncClient) -> WaitResult:
-        if not as_json:
-            output.tell_waiting(ids)
-        return await client.wait(ids, timeout_s=limit_s, any_=any_)
+        return await wait_for_end(client, ids, timeout_s=limit_s, any_=any_, tells=not as_json)
 
     try:
         result = with_client(work, node, None, config_file)

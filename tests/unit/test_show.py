@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spinetta.cli.node import node_table
-from spinetta.cli.show import why_waiting
+from spinetta.cli.show import why_never_runs, why_waiting
 from spinetta.client.views import NodeInfo, NodeList, TaskInfo
 from spinetta.model import NodeRecord, Revision, State, Task
 from tests.builders import cpus, node_record, queued, spec
@@ -46,6 +46,16 @@ def test_busy_nodes_are_no_obstacle_for_ever() -> None:
         "n2: the task forbids the node's tag old",
     ]
     assert waits(nodes(node_record("n1"), status="draining")) == ["n1: the node is draining"]
+
+
+def test_what_some_node_may_run_one_day_is_not_told_to_wait_for_ever() -> None:
+    def never(found: NodeList) -> list[str]:
+        return why_never_runs(info(queued(1, tags_required=("ssd",))), found)
+
+    assert never(nodes(node_record("n1"), node_record("n2"))) == ["n1, n2: the node lacks the tag ssd"]
+    assert never(nodes(node_record("n1"), node_record("n2", tags=["ssd"], free=cpus(0)))) == []
+    assert never(nodes()) == []
+    assert why_never_runs(info(Task(spec(1), State.RUNNING)), nodes(node_record("n1"))) == []
 
 
 def test_what_could_start_says_what_it_waits_for() -> None:
