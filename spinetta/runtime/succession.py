@@ -17,6 +17,7 @@ from spinetta.runtime.protocol import AttemptKey, Exited, Held, ShimLost
 
 log = logging.getLogger("spinetta.runtime")
 
+EMPTY_END_LIMIT_S = 10.0  # of a shim that holds nothing: while a daemon starts, the others have no renewals
 ANSWER_LIMIT_S = 10.0  # for a shim to say what it has, once another could; well below any usual grace
 
 
@@ -236,7 +237,7 @@ async def end(member: Member, home: Path) -> bool:
     May be cancelled anywhere, and then done again by another daemon.
     """
     try:
-        await member.runtime.shutdown_shim()
+        await member.runtime.shutdown_shim(limit_s=EMPTY_END_LIMIT_S)
     except (RuntimeUnavailable, OSError) as e:  # OSError: of a daemon that has no descriptor left
         log.warning("an earlier shim, which has nothing left, does not end: %s", e)
     await member.opened.aclose()
