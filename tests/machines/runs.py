@@ -98,6 +98,8 @@ CONTAINERS = (
     f"{_CONTRACT}limits_containers.py::test_less_memory_than_a_start_takes",
 )
 TERMINAL = f"{_CONTRACT}exec_containers.py::test_with_a_terminal"  # of a crun that does not pass its size on
+# Where the runtime is in no group of the attempt's.
+LINGERING = f"{_CONTRACT}containers_made.py::test_a_command_whose_runtime_does_not_end_is_stopped[namespace]"
 INNER = "tests/machines/inner.py::test_"
 GONE = f"{INNER}a_process_that_has_gone_while_its_session_goes_on"
 V1, V2, HYBRID = Machine("v1"), Machine("v2"), Machine("hybrid")
@@ -105,16 +107,19 @@ DELEGATED = Machine("v2", delegated=True)
 USER = Machine("v2", delegated=True, user=True)
 _ALL = tuple(
     f"{_CONTRACT}{name}.py"
-    for name in ("runtime", "runtime_limits", "limits", "limits_containers", "containers", "exec_containers", "exec")
+    for name in (
+        *("runtime", "runtime_limits", "limits", "limits_containers"),
+        *("containers", "containers_made", "exec_containers", "exec"),
+    )
 )
 _WITH_CONTAINERS = tuple(f"{_CONTRACT}{name}.py" for name in ("limits_containers", "containers", "exec_containers"))
 # Of these the limits of time are for quicker machines.
 _TIMED = "not test_a_container_does_not_outlive_its_deadline and not test_looking_costs_a_small_share"
 ESCAPES = ("tests/attacks/test_escapes.py", "tests/attacks/test_cells_hold.py")  # by runc, and by crun
 _NOT_THERE = ("no /dev/fuse to grant", "this machine has no network", "this kernel takes all ways for one")
-_ONE_VERSION = "this machine has one version only"
+_OTHER_KIND = ("this machine has one version only", "the command waits for its runtime here")
 RUNS = (
-    Chosen("version 1", V1, (f"{INNER}version_1", *LIMITS, *CONTAINERS), passing=9),
+    Chosen("version 1", V1, (f"{INNER}version_1", *LIMITS, *CONTAINERS, LINGERING), passing=10),
     Chosen("version 2, crun", V2, (f"{INNER}version_2", *LIMITS, *CONTAINERS, TERMINAL), passing=10, program=CRUN),
     Chosen("version 2, runc", V2, (*CONTAINERS[:1], GONE), passing=2, program=RUNC),
     Chosen("version 2, delegated to a user", USER, (f"{INNER}a_user_with_a_delegated_group", *LIMITS[1:]), passing=4),
@@ -128,14 +133,14 @@ RUNS = (
     Chosen("ways out, on version 1", V1, ESCAPES, passing=88, limit_s=1200, skipped=_NOT_THERE, usual=False),
     Chosen("ways out, on version 2", V2, ESCAPES, passing=88, limit_s=1200, skipped=_NOT_THERE, usual=False),
     Chosen(
-        "all on version 1", V1, (*_ALL, "-k", _TIMED), passing=100, limit_s=1800, skipped=(_ONE_VERSION,), usual=False
+        "all on version 1", V1, (*_ALL, "-k", _TIMED), passing=100, limit_s=1800, skipped=_OTHER_KIND, usual=False
     ),
     Chosen(
         "all on version 2 with crun", V2, (*_ALL, "-k", _TIMED), passing=100, limit_s=1800,
-        program=CRUN, skipped=(_ONE_VERSION,), usual=False,
+        program=CRUN, skipped=_OTHER_KIND, usual=False,
     ),
     Chosen(
         "containers on version 2 with runc", V2, (*_WITH_CONTAINERS, "-k", _TIMED), passing=30, limit_s=1200,
-        program=RUNC, skipped=(_ONE_VERSION,), usual=False,
+        program=RUNC, skipped=_OTHER_KIND, usual=False,
     ),
 )  # fmt: skip

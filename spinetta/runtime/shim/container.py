@@ -65,8 +65,8 @@ class Container:
             to run.
         too_small: what the runtime said shows that memory ran out on the way: it removes the groups that would tell.
         fifo_fd: from which we hear that it has started.
-        maker_fd: of the runtime's process that makes it, while it runs beside the container's first process already;
-            -1 otherwise. Until it has ended that process is its child, not ours.
+        maker, maker_fd: pid and pidfd of the runtime's process that makes it, while that runs beside the container's
+            first process already; else 0 and -1. Until it has ended the first process is its child, not ours.
         helper: pid of a process of the runtime's that starts or removes it; 0 for none.
     """
 
@@ -82,6 +82,7 @@ class Container:
     waiting_as: str = ""
     too_small: bool = False
     fifo_fd: int = -1
+    maker: int = 0
     maker_fd: int = -1
     helper: int = 0
 

@@ -111,12 +111,10 @@ class Ending:
         if held.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(held.pidfd, signal.SIGKILL)
-        if held.container is not None and held.made_beside:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(held.container.maker_fd, signal.SIGKILL)
         # Not reaped yet, so neither the group's nor the session's number can be another's.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(held.pid, signal.SIGKILL)
+        for pid in (held.pid, *((held.container.maker,) if held.container and held.made_beside else ())):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
 
     def _kill_family(self, held: Held) -> bool:
         """Without cgroups an orphan cannot be told to be this one's, unless there is no other that it could be of."""

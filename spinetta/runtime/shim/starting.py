@@ -162,13 +162,13 @@ class Containers:
         maker_fd, maker = held.pidfd, held.pid
         if not self._takes_over(held, made):
             return
-        made.maker_fd, held.outer_pid = maker_fd, 0
-        self._loop.watch(maker_fd, READ, lambda _mask: self._maker_ended(held, made, maker))
+        made.maker, made.maker_fd, held.outer_pid = maker, maker_fd, 0
+        self._loop.watch(maker_fd, READ, lambda _mask: self._maker_ended(held, made))
         self._begin(held)
 
-    def _maker_ended(self, held: Held, made: Container, maker: int) -> None:
-        self._reap(made.maker_fd, maker)
-        made.maker_fd = -1
+    def _maker_ended(self, held: Held, made: Container) -> None:
+        self._reap(made.maker_fd, made.maker)
+        made.maker, made.maker_fd = 0, -1
         held.cancel_timer("create")
         self._loop.watch(held.pidfd, READ, lambda _mask: self.on_pidfd(held))
 
