@@ -11,6 +11,7 @@ import click
 
 from spinetta.cli import exits, output
 from spinetta.cli.base import Finished, client_options, json_option, with_client
+from spinetta.cli.waiting import TELL_AFTER_S, tell_hopeless
 from spinetta.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,9 +127,17 @@ async def follow_to_end(client: AsyncClient, task_id: str, *, as_json: bool) -> 
             if e.reason not in _NO_LOG:
                 raise
 
+    async def tell() -> None:
+        await asyncio.sleep(TELL_AFTER_S)
+        await tell_hopeless(client, [task_id])
+
     async with asyncio.TaskGroup() as group:
-        group.create_task(one("stdout"))
-        group.create_task(one("stderr"))
+        telling = None if as_json else group.create_task(tell())
+        async with asyncio.TaskGroup() as pumps:
+            pumps.create_task(one("stdout"))
+            pumps.create_task(one("stderr"))
+        if telling is not None:
+            telling.cancel()
     info = (await client.wait([task_id])).tasks[0]
     if as_json:
         from spinetta.cli.show import task_document

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from spinetta.cli import output
+from spinetta.errors import SpinettaError
 
 if TYPE_CHECKING:
     from spinetta.client.aio import AsyncClient
-    from spinetta.client.views import TaskInfo, WaitResult
+    from spinetta.client.views import WaitResult
 
 TELL_AFTER_S = 5.0  # by then a node that can take a task has usually done so
-TOLD_MAX = 3  # tasks; what is wrong with one is mostly wrong with all that were submitted with it
+LOOKED_MAX = 20  # tasks that are looked at: what is wrong with one is mostly wrong with all that came with it
+TOLD_MAX = 3  # of these that are told
 
 
 async def wait_for_end(
@@ -27,19 +29,23 @@ async def wait_for_end(
     found = await client.wait(ids, timeout_s=TELL_AFTER_S, any_=any_)
     if not found.timed_out:
         return found
-    await _tell_hopeless(client, [i for i in found.tasks if i.task.state.name == "QUEUED"])
+    await tell_hopeless(client, [i.id for i in found.tasks if i.task.state.name == "QUEUED"])
     left_s = None if timeout_s is None else timeout_s - TELL_AFTER_S
     return await client.wait(ids, timeout_s=left_s, any_=any_)
 
 
-async def _tell_hopeless(client: AsyncClient, waiting: Sequence[TaskInfo]) -> None:
+async def tell_hopeless(client: AsyncClient, ids: Sequence[str]) -> None:
+    """Say of tasks that wait and that no node of the cluster can ever run why that is so: a remark, if it can be had."""
     from spinetta.cli import show
 
-    if not waiting:
+    if not ids:
         return
-    nodes = await client.nodes()
-    hopeless = [(i.id, why) for i in waiting if (why := show.why_never_runs(i, nodes))]
+    try:
+        found, nodes = await client.get_many(ids[:LOOKED_MAX]), await client.nodes()
+    except SpinettaError:
+        return  # whoever waits for their end hears of it if it stays so
+    hopeless = [(i.id, why) for i in found if (why := show.why_never_runs(i, nodes))]
     for task_id, why in hopeless[:TOLD_MAX]:
         output.tell("\n  ".join((f"task {task_id} waits: no node of the cluster can ever run it, as it is now:", *why)))
     if len(hopeless) > TOLD_MAX:
-        output.tell(f"and {len(hopeless) - TOLD_MAX} more; spinetta status ID tells why")
+        output.tell("and others; spinetta status ID tells why")

@@ -123,15 +123,19 @@ def test_ctrl_c_leaves_the_task_alone(pair: Cluster) -> None:
     assert (ended["outcome"], ended["reason"]) == ("cancelled", "cancelled")
 
 
-def test_who_waits_for_what_no_node_can_run_is_told(pair: Cluster) -> None:
-    process = popen(pair, "submit", "--wait", "--tag", "nowhere", "--", "true")
+@pytest.mark.parametrize("way", ["--wait", "--follow"])
+def test_who_waits_for_what_no_node_can_run_is_told(pair: Cluster, way: str) -> None:
+    process = popen(pair, "submit", way, "--name", f"hopeless{way}", "--tag", "nowhere", "--", "true")
     assert process.stderr is not None
-    task_id = process.stderr.readline().split()[-1]
+    if way == "--wait":
+        assert process.stderr.readline().startswith("waiting for task ")
+    found = eventually(lambda: pair.json("list", "--name", f"hopeless{way}")["tasks"], within_s=60, what="the task")
+    task_id = found[0]["id"]
     assert process.stderr.readline() == f"task {task_id} waits: no node of the cluster can ever run it, as it is now:\n"
     assert process.stderr.readline() == "  n1, n2: the node lacks the tag nowhere\n"
     pair.cli("cancel", task_id)
     out, _ = process.communicate(timeout=30)
-    assert (out, process.returncode) == (f"{task_id}\n", 127)
+    assert (out, process.returncode) == (f"{task_id}\n" if way == "--wait" else "", 127)
 
 
 def test_many_from_a_file_listed_and_cancelled(pair: Cluster, tmp_path: Path) -> None:
