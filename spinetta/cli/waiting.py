@@ -35,7 +35,7 @@ async def wait_for_end(
 
 
 async def tell_hopeless(client: AsyncClient, ids: Sequence[str]) -> None:
-    """Say of tasks that wait and that no node of the cluster can ever run why that is so: a remark, if it can be had."""
+    """Say of tasks that wait, and that no node of the cluster can ever run, why: a remark, if it can be had."""
     from spinetta.cli import show
 
     if not ids:
